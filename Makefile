@@ -1,0 +1,60 @@
+# make quickstart | make test | make check: each sets up $(VENV) first, once, and again when the versions change.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PYTEST_ARGS ?=
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup base quickstart test test-slow test-peers check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   all eight steps on CPU, on the project's own data and model"
+	@echo "make base         train the quickstart's base model from nothing, half an hour (it is in the repository already)"
+	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
+	@echo "make test-slow    faults, clusters, whole pipelines"
+	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make check        ruff, ruff format, mypy"
+	@echo "make setup        only the environment in VENV=$(VENV)"
+	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "error: Python 3.11 or 3.12 is needed, not $(PYTHON); use make PYTHON=..." >&2; exit 2; }
+	@# Debian keeps venv in a package of its own: root gets it here, others are told.
+	@test -x $(VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(VENV) || { \
+		test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv && \
+		"$(PYTHON)" -m venv --clear $(VENV); } || { rm -rf $(VENV); \
+		echo "error: no virtual environment could be made; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	VENV="$(VENV)" bash launch/local.sh configs/quickstart.toml
+
+base: $(INSTALLED)
+	$(VENV)/bin/python examples/phrasebook/make_base.py
+	$(VENV)/bin/python examples/phrasebook/score_base.py
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
+
+test-peers: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist distributed/*.egg-info
+	find configs distributed launch tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

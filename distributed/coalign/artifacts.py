@@ -1,0 +1,426 @@
+"""The run directory: step folders, atomic shards, a manifest written last, staleness, one writer at a time.
+
+Used by every recipe. Knows no step by name and no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from coalign.config import ModelTable, RunTable
+from coalign.errors import UserError
+from coalign.process import rank
+from coalign.records import dump_line
+
+logger = logging.getLogger("coalign")
+
+MANIFEST = "manifest.json"
+CARD = "README.md"  # of a model folder: words about the model, which change without changing it
+LOCK_WAIT_SECONDS = 10.0
+ROUND_STEPS = ("sample", "judge", "rank", "align", "eval")
+TRAINING_STEPS = ("sft", "align")
+_BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes, blocks a file that a quick digest reads
+VERSIONED_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "datasets", "peft", "safetensors", "tokenizers")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: temporary file, fsync, rename."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the whole new one."""
+    with _whole_file(path) as stream:
+        stream.write(text)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write JSONL atomically and return the number of rows."""
+    count = 0
+    with _whole_file(path) as stream:
+        for row in rows:
+            stream.write(dump_line(row))
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file beside `path` that takes its name when everything is on the disk, and else goes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take the last of the space
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_value(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """Return one SHA-256 over the names and contents of the files directly in a model folder, but for its card."""
+    return digest_value({path.name: digest_file(path) for path in _model_files(folder)})
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (CARD, f".{CARD}.tmp"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a step's manifest, or None while the step is incomplete."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
+
+
+def require_complete(folder: Path, command: str) -> dict[str, Any]:
+    """Return the manifest of a step that another step reads; raise UserError naming the command that makes it."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        state = "is not complete" if folder.exists() else "has not been run"
+        raise UserError(f"the step in {folder} {state}; run first: {command}")
+    return manifest
+
+
+def label_of(folder: Path) -> str:
+    """Return the name of a step by its folder: sft, or round2/align."""
+    parent = folder.parent.name
+    is_round = parent.startswith("round") and parent[5:].isdigit() and folder.name in ROUND_STEPS
+    return f"{parent}/{folder.name}" if is_round else folder.name
+
+
+def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
+    """Return {step: digest} of everything that complete steps were made from, themselves included.
+
+    Raises UserError when two of them were made from different results of one step: one is stale.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for folder in sorted(folders, key=lambda path: len((read_manifest(path) or {}).get("lineage", {}))):
+        manifest = read_manifest(folder)
+        assert manifest is not None, f"{folder} must be complete; require_complete comes first"
+        for label, digest in {**manifest.get("lineage", {}), label_of(folder): manifest["digest"]}.items():
+            known, source = found.setdefault(label, (digest, folder))
+            if known != digest:
+                raise UserError(
+                    f"{folder} is stale: it was made from another {label} than"
+                    f" {'is in ' + str(source) if label_of(source) == label else str(source) + ' was made from'};"
+                    f" remove {folder} and run its step again, or use another run.name"
+                )
+    return {label: digest for label, (digest, _) in found.items()}
+
+
+def digest_weights(folder: str) -> str:
+    """Return a digest of a model folder that is quick for large files: their size and blocks spread over them.
+
+    The name of a model on the hub stands for itself.
+    """
+    if not Path(folder).is_dir():
+        return folder
+    digest = hashlib.sha256()
+    for path in _model_files(Path(folder)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as stream:
+            for place in range(0, size, max(_BLOCK, size // _MAX_BLOCKS)):
+                stream.seek(place)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def digest_model_files(model: ModelTable) -> dict[str, str]:
+    """Return digests of the files that [model] names: weights put in their place later make a step stale."""
+    files = {}
+    if model.init == "pretrained" and Path(model.path).is_dir():
+        files["model.path"] = digest_weights(model.path)
+    if Path(model.chat_template).is_file():
+        files["model.chat_template"] = digest_file(Path(model.chat_template))
+    return files
+
+
+class StepFolder:
+    """One step's folder: open it, ask `complete`, write shards and files, `commit`.
+
+    A step is complete exactly when manifest.json exists; it is written last. `config` is the flat table of the keys
+    that decide the result, `inputs` maps a name to the folder of a complete step (recorded by its digest), `files` maps
+    a name to a digest of anything else that was read.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], inputs: dict[str, Path], files: dict[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.inputs = {name: _input_digest(folder) for name, folder in inputs.items()}
+        self.lineage = lineage_of(inputs.values())
+        self.inputs.update(files or {})
+        self.started = time.time()
+        self.spent = 0.0  # seconds of earlier attempts
+        self._lock_stream: Any = None
+
+    def open(self) -> bool:
+        """Return True when the step is already complete with this config and these inputs.
+
+        Otherwise lock the folder for this process and prepare to resume. Raises UserError when the folder holds the
+        work of another config or other inputs, or when another process is writing to it.
+        """
+        manifest = read_manifest(self.path)
+        if manifest is not None:
+            self._compare(manifest, "complete")
+            return True
+        begun = self.path / "config.json"
+        if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")).keys() != {"config", "inputs"}:
+            raise UserError(f"{begun} was not written by coalign; give a folder of its own for the results")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"{self.path} can't be made ({error.strerror}: {error.filename}); set run.folder and run.name to a"
+                " place where you may write"
+            ) from error
+        self._lock()
+        if read_manifest(self.path) is not None:
+            return self.open()
+        if begun.exists() and self._has_work():
+            self._compare(json.loads(begun.read_text(encoding="utf-8")), "begun")
+            logger.info("resuming %s", self.path)
+        else:
+            write_json(begun, {"config": self.config, "inputs": self.inputs})
+        self._carry_time()
+        (self.path / "shards").mkdir(exist_ok=True)
+        for leftover in (
+            p for name in (".*.tmp", "shards/.*.tmp", "checkpoints/.step_*") for p in self.path.glob(name)
+        ):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return False
+
+    def _carry_time(self) -> None:
+        """Add up the time of earlier attempts: each from its start to the last thing it wrote before it ended."""
+        path = self.path / ".attempts.json"
+        if path.exists() and self._has_work():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            written = [
+                p.stat().st_mtime for name in ("shards/*", "checkpoints/*", "*.jsonl") for p in self.path.glob(name)
+            ]
+            self.spent = earlier["spent"] + max(0.0, max(written, default=0.0) - earlier["started"])
+        write_json(path, {"started": self.started, "spent": self.spent})
+
+    def _has_work(self) -> bool:
+        """Return whether anything was computed here that other settings would not have computed."""
+        return any(
+            any(self.path.glob(name)) for name in ("shards/*.jsonl", "checkpoints/step_*", "model", "reference.jsonl")
+        )
+
+    def _lock(self) -> None:
+        stream = (self.path / ".lock").open("a+")
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    logger.warning("%s can't be locked here (%s); start one run at a time in it", self.path, error)
+                    break
+                if time.monotonic() > deadline:
+                    stream.seek(0)
+                    raise UserError(
+                        f"another process is writing to {self.path} ({stream.read().strip() or 'unknown process'});"
+                        " wait for it, or use another run.name"
+                    ) from error
+                time.sleep(0.2)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}\n")
+        stream.flush()
+        self._lock_stream = stream
+
+    def _compare(self, theirs: dict[str, Any], state: str) -> None:
+        for what, mine in (("config", self.config), ("inputs", self.inputs)):
+            other = theirs[what]
+            for key in sorted({*mine, *other}):
+                if mine.get(key) != other.get(key):
+                    if what == "config":
+                        change = f"{key} was {json.dumps(other.get(key))} and is now {json.dumps(mine.get(key))}"
+                    else:
+                        change = f"its input {key!r} has changed"
+                    raise UserError(
+                        f"{self.path} is {state} with other settings: {change}; use another run.name,"
+                        f" remove {self.path} to run the step again, or restore the setting"
+                    )
+
+    def write_output(self, name: str, rows: Iterable[dict[str, Any]]) -> int:
+        """Write an output file of the step atomically and return the number of rows."""
+        return write_rows(self.path / name, rows)
+
+    def commit(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, which makes the step complete; shards are removed, their rows are in the outputs."""
+        outputs = {
+            path.name: digest_file(path)
+            for path in sorted(self.path.glob("*.jsonl"))
+            if not path.name.startswith((".", "metrics"))
+        }
+        if (self.path / "model").is_dir():
+            outputs["model"] = digest_folder(self.path / "model")
+        manifest = {
+            "config": self.config,
+            "inputs": self.inputs,
+            "lineage": self.lineage,
+            "outputs": outputs,
+            "counts": counts,
+            "digest": digest_value({"config": self.config, "inputs": self.inputs, "outputs": outputs}),
+            "versions": installed_versions(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "wall_seconds": round(self.spent + time.time() - self.started, 1),
+        }
+        write_json(self.path / MANIFEST, manifest)
+        shutil.rmtree(self.path / "shards", ignore_errors=True)
+        (self.path / ".attempts.json").unlink(missing_ok=True)
+        self.close()
+        return manifest
+
+    def close(self) -> None:
+        """Let another process write here."""
+        if self._lock_stream is not None:
+            self._lock_stream.close()
+            self._lock_stream = None
+
+
+def _input_digest(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    assert manifest is not None, f"{folder} must be complete; the recipe calls require_complete first"
+    digest: str = manifest["digest"]
+    return digest
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of coalign, Python and the engines, without importing them."""
+    versions = {"python": platform.python_version()}
+    for package in ("coalign", *VERSIONED_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise UserError when the disk that holds `folder` has less than `num_bytes` free."""
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(
+            f"{existing}: {what} needs {num_bytes / 2**20:.0f} MiB, only {free / 2**20:.0f} MiB are free;"
+            " free some space or set run.folder to another disk"
+        )
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder appear whole or not at all: `write` fills a temporary one beside it, which is then renamed."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+class RunFolder:
+    """Where each step of a run lies, with steps borrowed from other runs and rounds; how a recipe begins a step."""
+
+    def __init__(self, run: RunTable, arguments: list[str]) -> None:
+        self.run = run
+        self.arguments = [word for word in arguments if not word.startswith("--local")]  # the launcher's own word
+        self.path = Path(run.folder) / run.name
+
+    def step(self, name: str) -> Path:
+        """Return the folder of a step: in run.inputs when borrowed, in roundN/ for the later steps of a later round."""
+        home = Path(self.run.inputs[name]) if name in self.run.inputs else self.path
+        return self._in_round(home, name, self.run.round)
+
+    @staticmethod
+    def _in_round(home: Path, name: str, number: int) -> Path:
+        return home / f"round{number}" / name if number > 1 and name in ROUND_STEPS else home / name
+
+    def policy(self) -> Path:
+        """Return the step whose model this round samples and starts from: sft, or the round before's align."""
+        if self.run.round == 1:
+            return self.step("sft")
+        return self._in_round(self.path, "align", self.run.round - 1)
+
+    def command(self, step: str) -> str:
+        """Return the command that makes a step of this run."""
+        launcher = "deepspeed" if step in TRAINING_STEPS else "python"
+        return shlex.join([launcher, f"launch/{step}.py", *self.arguments])
+
+    def require(self, name: str, folder: Path) -> Path:
+        """Return a step's folder; raise UserError when it is not complete."""
+        step = folder.name
+        elsewhere = name in self.run.inputs
+        earlier = name == "policy" and self.run.round > 1
+        hint = f"the step {step} of the run {folder.parent} (run.inputs)" if elsewhere else self.command(step)
+        if earlier:
+            words = [word for word in self.arguments if not word.startswith("run.round=")]
+            hint = shlex.join(["deepspeed", f"launch/{step}.py", *words, f"run.round={self.run.round - 1}"])
+        require_complete(folder, hint)
+        return folder
+
+    def begin(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        needs: dict[str, Path],
+        files: dict[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> StepFolder | None:
+        """Open a step for work after checking what it needs; return None, saying so, when it is complete.
+
+        `needs` maps a name to a step folder (missing or stale ones raise UserError naming the command to run). On many
+        ranks only rank 0 compares and locks its own folder; the launcher ends the others when it fails.
+        """
+        if name in self.run.inputs:
+            raise UserError(f"run.inputs.{name}={self.run.inputs[name]!r}: a borrowed step is not run again here")
+        for label, path in needs.items():
+            self.require(label, path)
+        step = StepFolder(folder or self.step(name), settings, needs, files)
+        if rank() != 0:
+            return None if read_manifest(step.path) else step
+        if step.open():
+            logger.info("%s is complete in %s; nothing to do", name, step.path)
+            return None
+        return step

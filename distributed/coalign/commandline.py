@@ -1,0 +1,191 @@
+"""From the words of a command to a checked Config: TOML file, key=value overrides, --help, errors in our own sentences.
+
+Used by launch/*. Imports no torch, so that --help and every config error answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from coalign.config import STEP_TABLES, Config, Table, known_keys
+from coalign.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = ROOT / "configs" / "default.toml"
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, lay `key=value` overrides over it and check everything.
+
+    Raises UserError naming file or key, the value seen and what was expected.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such config file; see configs/ for examples") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; a TOML file was expected") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: malformed TOML: {error}") from error
+    origin = {key: str(path) for key in _flatten(values)}
+    for override in overrides or []:
+        key, value = _parse_override(override)
+        if not isinstance(value, str) and _is_text(key):
+            value = override.partition("=")[2].strip()  # run.name=1 means the text
+        _set(values, key, value)
+        origin[key] = f"the command line ({override})"
+    try:
+        # JSON mode: strict about types, while an array may fill a list and an int a float.
+        return Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise UserError(_explain(error, origin, str(path))) from error
+
+
+def parse_command_line(step: str, argv: list[str]) -> Config:
+    """Return the configuration that `[CONFIG.toml] [key=value ...]` asks for; print the keys and exit on --help.
+
+    `--local_rank=N`, which the deepspeed launcher puts first, is passed over. Raises UserError.
+    """
+    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    if any(word in ("-h", "--help") for word in words):
+        print(help_text(step))
+        raise SystemExit(0)
+    flags = [word for word in words if word.startswith("-")]
+    if flags:
+        raise UserError(f"unknown option {flags[0]!r}; settings are given as key=value, see --help")
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one config file was expected, not {len(files)}: {' '.join(files)}")
+    overrides = [word for word in words if "=" in word]
+    config = load(Path(files[0]) if files else DEFAULT_CONFIG, overrides)
+    if step in ("sft", "align") and config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false")
+    return config
+
+
+def help_text(step: str) -> str:
+    """Return what --help prints for a step: its keys with types, defaults and meaning."""
+    lines = [f"usage: python launch/{step}.py [CONFIG.toml] [key=value ...]"]
+    if step in ("sft", "align"):
+        lines.append(f"       deepspeed [options] launch/{step}.py [CONFIG.toml] [key=value ...]")
+    lines += ["", f"Without a config: configs/default.toml. Keys of {step}:", ""]
+    for table in STEP_TABLES.get(step, tuple(Config.model_fields)):
+        model = Config.model_fields[table].annotation
+        lines.append(f"[{table}]  {_first_line(model)}")
+        lines += _help_lines(model, table)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _help_lines(model: Any, prefix: str) -> list[str]:
+    lines = []
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+            lines += _help_lines(field.annotation, f"{prefix}.{key}")
+            continue
+        default = json.dumps(field.get_default(call_default_factory=True), default=str)
+        lines.append(f"  {prefix}.{key} = {default}  ({_type_name(field)})")
+        lines.append(f"      {field.description}")
+    return lines
+
+
+def _first_line(model: Any) -> str:
+    return (model.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+
+
+def _type_name(field: FieldInfo) -> str:
+    annotation: Any = field.annotation
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " | ".join(json.dumps(value) for value in annotation.__args__)
+    name = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    bounds = [str(item) for item in field.metadata if hasattr(item, "__dict__") or hasattr(item, "__slots__")]
+    limits = ", ".join(
+        b.replace("Ge(ge=", ">= ").replace("Gt(gt=", "> ").replace("Le(le=", "<= ").rstrip(")")
+        for b in bounds
+        if b.startswith(("Ge", "Gt", "Le"))
+    )
+    readable = name.replace("coalign.config.", "").replace("typing.", "")
+    return f"{readable}, {limits}" if limits else readable
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"{text!r} is no key=value; write for example run.name=demo, and the config file first")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return key, value
+
+
+def _is_text(key: str) -> bool:
+    """Return whether a key takes a text and nothing else."""
+    table: Any = Config
+    *tables, last = key.split(".")
+    for part in tables:
+        field = table.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table)):
+            return False
+        table = field.annotation
+    return last in table.model_fields and table.model_fields[last].annotation is str
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for part in tables:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"unknown key {key!r}: {part!r} is a value, not a table")
+    values[last] = value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flatten(value, f"{prefix}{key}.")
+    return keys
+
+
+def _explain(error: ValidationError, origin: dict[str, str], path: str) -> str:
+    """Turn pydantic's first complaint into one of our sentences."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    # The key itself, else something inside it that the user wrote, else the table around it; the last word wins.
+    inside = [k for k in origin if k.startswith(f"{key}.")][::-1]
+    where = next((origin[k] for k in (key, *inside, key.rpartition(".")[0]) if k in origin), path)
+    if first["type"] == "extra_forbidden":
+        hint = _nearest(key)
+        suggestion = f"did you mean {hint!r}?" if hint else "see --help for the keys"
+        return f"unknown key {key!r} in {where}; {suggestion}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    shown = json.dumps(first.get("input"), default=str)
+    return f"{key}={shown} in {where}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(key: str) -> str:
+    """Return the known key that a mistyped one most likely means: in its own table first, then anywhere."""
+    table, _, last = key.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in known_keys() if k.rpartition(".")[0] == table]
+    found = difflib.get_close_matches(last, beside, n=1, cutoff=0.6)
+    if found:
+        return found[0]
+    elsewhere = [k for k in known_keys() if k.rpartition(".")[2] == last]
+    return elsewhere[0] if elsewhere else next(iter(difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.85)), "")

@@ -1,0 +1,455 @@
+"""The configuration: one frozen pydantic model per TOML table, unknown keys refused, every field with its unit.
+
+Used by commandline, launch/* (the only place that sees the whole Config) and, table by table, by the functions below
+them. Knows neither files nor torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _field(default: Any, description: str, *, neutral: bool = False) -> Any:
+    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale."""
+    extra: JsonDict | None = {"neutral": True} if neutral else None
+    if isinstance(default, dict | list):
+        return Field(default_factory=lambda: default.copy(), description=description, json_schema_extra=extra)
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+class Table(BaseModel):
+    """A TOML table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunTable(Table):
+    """[run]: where results go, and the seed."""
+
+    folder: str = _field("runs", "folder of all runs", neutral=True)
+    name: str = _field("default", "this run's folder inside run.folder", neutral=True)
+    seed: int = _field(0, "seed of everything random")
+    inputs: dict[str, str] = _field({}, 'complete steps to take from other runs, e.g. {sft = "runs/A"}', neutral=True)
+    round: Positive = _field(1, "round n samples and judges with the model aligned in round n - 1", neutral=True)
+    threads: NonNegative = _field(
+        1, "CPU threads a rank or worker (0: torch's own choice; another number may move last digits)", neutral=True
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunTable:
+        unknown = [name for name in self.inputs if name not in STEP_TABLES]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], STEP_TABLES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the steps are {', '.join(STEP_TABLES)}"
+            raise ValueError(f"run.inputs names {unknown[0]!r}, which is no step; {hint}")
+        return self
+
+
+class LoraTable(Table):
+    """[model.lora]: low-rank adapters instead of full fine-tuning."""
+
+    enabled: bool = _field(False, "train adapters, merge them in fp32 at export")
+    rank: Positive = _field(16, "rank of the update")
+    alpha: Annotated[float, Field(gt=0)] = _field(32.0, "scale numerator: the update is alpha / rank * B A")
+    dropout: Share = _field(0.0, "adapter dropout (0 keeps runs repeatable)")
+    target_modules: list[str] = _field([], "names of the linear layers (empty: all but the output head)")
+
+
+class RandomTable(Table):
+    """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = _field(2048, "entries of the tokenizer trained on the prepared texts")
+    hidden_size: Positive = _field(128, "width")
+    num_layers: Positive = _field(2, "decoder layers")
+    num_heads: Positive = _field(4, "attention heads")
+    intermediate_size: Positive = _field(256, "width inside the MLP")
+    context: Positive = _field(512, "tokens of context")
+
+
+class ModelTable(Table):
+    """[model]: the model that everything starts from."""
+
+    path: str = _field("", "folder or hub name of a Hugging Face causal LM (with model.init = pretrained)")
+    revision: str = _field("main", "branch, tag or commit on the hub")
+    init: Literal["pretrained", "random"] = _field(
+        "pretrained", "random: untrained weights and a tokenizer trained on the prepared texts, made by prepare"
+    )
+    max_tokens: NonNegative = _field(0, "context to use, in tokens (0: what the model's config allows)")
+    too_long: Literal["error", "drop"] = _field("drop", "what to do with a row longer than the context (never cut)")
+    chat_template: str = _field("", "file with a Jinja chat template to use instead of the model's")
+    end_of_turn: str = _field("", "token that ends an answer (empty: read from the chat template, else EOS)")
+    pad_token: str = _field("", "token to pad with (empty: the tokenizer's, else its end-of-turn)")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = _field("sdpa", "attention implementation")
+    lora: LoraTable = Field(default_factory=LoraTable)
+    random: RandomTable = Field(default_factory=RandomTable)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelTable:
+        if self.init == "random" and self.path:
+            raise ValueError(f'model.path={self.path!r} contradicts model.init="random"; remove one of them')
+        if self.random.hidden_size % (2 * self.random.num_heads):
+            raise ValueError(
+                f"model.random.hidden_size={self.random.hidden_size} is not divisible by"
+                f" 2 x num_heads={self.random.num_heads}; use {2 * self.random.num_heads * 8}"
+            )
+        return self
+
+
+class SourceTable(Table):
+    """[[data.sources]]: one source of a mixture."""
+
+    path: str = Field(description="folder, file or hub name")
+    format: Literal["auto", "sni", "jsonl", "messages", "hf"] = _field("auto", "how to read it")
+    name: str = _field("", "configuration name of a hub dataset")
+    split: str = _field("train", "split of a Hugging Face dataset")
+    max_rows: NonNegative = _field(0, "rows to take, in hash order (0: all)")
+
+
+class DataTable(Table):
+    """[data]: tasks and inputs, and how they are split."""
+
+    path: str = _field("", "one source: Super-NaturalInstructions folder, JSONL file or folder, hub name")
+    format: Literal["auto", "sni", "jsonl", "messages", "hf"] = _field("auto", "how to read data.path")
+    sources: list[SourceTable] = _field([], "several sources mixed, instead of data.path")
+    sft_share: Share = _field(0.4, "share of input texts for stage 1")
+    align_share: Share = _field(0.3, "share of input texts for sampling and stage 2")
+    dev_share: Share = _field(0.1, "share of input texts for choices; the rest is test")
+    unseen_tasks: list[str] = _field([], "tasks kept out of training, beside the source's own test split")
+    max_tasks: NonNegative = _field(0, "tasks to take, in hash order (0: all)")
+    max_sft_inputs: NonNegative = _field(0, "stage-1 inputs a task (0: all)")
+    max_align_inputs: NonNegative = _field(0, "stage-2 inputs a task (0: all)")
+    max_dev_inputs: NonNegative = _field(0, "dev inputs a task (0: all)")
+    max_test_inputs: NonNegative = _field(0, "test inputs a task (0: all)")
+    max_labels: NonNegative = _field(20, "a task with at most this many different answers is a label task")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataTable:
+        if self.path and self.sources:
+            raise ValueError(f"data.path={self.path!r} contradicts data.sources; use one of them")
+        total = self.sft_share + self.align_share + self.dev_share
+        if total >= 1.0:
+            raise ValueError(
+                f"data.sft_share + align_share + dev_share = {total:.3g} leaves nothing for test; use less than 1"
+            )
+        return self
+
+
+class ParaphraseTable(Table):
+    """[paraphrase]: wordings of every instruction."""
+
+    num_wordings: NonNegative = _field(10, "training wordings asked from the model a task (0: only files)")
+    num_dev: NonNegative = _field(2, "dev wordings a task, files first")
+    num_test: NonNegative = _field(6, "test wordings a task, files first (4 are needed to report CR)")
+    files: list[str] = _field([], "JSONL files of wordings written by people")
+    max_attempts: Positive = _field(3, "rewrites asked from the model for each wording wanted")
+    temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = _field(0.95, "nucleus sampling mass")
+    max_new_tokens: Positive = _field(256, "tokens a rewrite")
+    min_length_ratio: Share = _field(0.3, "a rewrite under this share of the original's words is too short")
+    max_length_ratio: Annotated[float, Field(ge=1)] = _field(3.0, "a rewrite over this multiple is too long")
+    max_similarity: Share = _field(0.9, "word 3-gram overlap (Jaccard) from which two wordings nearly repeat")
+
+
+class GenerationTable(Table):
+    """[generation]: the workers that generate and score."""
+
+    mode: Literal["exact", "fast"] = _field(
+        "fast", "exact: a text never depends on its batch neighbours; fast: larger batches, equal up to rounding"
+    )
+    workers: NonNegative = _field(2, "Ray actors (0: in this process, without Ray)", neutral=True)
+    gpus_per_worker: Annotated[float, Field(ge=0)] = _field(
+        -1.0, "GPUs each worker asks Ray for (-1: one if the machine has any, else none)", neutral=True
+    )
+    shard_size: Positive = _field(64, "prompts a shard: the unit of work, retry and resume")
+    batch_tokens: Positive = _field(8192, "tokens in flight a batch (prompt + new tokens, all rows)")
+    dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
+    ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _automatic_gpus(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("gpus_per_worker") == -1:
+            values = {key: value for key, value in values.items() if key != "gpus_per_worker"}
+        return values
+
+
+class TrainTable(Table):
+    """[train]: what both training stages share."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
+    zero_stage: Literal[0, 1, 2, 3] = _field(2, "DeepSpeed ZeRO stage")
+    offload_optimizer: bool = _field(False, "keep optimizer states in CPU memory")
+    offload_parameters: bool = _field(False, "keep parameters in CPU memory (ZeRO 3)")
+    gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass")
+    shared_prefix: bool = _field(True, "compute a group's prompt once for all its responses (align)")
+    max_grad_norm: Annotated[float, Field(ge=0)] = _field(1.0, "clip the gradient to this norm (0: off)")
+    weight_decay: Annotated[float, Field(ge=0)] = _field(0.0, "AdamW weight decay")
+    beta1: Share = _field(0.9, "AdamW beta 1")
+    beta2: Share = _field(0.999, "AdamW beta 2")
+    schedule: Literal["constant", "linear", "cosine"] = _field("cosine", "learning rate after the warm-up")
+    warmup_share: Share = _field(0.05, "share of the updates with rising learning rate")
+    final_lr_share: Share = _field(0.1, "share of the highest learning rate that linear and cosine fall towards")
+    micro_batch_tokens: Positive = _field(
+        8192, "padded tokens a rank computes at once; a step accumulates as many as its batch needs", neutral=True
+    )
+    eval_every: NonNegative = _field(50, "updates between dev measurements (0: never)", neutral=True)
+    dev_inputs: NonNegative = _field(32, "dev inputs of the small consistency measure", neutral=True)
+    dev_wordings: Annotated[int, Field(ge=2)] = _field(4, "dev wordings of the small consistency measure", neutral=True)
+    dev_max_new_tokens: Positive = _field(32, "tokens an answer of the small consistency measure", neutral=True)
+    checkpoint_every: NonNegative = _field(
+        100, "updates between checkpoints (0: only when asked to stop)", neutral=True
+    )
+    keep_last: Positive = _field(2, "checkpoints to keep", neutral=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainTable:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"train.offload_parameters needs train.zero_stage=3, not {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("train.offload_optimizer needs train.zero_stage=1, 2 or 3, not 0")
+        return self
+
+
+class StageTable(Table):
+    """What [sft] and [align] have in common."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = _field(2e-5, "highest learning rate")
+    epochs: Annotated[float, Field(ge=0)] = _field(0.0, "passes over the rows (0: max_steps counts)")
+    max_steps: NonNegative = _field(0, "updates (0: epochs count)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, values: Any) -> Any:
+        """Let max_steps given alone replace the default epochs."""
+        if isinstance(values, dict) and values.get("max_steps") and "epochs" not in values:
+            return {**values, "epochs": 0.0}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> StageTable:
+        name = type(self).__name__.removesuffix("Table").lower()
+        if bool(self.epochs) == bool(self.max_steps):
+            raise ValueError(
+                f"{name}.epochs={self.epochs:g} and {name}.max_steps={self.max_steps}: set exactly one of them"
+            )
+        return self
+
+
+class SftTable(StageTable):
+    """[sft]: stage 1, fine-tuning on paraphrased instructions."""
+
+    wordings: Literal["original", "augmented"] = _field("augmented", "original: the plain SFT arm, as many updates")
+    split: Literal["sft", "align"] = _field("sft", "whose gold answers are trained on (align: a control arm)")
+    epochs: Annotated[float, Field(ge=0)] = _field(3.0, "passes over the inputs (0: max_steps counts)")
+    batch_rows: Positive = _field(32, "rows an update, over all ranks")
+    replay: str = _field("", "JSONL (instruction, input, output) of other skills to mix in")
+    replay_share: Share = _field(0.0, "share of every update's rows that come from sft.replay")
+
+    @model_validator(mode="after")
+    def _check_replay(self) -> SftTable:
+        if bool(self.replay) != (self.replay_share > 0) or self.replay_share >= 1:
+            raise ValueError(
+                f"sft.replay={self.replay!r} with sft.replay_share={self.replay_share:g}: give both, share under 1"
+            )
+        return self
+
+
+class SampleTable(Table):
+    """[sample]: the model answers each align input under several wordings."""
+
+    wordings_per_input: Positive = _field(4, "training wordings drawn for each input (W)")
+    samples: Positive = _field(4, "responses for each wording (K)")
+    temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = _field(1.0, "nucleus sampling mass")
+    top_k: NonNegative = _field(0, "most likely tokens to draw from (0: all)")
+    max_new_tokens: Positive = _field(64, "tokens a response")
+
+
+class JudgeTable(Table):
+    """[judge]: self-reward."""
+
+    model: str = _field("sft", '"sft", "base" or a model folder')
+    gold: bool = _field(True, "false: align inputs are unlabelled; the judge and the agreement over wordings decide")
+    type_question: bool = _field(True, "ask whether the response is of the right type (false: a control arm)")
+    allow_weak: bool = _field(False, "go on when balanced accuracy or AUC is below judge.min_quality", neutral=True)
+    min_quality: Share = _field(0.65, "balanced accuracy and AUC below which the step stops", neutral=True)
+    audit_share: Share = _field(0.1, "share of exact matches and known-wrong answers judged only to measure the judge")
+    max_dev_inputs: Positive = _field(100, "dev inputs on which the thresholds are fitted")
+
+
+class RankTable(Table):
+    """[rank]: verdicts to groups."""
+
+    rewards: Literal["judge", "exact", "permuted", "gold"] = _field(
+        "judge", "exact, permuted (among an input's responses) and gold (the gold answer alone) are control arms"
+    )
+    pool: Literal["all", "own"] = _field("all", "own: only responses written under the group's wording (control arm)")
+    max_candidates: Annotated[int, Field(ge=2)] = _field(8, "responses a group, best and gold kept, then by reward")
+    wordings_per_input: NonNegative = _field(0, "groups an input (0: every wording it was sampled under)")
+
+
+class AlignTable(StageTable):
+    """[align]: stage 2, consistency alignment training."""
+
+    epochs: Annotated[float, Field(ge=0)] = _field(1.0, "passes over the groups (0: max_steps counts)")
+    learning_rate: Annotated[float, Field(gt=0)] = _field(1e-5, "highest learning rate")
+    batch_groups: Positive = _field(16, "groups an update, over all ranks")
+    loss: Literal["hinge", "logistic", "dpo"] = _field("hinge", "form of the ranking term")
+    rank_weight: Annotated[float, Field(ge=0)] = _field(1.0, "lambda, weight of the ranking term")
+    margin: Annotated[float, Field(ge=0)] = _field(0.0, "margin of the hinge, nats a token")
+    beta: Annotated[float, Field(gt=0)] = _field(1.0, "sharpness of logistic and dpo")
+
+
+class EvalTable(Table):
+    """[eval]: greedy answers to held-out inputs under held-out wordings."""
+
+    models: dict[str, str] = _field(
+        {"base": "base", "sft": "sft", "align": "align"}, "table name -> step or model folder, in order"
+    )
+    split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
+    agreement: str = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
+    wordings_file: str = _field("", "JSONL of wordings to use instead of the run's held-out ones")
+    folder: str = _field("", "where to write (empty: the run's eval folder)", neutral=True)
+    max_inputs: NonNegative = _field(0, "inputs a task (0: all)")
+    max_wordings: NonNegative = _field(0, "wordings a task (0: all)")
+    max_new_tokens: Positive = _field(64, "tokens an answer")
+    noise_inputs: NonNegative = _field(50, "inputs for each noise floor (0: none)")
+    noise_samples: Annotated[int, Field(ge=2)] = _field(8, "repeats of one wording for each noise floor")
+    num_bootstrap: Positive = _field(2000, "resamples of the two-level bootstrap")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_folders(cls, values: Any) -> Any:
+        """Accept eval.models as a list: steps by their own name, folders by their last part."""
+        if isinstance(values, dict) and isinstance(values.get("models"), list):
+            named: dict[str, str] = {}
+            for item in values["models"]:
+                path = Path(str(item))
+                name = path.parent.name if path.name == "model" and path.parent.name else path.name
+                unique, count = name, 2
+                while unique in named:
+                    unique, count = f"{name}-{count}", count + 1
+                named[unique] = str(item)
+            values = {**values, "models": named}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalTable:
+        if not self.models:
+            raise ValueError("eval.models is empty; name at least one step or model folder")
+        return self
+
+
+class LogTable(Table):
+    """[log]: what is written while a step runs."""
+
+    level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe message shown", neutral=True)
+    every: Positive = _field(10, "updates between printed training lines (metrics.jsonl has every one)", neutral=True)
+    tensorboard: bool = _field(True, "write TensorBoard event files", neutral=True)
+    wandb: bool = _field(False, "log to Weights & Biases, when it is installed", neutral=True)
+
+
+class Config(Table):
+    """The whole configuration."""
+
+    run: RunTable = Field(default_factory=RunTable)
+    model: ModelTable = Field(default_factory=ModelTable)
+    data: DataTable = Field(default_factory=DataTable)
+    paraphrase: ParaphraseTable = Field(default_factory=ParaphraseTable)
+    generation: GenerationTable = Field(default_factory=GenerationTable)
+    train: TrainTable = Field(default_factory=TrainTable)
+    sft: SftTable = Field(default_factory=SftTable)
+    sample: SampleTable = Field(default_factory=SampleTable)
+    judge: JudgeTable = Field(default_factory=JudgeTable)
+    rank: RankTable = Field(default_factory=RankTable)
+    align: AlignTable = Field(default_factory=AlignTable)
+    eval: EvalTable = Field(default_factory=EvalTable)
+    log: LogTable = Field(default_factory=LogTable)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.model.attention == "flash_attention_2" and self.train.shared_prefix:
+            raise ValueError(
+                'model.attention="flash_attention_2" takes no mask of shared prefixes; set train.shared_prefix=false'
+                ' or model.attention="sdpa"'
+            )
+        return self
+
+
+# The tables that decide a step's result; --help prints these, and the step's manifest holds their digest.
+STEP_TABLES: dict[str, tuple[str, ...]] = {
+    "prepare": ("run", "data", "model"),
+    "paraphrase": ("run", "paraphrase", "model", "generation"),
+    "sft": ("run", "sft", "model", "train"),
+    "sample": ("run", "sample", "model", "generation"),
+    "judge": ("run", "judge", "model", "generation"),
+    "rank": ("run", "rank"),
+    "align": ("run", "align", "model", "train"),
+    "eval": ("run", "eval", "model", "generation"),
+}
+
+
+def table_for_other_model(model: ModelTable) -> ModelTable:
+    """Return [model] for a judge from elsewhere: what is set for the policy's tokenizer and context is not its own."""
+    own = {"chat_template": "", "end_of_turn": "", "pad_token": "", "max_tokens": 0, "lora": LoraTable()}
+    return model.model_copy(update=own)
+
+
+def cores_used(generation: GenerationTable, run: RunTable) -> int:
+    """Return the CPU cores that a step of workers keeps busy."""
+    return max(1, generation.workers) * max(1, run.threads)
+
+
+def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool = True) -> dict[str, Any]:
+    """Return {"table.key": value} of the tables, flat; without the neutral keys if asked."""
+    flat: dict[str, Any] = {}
+    for name in tables:
+        _collect(getattr(config, name), name, flat, with_neutral)
+    return flat
+
+
+def changed_values(config: Config, tables: tuple[str, ...]) -> dict[str, Any]:
+    """Return the flat keys of the tables whose value differs from the built-in default."""
+    defaults = table_values(Config(), tables)
+    return {key: value for key, value in table_values(config, tables).items() if defaults[key] != value}
+
+
+def default_values() -> dict[str, Any]:
+    """Return {"table.key": value} of the built-in defaults, flat."""
+    return table_values(Config(), tuple(Config.model_fields))
+
+
+def differing_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of flat values, from a manifest say, that differ from the built-in default."""
+    defaults = default_values()
+    return {key: value for key, value in values.items() if defaults.get(key) != value}
+
+
+def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool) -> None:
+    for key, field in type(table).model_fields.items():
+        value = getattr(table, key)
+        extra = field.json_schema_extra
+        if isinstance(value, Table):
+            _collect(value, f"{prefix}.{key}", flat, with_neutral)
+        elif with_neutral or not (isinstance(extra, dict) and extra.get("neutral")):
+            flat[f"{prefix}.{key}"] = (
+                [v.model_dump() if isinstance(v, Table) else v for v in value] if isinstance(value, list) else value
+            )
+
+
+def known_keys() -> list[str]:
+    """Return every key, flat, tables included."""
+    flat: dict[str, Any] = {}
+    config = Config()
+    for name in Config.model_fields:
+        _collect(getattr(config, name), name, flat, with_neutral=True)
+    return [*flat, *Config.model_fields, "model.lora", "model.random"]

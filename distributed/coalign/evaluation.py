@@ -1,0 +1,446 @@
+"""What eval asks: which models, which inputs under which wordings, the repeats for the noise floors; answers back.
+
+Used by launch/eval.py. Pure text and paths; summary.py makes the tables from the responses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from coalign.artifacts import MANIFEST, ROUND_STEPS, RunFolder, StepFolder, digest_file, digest_folder, read_manifest
+from coalign.config import STEP_TABLES, EvalTable, ModelTable, RunTable, table_for_other_model
+from coalign.errors import UserError
+from coalign.process import derive_seed
+from coalign.prompts import NO, YES, same_answer_question
+from coalign.records import Example, Response, Task, Wording, read_records
+from coalign.text import normalise_input, unit_hash
+from coalign.wordings import canonical_answer, expected_answer, load_wordings, render_prompt
+
+STEPS = ("base", "sft", "align")
+NOISE_TEMPERATURE = 0.7
+
+logger = logging.getLogger("coalign")
+
+# (what, requests, generation mode, temperature, rows a shard or 0 for what is configured) -> result rows in order
+Generate = Callable[[str, list[dict[str, Any]], str, float, int], Iterable[dict[str, Any]]]
+
+
+class PromptCodec(Protocol):
+    """What is asked of encoding.Codec here."""
+
+    max_tokens: int
+
+    def encode_prompt(self, user_text: str) -> list[int]:
+        """Return the token ids of a user message."""
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of a text alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """One held-out input under one wording."""
+
+    example: Example
+    wording: Wording
+    prompt: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return (task, example, wording)."""
+        return self.example.task, self.example.id, self.wording.id
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one model said: greedy answers, the two noise floors, and greedy answers in the other generation mode.
+
+    `num_tokens` counts everything that was generated for it.
+    """
+
+    answers: list[Response]
+    neighbours: list[Response] = dataclasses.field(default_factory=list)
+    samples: list[Response] = dataclasses.field(default_factory=list)
+    other_mode: list[Response] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
+
+
+def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
+    """Return the model folder (or hub name) that a value of eval.models stands for.
+
+    `base`, a step of this run, `FOLDER/STEP`, a model folder, or the name of a model on the hub. Raises UserError.
+    """
+    if value == "base":
+        return base
+    if value in steps:
+        return str(steps[value] / "model")
+    folder = Path(value)
+    if (folder / "model" / "config.json").is_file():
+        if (folder / "config.json").is_file() and read_manifest(folder) is None:
+            raise UserError(f"eval.models: the step in {value} is not complete; run it to its end first")
+        return str(folder / "model")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or _is_step(folder):
+            raise UserError(
+                f"eval.models: {value} holds no model (no config.json of one); name a model folder, a training step's"
+                f" folder such as {folder / 'align'}, or one of {', '.join(STEPS)}"
+            )
+        return value
+    if value.count("/") == 1 and not value.startswith((".", "/", "~")) and not value.endswith("/"):
+        return value
+    raise UserError(
+        f"eval.models: {value!r} is neither one of {', '.join(STEPS)} nor a folder that exists; check the path"
+    )
+
+
+def model_table(value: str, model: ModelTable) -> ModelTable:
+    """Return the [model] to use for a value of eval.models: the run's own, that of a trained step, or a foreign one's.
+
+    A training step of another run (an arm) goes by the context and the tokens that it was trained with; its chat
+    template lies beside its weights.
+    """
+    if value in STEPS:
+        return model
+    manifest = read_manifest(Path(value))
+    kept = ("too_long", "max_tokens", "end_of_turn", "pad_token", "attention")
+    settings = manifest["config"] if manifest else {}
+    if not all(f"model.{key}" in settings for key in kept):
+        return table_for_other_model(model)
+    return table_for_other_model(model).model_copy(update={key: settings[f"model.{key}"] for key in kept})
+
+
+def _is_step(folder: Path) -> bool:
+    if (folder / MANIFEST).exists():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and set(config) == {"config", "inputs"}
+
+
+def digest_model(folder: str) -> str:
+    """Return the digest of a model folder; the name of a model on the hub stands for itself."""
+    return digest_folder(Path(folder)) if Path(folder).is_dir() else folder
+
+
+def check_models(folders: dict[str, str], own: set[str], judge: str) -> tuple[str, dict[str, str]]:
+    """Return the judge's model folder ("" without one) and the digests of the models that no step of ours digests.
+
+    `own` are the names of models that come from steps of the run. Raises UserError, see `resolve_judge`.
+    """
+    digests = {f"model {name}": digest_model(folder) for name, folder in folders.items() if name not in own}
+    if judge:
+        judge = resolve_judge(judge, {name: digest_model(folder) for name, folder in folders.items()})
+        digests["judge of agreement"] = digest_model(judge)
+    return judge, digests
+
+
+def resolve_judge(folder: str, digests: dict[str, str]) -> str:
+    """Return the folder of the model that decides on agreement.
+
+    Raises UserError when there is none or when it is one of the models under test (same digest).
+    """
+    path = Path(folder)
+    inner = path / "model"
+    chosen = inner if (inner / "config.json").is_file() else path
+    if not (chosen / "config.json").is_file():
+        raise UserError(
+            f"eval.agreement={folder!r} is neither exact, rouge_l>=X (such as rouge_l>=0.7) nor a model folder"
+        )
+    digest = digest_folder(chosen)
+    same = [name for name, other in digests.items() if other == digest]
+    if same:
+        raise UserError(
+            f"eval.agreement={folder!r} is the same model as {same[0]!r} under test; a model can't judge its own"
+            " agreement, use another one or exact"
+        )
+    return str(chosen)
+
+
+def plan_pairs(
+    tasks: Iterable[Task], examples: Iterable[Example], wordings: Iterable[Wording], table: EvalTable
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Return every input of the split under every wording of its task, and what was dropped, with reasons.
+
+    Wordings are taken in file order, inputs in hash order. Raises UserError when nothing is left.
+    """
+    of_task: dict[str, list[Wording]] = defaultdict(list)
+    for wording in wordings:
+        of_task[wording.task].append(wording)
+    inputs: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        if example.split == table.split:
+            inputs[example.task].append(example)
+    pairs: list[Pair] = []
+    dropped: list[dict[str, Any]] = []
+    for task in tasks:
+        chosen = of_task[task.id][: table.max_wordings or None]
+        if not chosen or not inputs[task.id]:
+            dropped.append({"reason": "no_wordings" if inputs[task.id] else "no_inputs", "task": task.id})
+            continue
+        ordered = sorted(inputs[task.id], key=lambda example: (unit_hash(normalise_input(example.input)), example.id))
+        for example in ordered[: table.max_inputs or None]:
+            for wording in chosen:
+                prompt, reason = _render(example, wording)
+                if reason:
+                    row = {"reason": reason, "task": task.id, "example": example.id, "wording": wording.id}
+                    dropped.append(row)
+                else:
+                    pairs.append(Pair(example, wording, prompt))
+    if not pairs:
+        source = f"paraphrase.num_{table.split}" if not table.wordings_file else table.wordings_file
+        raise UserError(
+            f"eval has nothing to ask: no input of the {table.split} split has a wording that fits it; see {source} and"
+            " the data.*_share settings"
+        )
+    return pairs, dropped
+
+
+def _render(example: Example, wording: Wording) -> tuple[str, str]:
+    prompt = render_prompt(wording, example.input)
+    if prompt is None:
+        return "", "fields_regex"
+    if all(expected_answer(wording, example.input, gold) is None for gold in example.outputs):
+        return "", "answer_map"
+    return prompt, ""
+
+
+def build_requests(
+    pairs: Sequence[Pair], codec: PromptCodec, too_long: str, max_new_tokens: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a greedy request for each pair that fits the model's context, and the rows that don't.
+
+    Raises UserError for the first one that doesn't fit when `too_long` is "error".
+    """
+    requests: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for pair in pairs:
+        task, example, wording = pair.key
+        ids = codec.encode_prompt(pair.prompt)
+        where = {"task": task, "example": example, "wording": wording}
+        if len(ids) + max_new_tokens <= codec.max_tokens:
+            requests.append({**where, "repeat": 0, "prompt_ids": ids, "seeds": [0]})
+        elif too_long == "error":
+            raise UserError(
+                f"input {example} of {task} under wording {wording}: a prompt of {len(ids)} tokens and"
+                f" eval.max_new_tokens={max_new_tokens} exceed the context of {codec.max_tokens}; set"
+                ' model.too_long="drop" to leave such rows out, or use a model with a longer context'
+            )
+        else:
+            dropped.append({"reason": "too_long", **where, "num_tokens": len(ids)})
+    return requests, dropped
+
+
+def noise_requests(requests: Sequence[dict[str, Any]], num_inputs: int) -> list[dict[str, Any]]:
+    """Return one wording (the first) of `num_inputs` inputs, taken in hash order over all tasks."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for request in requests:
+        first.setdefault((request["task"], request["example"]), request)
+    ordered = sorted(first.values(), key=lambda request: unit_hash("noise", request["task"], request["example"]))
+    return ordered[:num_inputs]
+
+
+def repeats_among_others(
+    chosen: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]], repeats: int, seed: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the chosen requests `repeats` times, each time among other requests, and how many rows a repeat has.
+
+    A repeat is to be a shard of its own, so that no two copies of a request are ever computed together. It holds as
+    many others ("filler") as chosen ones, but at most half of those that there are: each repeat draws its own by hash.
+    """
+
+    def order(row: dict[str, Any], what: str, repeat: int) -> int:
+        return derive_seed(seed, "neighbours", what, repeat, *_place(row))
+
+    keys = {_place(request) for request in chosen}
+    others = [request for request in requests if _place(request) not in keys]
+    num_others = min(len(chosen), (len(others) + 1) // 2)
+    rows = []
+    for repeat in range(repeats):
+        drawn = sorted(others, key=lambda r: order(r, "filler", repeat))[:num_others]
+        together = [{**r, "repeat": repeat} for r in chosen]
+        together += [{**r, "repeat": repeat, "filler": True} for r in drawn]
+        rows += sorted(together, key=lambda r: order(r, "place", repeat))
+    return rows, len(chosen) + num_others
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["example"], row["wording"]
+
+
+def seeded_samples(requests: Sequence[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
+    """Return every request once, asking for several seeded samples."""
+    return [
+        {
+            **request,
+            "seeds": [
+                derive_seed(seed, "eval", request["task"], request["example"], request["wording"], sample)
+                for sample in range(samples)
+            ],
+        }
+        for request in requests
+    ]
+
+
+def read_responses(rows: Iterable[dict[str, Any]], pairs: dict[tuple[str, str, str], Pair]) -> list[Response]:
+    """Return the responses of generated rows, mapped back through their wording; `sample` numbers the repeats."""
+    responses = []
+    for row in rows:
+        pair = pairs[row["task"], row["example"], row["wording"]]
+        for index, answer in enumerate(row["answers"]):
+            responses.append(
+                Response(
+                    example=row["example"],
+                    task=row["task"],
+                    wording=row["wording"],
+                    sample=row["repeat"] + index,
+                    text=answer["text"],
+                    canonical=canonical_answer(pair.wording, pair.example.input, answer["text"]),
+                    finish=answer["finish"],
+                    num_tokens=answer["num_tokens"],
+                )
+            )
+    return responses
+
+
+def held_out_wordings(
+    table: EvalTable, paraphrased: Path, tasks: Iterable[Task]
+) -> tuple[list[Wording], list[dict[str, Any]], dict[str, str]]:
+    """Return the wordings to ask under, what was dropped of a file of wordings, and that file's digest by name.
+
+    Without a file: the wordings of the split in the folder of the paraphrase step.
+    """
+    if not table.wordings_file:
+        found = read_records(Wording, paraphrased / "wordings.jsonl")
+        return [wording for wording in found if wording.split == table.split], [], {}
+    wordings, dropped = load_wordings([table.wordings_file], {task.id: task for task in tasks})
+    return wordings, dropped, {"wordings_file": digest_file(Path(table.wordings_file))}
+
+
+def collect_answers(
+    requests: Sequence[dict[str, Any]],
+    pairs: Sequence[Pair],
+    table: EvalTable,
+    mode: str,
+    seed: int,
+    generate: Generate,
+) -> ModelOutput:
+    """Ask a model for its answers, both noise floors, and the noise floor's inputs again in the other mode."""
+
+    num_tokens = 0
+
+    def ask(
+        what: str, rows: list[dict[str, Any]], mode: str, temperature: float = 0.0, shard_size: int = 0
+    ) -> list[Response]:
+        nonlocal num_tokens
+        answered = list(generate(what, rows, mode, temperature, shard_size))
+        num_tokens += sum(answer["num_tokens"] for row in answered for answer in row["answers"])
+        return read_responses((row for row in answered if not row.get("filler")), by_key)
+
+    by_key = {pair.key: pair for pair in pairs}
+    few = noise_requests(requests, table.noise_inputs)
+    answers = ask("answers", list(requests), mode)
+    repeats, shard_size = repeats_among_others(few, requests, table.noise_samples, seed)
+    neighbours = ask("neighbours", repeats, "fast", shard_size=shard_size)
+    samples = ask("samples", seeded_samples(few, table.noise_samples, seed), mode, NOISE_TEMPERATURE)
+    other_mode = neighbours if mode == "exact" else ask("exact", few, "exact")
+    return ModelOutput(answers, neighbours, samples, other_mode, num_tokens)
+
+
+def judge_requests(
+    pairs: Sequence[tuple[str, str]], codec: PromptCodec, too_long: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a request to score yes and no after the question whether two answers mean the same, a pair each.
+
+    A pair whose prompt exceeds the judge's context gets none but a row in the second list, and counts as not agreeing;
+    UserError when `too_long` is "error".
+    """
+    verdicts = [codec.encode_plain(YES), codec.encode_plain(NO)]
+    room = codec.max_tokens - max(map(len, verdicts))
+    requests: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for index, pair in enumerate(pairs):
+        ids = codec.encode_prompt(same_answer_question(*pair))
+        if len(ids) <= room:
+            requests.append({"pair": index, "prompt_ids": ids, "continuations": verdicts})
+        elif too_long == "error":
+            raise UserError(
+                f"eval.agreement: the question whether {pair[0][:40]!r} and {pair[1][:40]!r} mean the same has"
+                f" {len(ids)} tokens, which exceed the judge's context of {codec.max_tokens}; set"
+                ' model.too_long="drop" to count such pairs as not agreeing, or use a judge with a longer context'
+            )
+        else:
+            dropped.append({"reason": "too_long_for_judge", "answers": list(pair), "num_tokens": len(ids)})
+    if dropped:
+        logger.warning(
+            "%d of %d pairs of answers exceed the context of the judge of agreement (%d tokens) and count as not"
+            " agreeing",
+            len(dropped),
+            len(pairs),
+            codec.max_tokens,
+        )
+    return requests, dropped
+
+
+def read_agreement(rows: Iterable[dict[str, Any]], num_pairs: int) -> list[bool]:
+    """Return for each pair whether yes scored above no; a pair that was not asked about does not agree."""
+    agreeing = {row["pair"] for row in rows if row["logps"][0] > row["logps"][1]}
+    return [index in agreeing for index in range(num_pairs)]
+
+
+def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput]) -> dict[str, Any]:
+    """Return the step's counts of each model's answers, and the tokens that all of them have generated."""
+    return {
+        "models": {name: model["counts"] for name, model in result["models"].items()},
+        "tokens_generated": sum(output.num_tokens for output in outputs.values()),
+    }
+
+
+def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
+    """Return the folders of the steps before eval by name, in a later round those of the rounds before it as well."""
+    steps = {name: RunFolder(run, arguments).step(name) for name in STEP_TABLES if name not in ROUND_STEPS}
+    for number in range(1, run.round + 1):
+        folder = RunFolder(run.model_copy(update={"round": number}), arguments)
+        suffix = f", round {number}" if run.round > 1 else ""
+        steps |= {name + suffix: folder.step(name) for name in ROUND_STEPS if name != "eval"}
+    return steps
+
+
+def describe_steps(steps: dict[str, Path], step: StepFolder) -> dict[str, Any]:
+    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and eval's own time."""
+    return {
+        "cost": cost_rows(steps),
+        "steps": {name: str(path) for name, path in steps.items()},
+        "lineage": step.lineage,
+        "eval_seconds": round(step.spent + time.time() - step.started, 1),
+    }
+
+
+def cost_rows(steps: dict[str, Path]) -> list[dict[str, Any]]:
+    """Return what each complete step has used, as far as its manifest says so."""
+    rows = []
+    for name, folder in steps.items():
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        counts = manifest["counts"]
+        cores = counts.get("cores")
+        rows.append(
+            {
+                "step": name,
+                "updates": counts.get("updates"),
+                "tokens_trained": counts.get("tokens_trained", counts.get("tokens")),
+                "tokens_generated": counts.get("tokens_generated"),
+                "wall_seconds": manifest.get("wall_seconds"),
+                "core_hours": manifest["wall_seconds"] * cores / 3600 if cores else None,
+            }
+        )
+    return rows

@@ -1,0 +1,387 @@
+"""Which wordings a task keeps: what makes a rewrite unusable, near repetitions, files merged with the model's rewrites.
+
+Used by the paraphrase step. Every wording that goes has a reason. Pure functions of texts; knows no model.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+from coalign.config import ParaphraseTable
+from coalign.errors import UserError
+from coalign.prompts import parse_paraphrase
+from coalign.records import Task, Wording
+from coalign.text import normalise_answer, normalise_input, words
+from coalign.wordings import (
+    FILE_PREFIX,
+    GENERATED,
+    ORIGINAL,
+    WordingFiles,
+    assign_splits,
+    bare_text,
+    num_short,
+    original_wording,
+)
+
+Reason = Literal[
+    "empty",
+    "cut_off",
+    "malformed",
+    "too_short",
+    "too_long",
+    "lost_label",
+    "lost_number",
+    "lost_placeholder",
+    "lost_format",
+    "held_out",
+    "near_duplicate",
+]
+T = TypeVar("T")
+REASONS: tuple[str, ...] = get_args(Reason)
+
+# Below this many words a text has too few 3-grams to compare by: its set of words is compared.
+_SHORT_WORDS = 6
+
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
+_QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
+# Bytes that no instruction has: control characters, and what a broken UTF-8 sequence decodes to.
+_BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+
+# Constraints on the form of the answer: (how the original may put it, what a rewrite must then have).
+_LIMIT = (
+    r"\b(?:at most|at least|no more than|not more than|no fewer than|up to|fewer than|less than|maximum of|within)\b"
+)
+_UNIT = r"\b(?:words?|sentences?|characters?|letters?|lines?|items?|tokens?|digits?)\b"
+_SAME = (
+    r"\b(?:one|single|1)[- ]word\b|\bjust (?:one|a) word\b",
+    r"\b(?:one|single|1)[- ]sentence\b",
+    r"\b(?:full|complete) sentences?\b",
+    r"\bcomma[- ]?separated\b|\bseparated (?:by|with) (?:a )?commas?\b|\bcommas? between\b|\bcomma[- ]delimited\b",
+    r"\bupper[- ]?case\b|\bcapital letters?\b|\bcapitali[sz]ed?\b|\ball caps\b",
+    r"\blower[- ]?case\b|\bsmall letters\b",
+    r"\b(?:in|of) (?:the|this) (?:following )?form\b|\bformat(?:ted)?\b",
+    r"\bjson\b",
+    r"\bxml\b",
+    r"\bhtml\b",
+    r"\bmarkdown\b",
+    r"\bsql\b",
+    r"\bbullet(?:ed|s| points?| list)?\b|\bnumbered list\b",
+    r"\balphabetical(?:ly)?\b|\balphabetic order\b",
+    r"\b(?:without|no|omit|skip) (?:an? |any )?(?:explanations?|explaining|reasoning)\b",
+)
+_FORMATS = tuple(
+    (re.compile(given, re.IGNORECASE), re.compile(needed, re.IGNORECASE | re.DOTALL))
+    for given, needed in (
+        *((pattern, pattern) for pattern in _SAME),
+        (r"\byes\b\W+(?:(?:or|and)\W+)?no\b|\bno\b\W+(?:or|and)\W+yes\b", r"(?=.*\byes\b)(?=.*\bno\b)"),
+        (r"\btrue\b\W+(?:(?:or|and)\W+)?false\b|\bfalse\b\W+(?:or|and)\W+true\b", r"(?=.*\btrue\b)(?=.*\bfalse\b)"),
+        (
+            rf"{_LIMIT}\W+\w+\W+{_UNIT}",
+            rf"(?=.*{_UNIT}).*\b(?:most|least|more|fewer|less|up to|max\w*|min\w*|within|limit\w*)\b",
+        ),
+    )
+)
+
+
+def check_rewrite(
+    original: str,
+    rewrite: str,
+    labels: Sequence[str],
+    kept: Sequence[str],
+    held_out: NearRepeats,
+    table: ParaphraseTable,
+) -> Reason | None:
+    """Return why a rewrite of an instruction can't be used, None if it can.
+
+    `kept` are the wordings that the task has already, `held_out` the dev and test wordings of all tasks, both without
+    fields.
+    """
+    if not rewrite.strip():
+        return "empty"
+    length, asked = len(words(rewrite)), len(words(original))
+    if not length or _BROKEN.search(rewrite):
+        return "malformed"
+    if length < table.min_length_ratio * asked:
+        return "too_short"
+    if length > table.max_length_ratio * max(asked, 1):
+        return "too_long"
+    if lost := _lost(original, rewrite, labels):
+        return lost
+    if held_out.has_like(rewrite):
+        return "held_out"
+    if repeats(rewrite, [original, *kept], table.max_similarity):
+        return "near_duplicate"
+    return None
+
+
+def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
+    """Return what of the original the rewrite has lost."""
+    if any(not _names(rewrite, label) for label in labels_in(original, labels)):
+        return "lost_label"
+    if set(_NUMBER.findall(original)) - set(_NUMBER.findall(rewrite)):
+        return "lost_number"
+    if any(placeholder not in rewrite for placeholder in _PLACEHOLDER.findall(original)):
+        return "lost_placeholder"
+    folded = normalise_input(rewrite)
+    quoted = ("".join(groups) for groups in _QUOTED.findall(original))
+    if any(normalise_answer(text) not in folded for text in quoted):
+        return "lost_placeholder"
+    if any(given.search(original) and not needed.search(rewrite) for given, needed in _FORMATS):
+        return "lost_format"
+    return None
+
+
+def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
+    """Return the labels that an instruction names, which its rewrites have to keep."""
+    return [label for label in labels if _names(instruction, label)]
+
+
+def _names(text: str, label: str) -> bool:
+    """Return whether a text has this label as whole words; case counts for a single letter ("A", not the article)."""
+    words_of_label = label.split()
+    if not words_of_label:
+        return False
+    pattern = r"\s+".join(map(re.escape, words_of_label))
+    flags = 0 if len(label.strip()) == 1 else re.IGNORECASE
+    return re.search(rf"(?<!\w){pattern}(?!\w)", text, flags) is not None
+
+
+_Shingles = tuple[frozenset[str], frozenset[tuple[str, str, str]]]
+
+
+@functools.lru_cache(maxsize=8192)
+def _shingles(text: str) -> _Shingles:
+    """Return the set of words and the set of word 3-grams of a text."""
+    sequence = words(text)
+    return frozenset(sequence), frozenset(zip(sequence, sequence[1:], sequence[2:], strict=False))
+
+
+def similarity(text: str, other: str) -> float:
+    """Return the Jaccard overlap of the word 3-grams of two texts; of their words where one is short."""
+    if normalise_input(text) == normalise_input(other):
+        return 1.0
+    return _overlap(_shingles(text), _shingles(other))
+
+
+def _overlap(one: _Shingles, other: _Shingles) -> float:
+    short = min(len(one[0]), len(other[0])) < _SHORT_WORDS
+    a: frozenset[Any] = one[0] if short else one[1]
+    b: frozenset[Any] = other[0] if short else other[1]
+    common = len(a & b)
+    union = len(a) + len(b) - common
+    return common / union if union else 0.0
+
+
+def repeats(text: str, others: Iterable[str], max_similarity: float) -> bool:
+    """Return whether a text nearly repeats one of the others."""
+    return any(similarity(text, other) >= max_similarity for other in others)
+
+
+class NearRepeats:
+    """Many texts, and whether another one nearly repeats any of them: what `repeats` says, by an inverted index.
+
+    An overlap of t with a set A takes t |A| common members, so one of any (1 - t) |A| + 1 members of A is common: only
+    the texts that hold one of A's rarest members are compared.
+    """
+
+    def __init__(self, max_similarity: float, texts: Iterable[str] = ()) -> None:
+        self.max_similarity = max_similarity
+        self._shingles: list[_Shingles] = []
+        self._normal: set[str] = set()
+        # Short texts are compared by words with all texts, long ones with one another by 3-grams.
+        self._by_word: dict[Hashable, list[int]] = defaultdict(list)
+        self._short_by_word: dict[Hashable, list[int]] = defaultdict(list)
+        self._long_by_gram: dict[Hashable, list[int]] = defaultdict(list)
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Take one more text."""
+        normal = normalise_input(text)
+        if normal in self._normal:
+            return
+        self._normal.add(normal)
+        number, shingles = len(self._shingles), _shingles(text)
+        self._shingles.append(shingles)
+        short = len(shingles[0]) < _SHORT_WORDS
+        for word in shingles[0]:
+            self._by_word[word].append(number)
+            if short:
+                self._short_by_word[word].append(number)
+        for gram in () if short else shingles[1]:
+            self._long_by_gram[gram].append(number)
+
+    def has_like(self, text: str) -> bool:
+        """Return whether a text nearly repeats one of those taken so far."""
+        if normalise_input(text) in self._normal or (self._normal and self.max_similarity <= 0):
+            return True
+        shingles = _shingles(text)
+        if len(shingles[0]) < _SHORT_WORDS:
+            found = self._candidates(shingles[0], self._by_word)
+        else:
+            found = self._candidates(shingles[0], self._short_by_word)
+            found |= self._candidates(shingles[1], self._long_by_gram)
+        return any(_overlap(shingles, self._shingles[number]) >= self.max_similarity for number in found)
+
+    def _candidates(self, members: Iterable[Hashable], index: Mapping[Hashable, list[int]]) -> set[int]:
+        """Return the texts that may overlap enough; the small slack keeps rounding from losing one."""
+        rarest = sorted((index.get(member, []) for member in members), key=len)
+        needed = max(1, math.ceil(self.max_similarity * len(rarest) - 1e-6))
+        return set().union(*rarest[: len(rarest) - needed + 1])
+
+
+def drop_repeats(
+    wordings: Sequence[Wording], task: Task, max_similarity: float
+) -> tuple[list[Wording], list[dict[str, Any]]]:
+    """Return one task's wordings without those that undo its splits, and rows {task, id, text, reason} for these.
+
+    Of two equal wordings the later goes, and of a seen task any from a file that nearly repeats the original
+    ("near_duplicate"). Then a dev wording goes that nearly repeats a test wording, and a train wording that nearly
+    repeats a dev or test wording ("held_out"). Templates are compared without their fields.
+    """
+    reasons: dict[str, Reason] = {}
+    texts = {wording.id: bare_text(wording) for wording in wordings}
+    seen: set[tuple[str, str]] = set()
+    for wording in wordings:
+        key = (wording.kind, normalise_input(wording.text))
+        from_file = wording.source.startswith(FILE_PREFIX)
+        like_original = from_file and task.seen and repeats(texts[wording.id], [task.instruction], max_similarity)
+        if key in seen or like_original:
+            reasons[wording.id] = "near_duplicate"
+        seen.add(key)
+    held_out: list[str] = []
+    for split in ("test", "dev", "train"):
+        members = [w for w in wordings if w.split == split and w.id not in reasons]
+        for wording in members:
+            if wording.source != ORIGINAL and repeats(texts[wording.id], held_out, max_similarity):
+                reasons[wording.id] = "held_out"
+        held_out += [texts[w.id] for w in members if w.id not in reasons]
+    dropped = [
+        {"task": w.task, "id": w.id, "text": w.text, "reason": reasons[w.id]} for w in wordings if w.id in reasons
+    ]
+    return [w for w in wordings if w.id not in reasons], dropped
+
+
+def drop_held_out(
+    by_task: Mapping[str, Sequence[Wording]], tasks: Iterable[Task], max_similarity: float
+) -> tuple[dict[str, list[Wording]], list[dict[str, Any]], list[str]]:
+    """Return the wordings without those that nearly repeat a held-out one of any task, rows of these, and originals.
+
+    A dev wording that the model wrote goes when a test wording of any task is like it, a train wording when a dev or
+    test wording is. An original always stays; the seen tasks whose original is like a held-out wording come last.
+    """
+    everything = [wording for wordings in by_task.values() for wording in wordings]
+    held_out = NearRepeats(max_similarity, (bare_text(w) for w in everything if w.split == "test"))
+    lost: set[tuple[str, str]] = set()
+    for wording in (w for w in everything if w.split == "dev" and w.source == GENERATED):
+        if held_out.has_like(bare_text(wording)):
+            lost.add((wording.task, wording.id))
+    for wording in (w for w in everything if w.split == "dev" and (w.task, w.id) not in lost):
+        held_out.add(bare_text(wording))
+    for wording in (w for w in everything if w.split == "train" and w.source != ORIGINAL):
+        if held_out.has_like(bare_text(wording)):
+            lost.add((wording.task, wording.id))
+    dropped = [
+        {"task": w.task, "id": w.id, "text": w.text, "reason": "held_out"} for w in everything if (w.task, w.id) in lost
+    ]
+    kept = {task: [w for w in wordings if (w.task, w.id) not in lost] for task, wordings in by_task.items()}
+    originals = [task.id for task in tasks if task.seen and held_out.has_like(task.instruction)]
+    return kept, dropped, originals
+
+
+def merge_files(
+    tasks: Sequence[Task], files: WordingFiles, table: ParaphraseTable, seed: int
+) -> tuple[dict[str, list[Wording]], list[dict[str, Any]]]:
+    """Return each task's original and its wordings from files, split, and rows {task, id, text, reason} of the rest."""
+    by_task: dict[str, list[Wording]] = {task.id: [original_wording(task)] for task in tasks}
+    dropped = list(files.dropped)
+    for wording in files.wordings:
+        first = by_task[wording.task][0]
+        if wording.id != ORIGINAL:
+            by_task[wording.task].append(wording)
+        elif similarity(wording.text, first.text) >= table.max_similarity:
+            dropped.append({"task": wording.task, "id": wording.id, "text": wording.text, "reason": "near_duplicate"})
+        else:
+            raise UserError(
+                f"{wording.source.removeprefix(FILE_PREFIX)}: task {wording.task!r} has a wording with the id"
+                f" {ORIGINAL!r}, which stands for the task's own instruction; give it another id"
+            )
+    with_split: dict[str, set[str]] = defaultdict(set)
+    for task_id, id_ in files.with_split:
+        with_split[task_id].add(id_)
+    for task in tasks:
+        fixed = with_split[task.id]
+        split = assign_splits(by_task[task.id], task, table.num_dev, table.num_test, seed, fixed)
+        by_task[task.id], repeated = drop_repeats(split, task, table.max_similarity)
+        dropped += repeated
+    by_task, held_out, _ = drop_held_out(by_task, tasks, table.max_similarity)
+    return by_task, dropped + held_out
+
+
+def held_out_texts(by_task: Mapping[str, Sequence[Wording]], max_similarity: float) -> NearRepeats:
+    """Return the dev and test wordings of all tasks, which no rewrite may nearly repeat."""
+    found = (w for wordings in by_task.values() for w in wordings if w.split != "train")
+    return NearRepeats(max_similarity, map(bare_text, found))
+
+
+def choose_rewrites(
+    task: Task,
+    existing: Sequence[Wording],
+    answers: Iterable[Mapping[str, Any]],
+    wanted: int,
+    table: ParaphraseTable,
+    held_out: NearRepeats,
+) -> tuple[list[Wording], list[dict[str, Any]]]:
+    """Return the first `wanted` usable rewrites among a model's answers, and rows {task, text, reason} of bad ones.
+
+    `existing` are the task's wordings from files, `held_out` see `check_rewrite`; answers have "text" and "finish", as
+    the model gave them.
+    """
+    kept = [bare_text(w) for w in existing if w.split == "train"]
+    numbers = (number for number in range(10**9) if f"{GENERATED}:{number}" not in {w.id for w in existing})
+    accepted: list[Wording] = []
+    dropped: list[dict[str, Any]] = []
+    for answer in answers:
+        if len(accepted) == wanted:
+            break
+        cut_off = answer["finish"] == "length"
+        # What was cut off in mid-line is no instruction, but the lines before it may hold one.
+        rewrite = parse_paraphrase(answer["text"].rpartition("\n")[0] if cut_off else answer["text"])
+        reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
+        if reason is None:
+            kept.append(rewrite)
+            accepted.append(Wording(id=f"{GENERATED}:{next(numbers)}", task=task.id, text=rewrite, source=GENERATED))
+        else:
+            why = "cut_off" if cut_off and reason == "empty" else reason
+            dropped.append({"task": task.id, "text": rewrite or answer["text"], "reason": why})
+    return accepted, dropped
+
+
+def take_turns(lists: Iterable[Sequence[T]]) -> list[T]:
+    """Return the first of every list, then the second of every list, and so on: all ways to ask are used alike."""
+    return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]
+
+
+def summarise(
+    tasks: Sequence[Task],
+    by_task: Mapping[str, Sequence[Wording]],
+    dropped: Iterable[Mapping[str, Any]],
+    table: ParaphraseTable,
+) -> dict[str, Any]:
+    """Return the counts of the step: wordings by split and source, drops by reason, and what each task lacks."""
+    wordings = [wording for task in tasks for wording in by_task[task.id]]
+    short = {t.id: num_short(by_task[t.id], t, table.num_dev, table.num_test, table.num_wordings) for t in tasks}
+    return {
+        "wordings": len(wordings),
+        "splits": dict(Counter(wording.split for wording in wordings)),
+        "sources": dict(Counter(wording.source.partition(":")[0] for wording in wordings)),
+        "dropped": dict(Counter(row["reason"] for row in dropped)),
+        "short": {task: lacks for task, lacks in short.items() if lacks},
+    }

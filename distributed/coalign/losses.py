@@ -1,0 +1,85 @@
+"""The losses, as pure functions of log-probs. Used by training; slow twins stand in tests/numerics.
+
+Shape suffixes: N response tokens, R responses, G groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sft_loss(logp_N: Tensor, num_tokens: int) -> Tensor:
+    """Return - sum_t log P(y_t given a, x, y_<t) / num_tokens, num_tokens counted over the whole update."""
+    return -logp_N.sum() / num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingLoss:
+    """The loss of some groups, a sum over groups; and its parts, detached, for the log."""
+
+    total: Tensor
+    best: Tensor
+    ranking: Tensor
+    num_pairs: int
+    num_active_pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingForm:
+    """Which ranking term: its form, its weight lambda, the hinge's margin, the sharpness of logistic and dpo."""
+
+    loss: Literal["hinge", "logistic", "dpo"] = "hinge"
+    rank_weight: float = 1.0
+    margin: float = 0.0
+    beta: float = 1.0
+
+
+def ranking_loss(
+    logp_R: Tensor,
+    length_R: Tensor,
+    reward_R: Tensor,
+    best_R: Tensor,
+    group_R: Tensor,
+    form: RankingForm,
+    reference_R: Tensor | None = None,
+) -> RankingLoss:
+    """Return the sum over groups of -p(best) + lambda * mean over pairs with r_w > r_l of phi.
+
+    `logp_R` are summed log-probs, p(y) = logp / len the mean a token, end-of-turn included. phi is
+    max(0, p(l) - p(w) + margin) for "hinge" (margin 0, lambda 1: RRHF, arXiv 2304.05302, equations 2-4),
+    softplus(beta (p(l) - p(w))) for "logistic", and -log sigmoid(beta ((log P(w) - log P_ref(w)) - (log P(l) -
+    log P_ref(l)))) for "dpo" (arXiv 2305.18290, equation 7), where `reference_R` are the stage-1 model's summed
+    log-probs under the same wording. A group without an ordered pair still gives -p(best). An active pair is one whose
+    gradient has not vanished: hinge above zero, or phi above 1 % of what two equal responses give.
+    """
+    p_R = logp_R / length_R
+    best = -p_R[best_R].sum()
+    pair_RR = (group_R.unsqueeze(1) == group_R.unsqueeze(0)) & (reward_R.unsqueeze(1) > reward_R.unsqueeze(0))
+    winner_P, loser_P = pair_RR.nonzero(as_tuple=True)
+    if len(winner_P) == 0:
+        return RankingLoss(best, best.detach(), best.detach() * 0.0, 0, 0)
+    if form.loss == "hinge":
+        phi_P = F.relu(p_R[loser_P] - p_R[winner_P] + form.margin)
+        active_P = phi_P > 0
+    else:
+        if form.loss == "dpo":
+            assert reference_R is not None, "dpo needs the reference log-probs"
+            score_R = logp_R - reference_R
+        else:
+            score_R = p_R
+        phi_P = F.softplus(form.beta * (score_R[loser_P] - score_R[winner_P]))
+        active_P = phi_P > 0.01 * torch.log(torch.tensor(2.0))
+    pairs_G = torch.bincount(group_R[winner_P], minlength=int(group_R.max()) + 1).to(phi_P.dtype)
+    ranking = (phi_P / pairs_G[group_R[winner_P]]).sum()
+    return RankingLoss(
+        best + form.rank_weight * ranking,
+        best.detach(),
+        ranking.detach(),
+        len(winner_P),
+        int(active_P.sum()),
+    )

@@ -1,0 +1,119 @@
+"""Every text shown to a model beside the data: chat templates of our own, requests for paraphrases, questions.
+
+Used by the paraphrase and judge steps. Pure strings; knows no tokenizer, so a prompt is encoded by its caller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+YES = "Yes"
+NO = "No"
+
+# For a tokenizer without a chat template (a base model). It travels with every model that we export.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
+    "{% else %}{{ '### Instruction:\n' + m['content'] + '\n\n### Response:\n' }}{% endif %}{% endfor %}"
+)
+
+# Of the random model that prepare makes.
+TINY_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "<|assistant|>{{ m['content'] }}<|end|>{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# Short on purpose: small models follow them, and several openings give more varied rewrites than one.
+_REQUESTS = (
+    "Rewrite this instruction in other words. Keep its meaning.",
+    "Say this instruction in a different way. It must ask for exactly the same.",
+    "Paraphrase the instruction below. Somebody who follows it must give the same answers as before.",
+    "How else could one ask for this? Write one new instruction with the same meaning.",
+)
+NUM_VARIANTS = len(_REQUESTS)
+
+# An opening must speak of the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
+_POLITENESS = r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b\s*[,.!:]*\s*)"
+_ABOUT = r"\b(?:rewrit\w*|paraphras\w*|reword\w*|rephras\w*|(?:new|another|alternative|different) \w+)\b"
+_HERE = rf"here(?:['’]s|\s+(?:is|are))\b[^\n:]{{0,60}}?(?:{_ABOUT}[^\n:]{{0,60}})|here (?:it is|is it|you go)"
+_CAPTION = (
+    r"(?:the |my |a |one |possible )?(?:rewritten|paraphrased|reworded|rephrased|new)"
+    r" (?:instruction|version|text|wording)[^\n:]{0,30}|(?:instruction|paraphrase|rewrite|rewritten)\s*(?:\d{1,2})?"
+)
+_OPENING_INLINE = re.compile(rf"^{_POLITENESS}?(?:{_HERE}|{_CAPTION})\s*:\s*", re.IGNORECASE)
+_POLITE = re.compile(r"^(?:sure|certainly|of course|absolutely|okay|ok)\s*[!.,]*$", re.IGNORECASE)
+_NUMBERING = re.compile(r"^(?:\(?\d{1,2}[.):]|[-*•])\s+")
+_EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>.+)\1$")
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
+
+
+def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> str:
+    """Return the request for one rewrite of an instruction; `variant` counts round the ways to ask.
+
+    `labels` are words of the instruction that the rewrite has to keep as they are.
+    """
+    lines = [_REQUESTS[variant % NUM_VARIANTS]]
+    if labels:
+        lines.append(f"Keep these words: {', '.join(labels)}.")
+    return "\n".join(lines) + f"\n\nInstruction: {instruction}"
+
+
+def parse_paraphrase(text: str) -> str:
+    """Return the first proper line of an answer to `paraphrase_prompt`, "" if there is none.
+
+    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are taken off.
+    """
+    for raw in text.splitlines():
+        line = raw.strip()
+        if not line or line.startswith("```") or _POLITE.match(line):
+            continue
+        parsed = _bare(line)
+        if parsed:
+            return parsed
+    return ""
+
+
+def _bare(line: str) -> str:
+    """Strip what stands around a rewrite until nothing more comes off."""
+    while True:
+        before = line
+        line = _NUMBERING.sub("", line, count=1).strip()
+        line = _OPENING_INLINE.sub("", line, count=1).strip()
+        if emphasis := _EMPHASIS.match(line):
+            line = emphasis["inner"].strip()
+        # Only a pair that encloses the whole line: 'Say "yes" or "no"' keeps its quotation marks.
+        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
+            line = line[1:-1].strip()
+        if line == before:
+            return line
+
+
+def type_question(instruction: str, input_text: str, response: str) -> str:
+    """Return the judge's first question: is the response of the type that the instruction asks for?"""
+    return (
+        f"{_asked(instruction, input_text)}\nResponse: {response}\n\n"
+        "Is the response the kind of answer that the instruction asks for, right or wrong?"
+        f" Answer {YES} or {NO}."
+    )
+
+
+def correct_question(instruction: str, input_text: str, response: str, gold: str | None) -> str:
+    """Return the judge's second question: is the response correct?
+
+    With `gold` it is short, and expected answer and response stand next to each other: small models compare better
+    without the instruction and the input between them.
+    """
+    if gold is not None:
+        return f"Expected: {gold}\nResponse: {response}\n\nIs the response correct? Answer {YES} or {NO}."
+    return f"{_asked(instruction, input_text)}\nResponse: {response}\n\nIs the response correct? Answer {YES} or {NO}."
+
+
+def _asked(instruction: str, input_text: str) -> str:
+    return f"Instruction: {instruction}\nInput: {input_text}" if input_text else f"Instruction: {instruction}"
+
+
+def same_answer_question(first: str, second: str) -> str:
+    """Return the question whether two answers to one request say the same (eval.agreement = a judge's folder)."""
+    return f"Answer A: {first}\nAnswer B: {second}\n\nDo both answers mean the same? Answer {YES} or {NO}."

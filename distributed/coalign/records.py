@@ -1,0 +1,184 @@
+"""What crosses a stage boundary: plain frozen records, one JSON object a line on disk.
+
+Every step reads and writes these and nothing else. Knows no model, no tokenizer and no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from coalign.errors import UserError
+
+Split = Literal["sft", "align", "dev", "test"]
+WordingSplit = Literal["train", "dev", "test"]
+Finish = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """One task: an instruction and what is known about its answers.
+
+    `labels` are the distinct answers of a classification task, empty for free generation.
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks).
+    """
+
+    id: str
+    instruction: str
+    labels: tuple[str, ...] = ()
+    seen: bool = True
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One input of a task with its gold answers (at least one) and the split it fell into."""
+
+    id: str
+    task: str
+    input: str
+    outputs: tuple[str, ...]
+    split: Split
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wording:
+    """One way to ask for a task.
+
+    A `prefix` stands before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
+    (`re.match` on the input); `answers` maps a gold answer to the word that this template asks for.
+    """
+
+    id: str
+    task: str
+    text: str
+    kind: Literal["prefix", "template"] = "prefix"
+    fields_regex: str | None = None
+    answers: dict[str, str] | None = None
+    source: str = "original"
+    split: WordingSplit = "train"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Response:
+    """What the model said to one input under one wording.
+
+    `canonical` is `text` mapped back through the wording's answer map, so that responses under different wordings can
+    be compared; None when the text belongs to another wording's vocabulary and can't be compared.
+    """
+
+    example: str
+    task: str
+    wording: str
+    sample: int
+    text: str
+    canonical: str | None
+    finish: Finish
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """The reward of one distinct response to one input: 0 wrong type, cut off or empty; 1 incorrect; 2 correct.
+
+    `type_score` and `correct_score` are log P(yes) - log P(no) minus the fitted threshold (None: not asked).
+    `rule` says what decided: "empty", "cut_off", "exact_match", "type" or "correct".
+    """
+
+    example: str
+    task: str
+    text: str
+    finish: Finish
+    reward: int
+    rule: str
+    type_score: float | None = None
+    correct_score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A distinct response within a group, written as the group's wording asks for it."""
+
+    text: str
+    reward: int
+    finish: Finish
+    count: int
+    wordings: tuple[str, ...]
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """One wording as prompt and the responses ranked under it; exactly one candidate is `best`."""
+
+    example: str
+    task: str
+    wording: str
+    candidates: tuple[Candidate, ...]
+
+
+Record = TypeVar("Record", Task, Example, Wording, Response, Verdict, Group)
+
+
+def to_row(record: Any) -> dict[str, Any]:
+    """Return the record as a JSON-ready dict."""
+    return dataclasses.asdict(record)
+
+
+def from_row(kind: type[Record], row: dict[str, Any]) -> Record:
+    """Rebuild a record from a dict made by `to_row`; unknown or missing keys raise TypeError."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    if kind is Group:
+        values["candidates"] = tuple(Candidate(**{**c, "wordings": tuple(c["wordings"])}) for c in values["candidates"])
+    return kind(**values)
+
+
+def dump_line(row: dict[str, Any]) -> str:
+    """Return one JSONL line: UTF-8, no NaN, newline at the end."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_records(path: Path, records: Iterable[Any]) -> int:
+    """Write records as JSONL and return how many there were."""
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(dump_line(to_row(record)))
+            count += 1
+    return count
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a JSONL file; blank lines are passed over.
+
+    Raises UserError with file and line for a missing file, bytes that are not UTF-8, or a line that is no JSON object.
+    """
+    try:
+        stream = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    with stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: byte {error.start} is not UTF-8; is this a text file in UTF-8?"
+                ) from error
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: a JSON object was expected, not {type(row).__name__}")
+            yield number, row
+
+
+def read_records(kind: type[Record], path: Path) -> list[Record]:
+    """Read a JSONL file that one of our own steps wrote."""
+    return [from_row(kind, row) for _, row in read_rows(path)]

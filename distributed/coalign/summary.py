@@ -1,0 +1,415 @@
+"""Everything that eval reports, the content of metrics.json: means with intervals, differences, tables, noise floors.
+
+Used by launch/eval.py. Knows no model and no file.
+
+Shape suffixes: I inputs, W wordings or repeats, T tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from coalign import metrics
+from coalign.cases import Scores, count_failures, items_digest, pick_cases
+from coalign.config import EvalTable
+from coalign.evaluation import NOISE_TEMPERATURE, ModelOutput, Pair
+from coalign.intervals import MIN_TASKS_BOOTSTRAP, TaskSample, estimate, two_level_bootstrap
+from coalign.metrics import ABSENT, Decide, FloatArray, IntArray
+from coalign.process import derive_seed
+from coalign.records import Response, Task
+from coalign.scoring import (
+    ANSWERS,
+    CONSISTENCY,
+    EXTREMES,
+    Grid,
+    Scored,
+    Vocabulary,
+    agreeing_pairs,
+    answer_sample,
+    build_grids,
+    by_key,
+    consistency_columns,
+    consistency_sample,
+    repeat_codes,
+    score_answers,
+)
+from coalign.text import unit_hash
+
+COMPARED = ("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
+PER_INPUT = ("cr", "corrected_cr", "mcr")
+MIN_WORDINGS = {"test": 4, "dev": 2}  # that a task needs to enter CR
+NUM_INCONSISTENT = 20
+
+DEFINITIONS = {
+    "cr": "agreeing unordered pairs of answers / all pairs of wordings",
+    "mcr": "largest agreeing cluster of answers / wordings",
+    "expected_cr": "e: CR expected if every answer were drawn independently from the task's own answer frequencies",
+    "corrected_cr": "(CR - e) / (1 - e), by task; 0 where e = 1",
+    "always_right": "share of inputs whose answers are all correct",
+    "always_wrong_alike": "share of inputs whose answers are all wrong and all agree",
+    "inconsistent": "share of inputs that are not always right and where some pair of answers disagrees",
+    "mixed": "the rest: all answers agree, some correct and some not (only with an agreement wider than exact)",
+    "accuracy": "normalised exact match with any gold answer; empty and cut-off answers are wrong",
+    "rouge_l": "ROUGE-L F, highest over the gold answers",
+    "rouge_1": "ROUGE-1 F, highest over the gold answers",
+    "worst_wording": "accuracy of the task's least accurate wording",
+    "spread": "accuracy of the task's most accurate wording minus that of its least accurate one",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estimates:
+    """Estimates of one group of metrics over one set of tasks: by model, and the paired differences b - a."""
+
+    models: dict[str, dict[str, Any]]
+    differences: list[dict[str, Any]]
+
+
+def estimate_columns(
+    samples: Sequence[TaskSample],
+    sets: dict[str, list[int]],
+    names: Sequence[str],
+    group: tuple[str, ...],
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Estimates]:
+    """Return the macro means and paired differences of a group of metrics for every set of task indices."""
+    points_TM = np.array([sample.point() for sample in samples]).reshape(len(samples), len(names) * len(group))
+    large = [name for name, members in sets.items() if len(members) >= MIN_TASKS_BOOTSTRAP]
+    resampled = dict(
+        zip(large, two_level_bootstrap(samples, [sets[name] for name in large], num_resamples, seed), strict=True)
+    )
+    results = {}
+    for set_name, members in sets.items():
+        points = points_TM[members]
+        draws = resampled.get(set_name)
+        column = {pair: index for index, pair in enumerate(itertools.product(names, group))}
+
+        def one(index: int, minus: int | None = None, points: Any = points, draws: Any = draws) -> dict[str, Any]:
+            shift = points[:, minus] if minus is not None else 0.0
+            if draws is None or group[index % len(group)] in EXTREMES:
+                return estimate(points[:, index] - shift)
+            return estimate(points[:, index] - shift, draws[:, index] - (draws[:, minus] if minus is not None else 0.0))
+
+        results[set_name] = Estimates(
+            {name: {metric: one(column[name, metric]) for metric in group} for name in names},
+            [
+                {"a": a, "b": b, "metric": metric, **one(column[b, metric], column[a, metric])}
+                for a, b in itertools.combinations(names, 2)
+                for metric in COMPARED
+                if metric in group
+            ],
+        )
+    return results
+
+
+def noise_floor(codes: dict[str, IntArray], agreeing: IntArray | None) -> dict[str, Any]:
+    """Return CR and MCR among repeats of one wording, macro over inputs then tasks (null without repeats)."""
+    cr, mcr = [], []
+    for codes_IW in codes.values():
+        present_IW = codes_IW != ABSENT
+        agree_IWW = metrics.agreement_matrix(codes_IW, agreeing)
+        cr.append(float(np.mean(metrics.consistency_rate(agree_IWW, present_IW))))
+        mcr.append(float(np.mean(metrics.largest_cluster_share(agree_IWW, present_IW))))
+    shapes = [codes_IW.shape for codes_IW in codes.values()]
+    return {
+        "cr": float(np.mean(cr)) if cr else None,
+        "mcr": float(np.mean(mcr)) if mcr else None,
+        "num_inputs": sum(shape[0] for shape in shapes),
+        "num_repeats": max((shape[1] for shape in shapes), default=0),
+        "num_tasks": len(codes),
+    }
+
+
+def modes_agree(answers: Sequence[Response], other: Sequence[Response]) -> dict[str, Any]:
+    """Return the share of answers whose text is the same in the other generation mode."""
+    known = by_key(answers)
+    keys = [(r.task, r.example, r.wording) for r in other]
+    equal = [known[key].text == r.text for key, r in zip(keys, other, strict=True) if key in known]
+    return {"share": sum(equal) / len(equal) if equal else None, "num_answers": len(equal)}
+
+
+def count_answers(answers: Sequence[Response]) -> dict[str, int]:
+    """Return how many answers there are, and how many agree with nothing, by reason."""
+    reasons = Counter(
+        "cut_off" if r.finish != "stop" else "foreign_vocabulary" if r.canonical is None else "empty"
+        for r in answers
+        if metrics.answer_key(r.canonical, r.finish) is None
+    )
+    tokens = sum(r.num_tokens for r in answers)
+    return {"answers": len(answers), "tokens": tokens} | {
+        reason: reasons[reason] for reason in ("empty", "cut_off", "foreign_vocabulary")
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Results:
+    """What the tables are made from: grids and, by model, the answers to each grid.
+
+    `columns` hold the consistency metrics of the grids in `eligible` only, the ones that enter CR; `agreeing` are the
+    keys of the pairs of different answers that agree.
+    """
+
+    names: list[str]
+    grids: list[Grid]
+    scored: dict[str, list[Scored]]
+    min_wordings: int
+    eligible: list[int]
+    columns: dict[str, list[dict[str, FloatArray]]]
+    noise: dict[str, dict[str, dict[str, Any]]]
+    agreeing: IntArray | None
+
+
+def summarise(
+    tasks: Sequence[Task],
+    pairs: Sequence[Pair],
+    outputs: dict[str, ModelOutput],
+    table: EvalTable,
+    seed: int,
+    decide: Decide | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the content of metrics.json and the pairs dropped since not every model has answered them.
+
+    Its "per_input" goes to a file of its own, scores.jsonl.
+
+    `decide` tells which pairs of different answers (in normal form) agree; without it only equal ones do.
+    """
+    grids, dropped = build_grids(tasks, pairs, outputs)
+    results = score_models(grids, outputs, MIN_WORDINGS[table.split], seed, decide)
+    content = _estimates(results, table.num_bootstrap, seed)
+    for name, output in outputs.items():
+        content["models"][name] |= {
+            "noise": {kind: results.noise[kind][name] for kind in results.noise},
+            "modes_agree": modes_agree(output.answers, output.other_mode),
+            "counts": count_answers(output.answers),
+        }
+    shown = {
+        name: Scores(
+            by_key(output.answers),
+            results.scored[name],
+            dict(zip(results.eligible, results.columns[name], strict=True)),
+        )
+        for name, output in outputs.items()
+    }
+    content |= {
+        "failures": count_failures(grids, shown),
+        "cases": pick_cases(grids, shown, results.min_wordings, results.agreeing),
+        "per_task": per_task_rows(results),
+        "per_wording": per_wording_rows(results),
+        "per_input": per_input_rows(results),
+        "most_inconsistent": most_inconsistent(results, results.names[-1], outputs[results.names[-1]].answers),
+        "split": table.split,
+        "agreement": table.agreement,
+        "min_wordings": results.min_wordings,
+        "num_bootstrap": table.num_bootstrap,
+        "noise_temperature": NOISE_TEMPERATURE,
+        "definitions": DEFINITIONS,
+        "num_tasks": len(grids),
+        "num_seen_tasks": sum(grid.task.seen for grid in grids),
+        "num_tasks_in_cr": len(results.eligible),
+        "num_inputs": sum(len(grid.examples) for grid in grids),
+        "num_pairs": int(sum(grid.present.sum() for grid in grids)),
+    }
+    return content, dropped
+
+
+def score_models(
+    grids: list[Grid], outputs: dict[str, ModelOutput], min_wordings: int, seed: int, decide: Decide | None
+) -> Results:
+    """Score every model's answers, settling once which answers agree."""
+    vocabulary = Vocabulary()
+    names = list(outputs)
+    scored = {}
+    for name, output in outputs.items():
+        answers = by_key(output.answers)
+        scored[name] = [score_answers(grid, answers, vocabulary) for grid in grids]
+    repeats = {
+        "neighbours": {name: repeat_codes(output.neighbours, vocabulary) for name, output in outputs.items()},
+        "temperature": {name: repeat_codes(output.samples, vocabulary) for name, output in outputs.items()},
+    }
+    enough = [grid.eligible(min_wordings) for grid in grids]
+    eligible = [index for index, enough_I in enumerate(enough) if enough_I.any()]
+    expected = {
+        (name, i): metrics.expected_agreement(
+            scored[name][i].codes[enough[i]], derive_seed(seed, "expected", grids[i].task.id)
+        )
+        for name in names
+        for i in eligible
+    }
+    matrices = [scored[name][i].codes[enough[i]] for name in names for i in eligible]
+    matrices += [codes_IW for floor in repeats.values() for by_task in floor.values() for codes_IW in by_task.values()]
+    agreeing = agreeing_pairs(matrices, list(expected.values()), vocabulary, decide)
+    columns = {
+        name: [consistency_columns(scored[name][i], enough[i], expected[name, i], agreeing) for i in eligible]
+        for name in names
+    }
+    noise = {
+        kind: {name: noise_floor(codes, agreeing) for name, codes in floor.items()} for kind, floor in repeats.items()
+    }
+    return Results(names, grids, scored, min_wordings, eligible, columns, noise, agreeing)
+
+
+def _estimates(results: Results, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Return models.NAME.{metric, seen, unseen} and the three lists of differences."""
+    samples = [
+        answer_sample(grid, [results.scored[name][index] for name in results.names])
+        for index, grid in enumerate(results.grids)
+    ]
+    consistency = [
+        consistency_sample([results.columns[name][position] for name in results.names])
+        for position in range(len(results.eligible))
+    ]
+    seen = [grid.task.seen for grid in results.grids]
+    groups = []
+    for group, ones, indices in ((CONSISTENCY, consistency, results.eligible), (ANSWERS, samples, range(len(seen)))):
+        sets = {
+            "all": list(range(len(ones))),
+            "seen": [position for position, index in enumerate(indices) if seen[index]],
+            "unseen": [position for position, index in enumerate(indices) if not seen[index]],
+        }
+        groups.append(estimate_columns(ones, sets, results.names, group, num_resamples, derive_seed(seed, "bootstrap")))
+    models: dict[str, Any] = {}
+    for name in results.names:
+        by_set = {which: groups[0][which].models[name] | groups[1][which].models[name] for which in groups[0]}
+        models[name] = {**by_set["all"], "seen": by_set["seen"], "unseen": by_set["unseen"]}
+    differences = {which: groups[0][which].differences + groups[1][which].differences for which in groups[0]}
+    order = {pair: index for index, pair in enumerate(itertools.combinations(results.names, 2))}
+    for rows in differences.values():
+        rows.sort(key=lambda row: (order[row["a"], row["b"]], COMPARED.index(row["metric"])))
+    return {
+        "models": models,
+        "differences": differences["all"],
+        "differences_seen": differences["seen"],
+        "differences_unseen": differences["unseen"],
+    }
+
+
+def per_task_rows(results: Results) -> list[dict[str, Any]]:
+    """Return for each task its size and every model's metrics (null for a task that doesn't enter CR)."""
+    rows = []
+    for index, grid in enumerate(results.grids):
+        position = results.eligible.index(index) if index in results.eligible else None
+        models = {}
+        for name in results.names:
+            point_M = answer_sample(grid, [results.scored[name][index]]).point()
+            values: dict[str, float | None] = dict.fromkeys(CONSISTENCY)
+            if position is not None:
+                values = {key: float(np.mean(v)) for key, v in results.columns[name][position].items()}
+            models[name] = values | dict(zip(ANSWERS, map(float, point_M), strict=True))
+        rows.append(
+            {
+                "task": grid.task.id,
+                "seen": grid.task.seen,
+                "num_inputs": len(grid.examples),
+                "num_inputs_in_cr": int(grid.eligible(results.min_wordings).sum()),
+                "num_wordings": len(grid.wordings),
+                "items": items_digest(grid),
+                "models": models,
+            }
+        )
+    return rows
+
+
+def per_input_rows(results: Results) -> list[dict[str, Any]]:
+    """Return for each input what every model's answers are worth: from these the intervals can be made again.
+
+    `right` says for each of the row's wordings whether the answer is correct; the consistency metrics are null for an
+    input that doesn't enter CR.
+    """
+    rows = []
+    for index, grid in enumerate(results.grids):
+        position = results.eligible.index(index) if index in results.eligible else None
+        enough = np.flatnonzero(grid.eligible(results.min_wordings)).tolist()
+        for row, example in enumerate(grid.examples):
+            fits_W = grid.present[row]
+            models: dict[str, dict[str, Any]] = {}
+            for name in results.names:
+                scored = results.scored[name][index]
+                values: dict[str, Any] = dict.fromkeys(PER_INPUT)
+                if position is not None and row in enough:
+                    columns = results.columns[name][position]
+                    values = {key: float(columns[key][enough.index(row)]) for key in PER_INPUT}
+                values["rouge_l"] = float(scored.rouge_l[row, fits_W].mean())
+                models[name] = values | {"right": [int(x) for x in scored.correct[row, fits_W]]}
+            fitting = [grid.wordings[column].id for column in np.flatnonzero(fits_W)]
+            where = {"task": grid.task.id, "seen": grid.task.seen, "example": example.id, "wordings": fitting}
+            rows.append(where | {"models": models})
+    return rows
+
+
+def per_wording_rows(results: Results) -> list[dict[str, Any]]:
+    """Return for each wording its text and every model's accuracy and ROUGE-L over the inputs that it fits."""
+    rows = []
+    for index, grid in enumerate(results.grids):
+        for column, wording in enumerate(grid.wordings):
+            fits_I = grid.present[:, column]
+            rows.append(
+                {
+                    "task": grid.task.id,
+                    "wording": wording.id,
+                    "text": wording.text,
+                    "kind": wording.kind,
+                    "source": wording.source,
+                    "num_inputs": int(fits_I.sum()),
+                    "models": {
+                        name: {
+                            "accuracy": float(results.scored[name][index].correct[fits_I, column].mean()),
+                            "rouge_l": float(results.scored[name][index].rouge_l[fits_I, column].mean()),
+                        }
+                        for name in results.names
+                    },
+                }
+            )
+    return rows
+
+
+def most_inconsistent(
+    results: Results, name: str, answers: Sequence[Response], limit: int = NUM_INCONSISTENT
+) -> list[dict[str, Any]]:
+    """Return the inputs with the lowest CR, then MCR, then in hash order, with the model's answers to each wording."""
+    ranked = []
+    for position, index in enumerate(results.eligible):
+        grid = results.grids[index]
+        column = results.columns[name][position]
+        rows = np.flatnonzero(grid.eligible(results.min_wordings))
+        for row, cr, mcr in zip(rows, column["cr"], column["mcr"], strict=True):
+            if cr < 1.0:
+                order = unit_hash("inconsistent", grid.task.id, grid.examples[row].id)
+                ranked.append((float(cr), float(mcr), order, index, int(row)))
+    of = by_key(answers)
+    rows_out = []
+    for cr, mcr, _, index, place in sorted(ranked)[:limit]:
+        inconsistent = _input_row(results.grids[index], results.scored[name][index], place, of)
+        rows_out.append({"model": name, "cr": cr, "mcr": mcr, **inconsistent})
+    return rows_out
+
+
+def _input_row(grid: Grid, scored: Scored, row: int, answers: dict[tuple[str, str, str], Response]) -> dict[str, Any]:
+    example = grid.examples[row]
+    shown = []
+    for column in np.flatnonzero(grid.present[row]):
+        wording = grid.wordings[column]
+        answer = answers[grid.task.id, example.id, wording.id]
+        shown.append(
+            {
+                "wording": wording.id,
+                "wording_text": wording.text,
+                "text": answer.text,
+                "canonical": answer.canonical,
+                "finish": answer.finish,
+                "correct": bool(scored.correct[row, column]),
+            }
+        )
+    return {
+        "task": grid.task.id,
+        "example": example.id,
+        "input": example.input,
+        "golds": list(example.outputs),
+        "answers": shown,
+    }

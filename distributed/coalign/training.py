@@ -1,0 +1,454 @@
+"""The training loop of both stages: micro-batches, schedule, dev measurement, checkpoints, what is logged.
+
+Used by launch/sft.py and launch/align.py. Knows only the Engine protocol declared here, no DeepSpeed, and no stage:
+a stage is its items and its objective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coalign.artifacts import digest_file, write_atomic, write_rows
+from coalign.batching import Item, collate, micro_batches, row_tokens
+from coalign.config import LogTable, TrainTable
+from coalign.errors import UserError
+from coalign.logprobs import Batch, evaluation_mode, sum_by_response, to_device, token_logps
+from coalign.losses import RankingForm, ranking_loss, sft_loss
+from coalign.process import Preemption, rank, world_size
+from coalign.records import read_rows
+
+logger = logging.getLogger("coalign")
+
+CHECKPOINT_META = "checkpoint.json"
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine. `mean` averages over ranks; `backward` takes a share of one global sum."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def model(self) -> Any: ...
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+    def step(self, learning_rate: float) -> float: ...
+    def mean(self, values: Sequence[float]) -> list[float]: ...
+    def save(self, folder: Path, state: dict[str, Any]) -> None: ...
+    def restore(self, folder: Path) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What one update minimises: the denominator of its items, and the loss of one micro-batch with summed parts.
+
+    `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums
+    that are added over micro-batches and ranks; `describe(sums)` turns them into what is logged.
+    """
+
+    denominator: Callable[[Sequence[Item]], int]
+    loss: Callable[[Tensor, Batch, Sequence[Item], int], tuple[Tensor, dict[str, float]]]
+    describe: Callable[[dict[str, float]], dict[str, float]]
+    shared_prefix: bool = False
+
+
+def sft_objective() -> Objective:
+    """Return stage 1: negative log-likelihood a token, over all answer tokens of the update."""
+
+    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], tokens: int) -> tuple[Tensor, dict[str, float]]:
+        return sft_loss(logp_N, tokens), {"answer_tokens": float(len(logp_N))}
+
+    def describe(sums: dict[str, float]) -> dict[str, float]:
+        return {"answer_tokens": sums["answer_tokens"]}
+
+    return Objective(lambda items: sum(item.num_response_tokens for item in items), loss, describe)
+
+
+def align_objective(form: RankingForm, shared_prefix: bool) -> Objective:
+    """Return stage 2: the ranking loss of losses.ranking_loss, divided by the update's number of groups."""
+
+    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], groups: int) -> tuple[Tensor, dict[str, float]]:
+        device = logp_N.device
+        logp_R = sum_by_response(logp_N, batch)
+        group = [g for g, item in enumerate(items) for _ in item.responses]
+        best = [k == item.best for item in items for k in range(len(item.responses))]
+        reference = [x for item in items for x in item.reference]
+        length_R = torch.bincount(batch.response_N, minlength=batch.num_responses)
+        parts = ranking_loss(
+            logp_R,
+            length_R,
+            torch.tensor([r for item in items for r in item.rewards], device=device),
+            torch.tensor(best, device=device),
+            torch.tensor(group, device=device),
+            form,
+            torch.tensor(reference, dtype=logp_R.dtype, device=device) if reference else None,
+        )
+        p_R, best_R = (logp_R / length_R).detach(), torch.tensor(best, device=device)
+        others = p_R[~best_R]
+        lowest = [r == min(item.rewards) for item in items for r in item.rewards]
+        worst = p_R[~best_R & torch.tensor(lowest, device=device)]
+        return parts.total / groups, {
+            "groups": float(len(items)),
+            "best": float(parts.best),
+            "ranking": float(parts.ranking),
+            "pairs": float(parts.num_pairs),
+            "active": float(parts.num_active_pairs),
+            "p_others": float(others.sum()),
+            "others": float(len(others)),
+            "p_worst": float(worst.sum()),
+            "worst": float(len(worst)),
+            "best_tokens": float(length_R[best_R].sum()),
+        }
+
+    def describe(sums: dict[str, float]) -> dict[str, float]:
+        groups = sums["groups"]
+        return {
+            "loss_best": sums["best"] / groups,
+            "loss_ranking": sums["ranking"] / groups,
+            "active_pairs": sums["active"] / max(sums["pairs"], 1.0),
+            "pairs": sums["pairs"],
+            "p_best": -sums["best"] / groups,
+            "p_others": sums["p_others"] / max(sums["others"], 1.0),
+            "p_worst": sums["p_worst"] / max(sums["worst"], 1.0),
+            "best_length": sums["best_tokens"] / groups,
+        }
+
+    return Objective(len, loss, describe, shared_prefix)
+
+
+def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
+    """Raise UserError when the model does not compute shared-prefix groups as it computes separate rows.
+
+    Compares log-probs of the largest group both ways, on the live model; called by every rank.
+    """
+    item = max(items, key=lambda i: (len(i.responses), len(i.prompt), i.name))
+    window = getattr(engine.model.module.config.get_text_config(), "sliding_window", None)
+    if window and max(item.longest() for item in items) > window:
+        raise UserError(
+            f"groups of up to {max(i.longest() for i in items)} tokens exceed the model's sliding window of {window},"
+            " which shared prefixes do not support; set train.shared_prefix=false"
+        )
+    found = []
+    for shared in (True, False):
+        batch = to_device(collate([item], pad_id, shared, engine.dtype), engine.device)
+        try:
+            with torch.no_grad(), evaluation_mode(engine.model):
+                found.append(token_logps(engine.model, batch))
+        except (TypeError, ValueError, IndexError) as error:
+            if not shared:
+                raise
+            raise UserError(
+                f"this model does not take the attention mask of shared-prefix groups ({error});"
+                " set train.shared_prefix=false"
+            ) from error
+    difference = float((found[0] - found[1]).abs().max())
+    if difference > (1e-3 if engine.dtype is torch.float32 else 0.5):
+        raise UserError(
+            f"this model does not compute shared-prefix groups exactly (log-probs differ by {difference:.2g});"
+            " set train.shared_prefix=false"
+        )
+
+
+def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> list[Item]:
+    """Return the items with the starting model's summed log-probs as DPO's reference, stored in `path`.
+
+    Called by every rank before the first update; a stored file is read instead.
+    """
+    if not path.exists():
+        found = _all_logps(engine, items, pad_id, settings)
+        if rank() == 0:
+            write_rows(
+                path, ({"name": item.name, "logps": list(logps)} for item, logps in zip(items, found, strict=True))
+            )
+        engine.mean([0.0])  # the others wait until the file is there
+    stored = {row["name"]: tuple(row["logps"]) for _, row in read_rows(path)}
+    return [dataclasses.replace(item, reference=stored[item.name]) for item in items]
+
+
+def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable) -> list[tuple[float, ...]]:
+    offsets = list(itertools.accumulate((len(item.responses) for item in items), initial=0))
+    flat = [0.0] * offsets[-1]
+    position = {item.name: offset for item, offset in zip(items, offsets, strict=False)}
+    for start in range(0, len(items), 256):  # some at a time: micro-batches of like length, all ranks in step
+        dealt = micro_batches(
+            items[start : start + 256], settings.micro_batch_tokens, world_size(), settings.shared_prefix
+        )
+        for part in dealt[rank()]:
+            rows = part or [items[0]]
+            batch = to_device(collate(rows, pad_id, settings.shared_prefix, engine.dtype), engine.device)
+            with torch.no_grad(), evaluation_mode(engine.model):
+                logp_R = sum_by_response(token_logps(engine.model, batch), batch).tolist()
+            values = iter(logp_R)
+            for item in part:
+                for k in range(len(item.responses)):
+                    flat[position[item.name] + k] = next(values)
+    total = [v * world_size() for v in engine.mean(flat)]
+    return [tuple(total[a:b]) for a, b in itertools.pairwise(offsets)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole training run: items in the order they are consumed, `batch_items` an update."""
+
+    items: Sequence[Item]
+    batch_items: int
+    learning_rate: float
+    pad_id: int
+
+    @property
+    def num_steps(self) -> int:
+        """Return the number of updates; the last may be short."""
+        return math.ceil(len(self.items) / self.batch_items)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all rows, each group's prompt counted once."""
+        return sum(row_tokens(item, shared_prefix=True)[0] for item in self.items)
+
+
+def learning_rate_at(step: int, num_steps: int, highest: float, settings: TrainTable) -> float:
+    """Return the learning rate of update `step` (from 0): linear warm-up, then the schedule down to its final share."""
+    warmup = round(settings.warmup_share * num_steps)
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return highest
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    falling = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return highest * (settings.final_lr_share + (1 - settings.final_lr_share) * falling)
+
+
+def train(
+    engine: Engine,
+    plan: Plan,
+    objective: Objective,
+    settings: TrainTable,
+    log: LogTable,
+    folder: Path,
+    measure: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Run or resume a training run and return its totals.
+
+    Resumes at the newest whole checkpoint in `folder`, whatever the number of ranks then was. `measure` is the dev
+    measurement. Raises UserError when the loss or gradient is no longer finite, with the names of the rows, and
+    SystemExit when asked to stop (after a checkpoint).
+    """
+    preemption = Preemption()
+    preemption.install()
+    state = _resume(engine, folder)
+    step, tokens = int(state["step"]), float(state["tokens"])
+    writer = _Log(folder, log, step)
+    first: dict[str, float] | None = state["first_measure"]
+    p_best: list[float] = state["p_best"]  # of the first and of the latest updates, for the warning
+    if step == 0 and measure and settings.eval_every:
+        first = measure()
+        writer.write({"kind": "dev", "step": 0, **first})
+    while step < plan.num_steps:
+        started = time.monotonic()
+        items = plan.items[step * plan.batch_items : (step + 1) * plan.batch_items]
+        lr = learning_rate_at(step, plan.num_steps, plan.learning_rate, settings)
+        line = _update(engine, items, objective, plan.pad_id, settings, lr)
+        step += 1
+        tokens += line["tokens"]
+        p_best = _watch_best(p_best, line.get("p_best"))
+        seconds = time.monotonic() - started
+        writer.write(
+            {"kind": "train", "step": step, **line, "tokens_per_second": line["tokens"] / seconds}, plan.num_steps
+        )
+        if measure and settings.eval_every and (step % settings.eval_every == 0 or step == plan.num_steps):
+            measured = measure()
+            writer.write({"kind": "dev", "step": step, **measured})
+            if first:
+                _warn_of_decay(first, measured)
+        stop = engine.mean([float(preemption.requested())])[0] > 0
+        # The last update is kept too, so that an export that fails or is killed does not cost training again.
+        due = settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == plan.num_steps)
+        if due or (stop and step < plan.num_steps):
+            checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+            engine.save(checkpoint, {"step": step, "tokens": tokens, "first_measure": first, "p_best": p_best})
+            _rotate(checkpoint, settings.keep_last)
+        if stop and step < plan.num_steps:
+            writer.close()
+            raise SystemExit(f"stopped by a signal after update {step}; run the same command again to go on")
+    writer.close()
+    preemption.remove()
+    return {"updates": step, "tokens": int(tokens)}
+
+
+def _update(
+    engine: Engine, items: Sequence[Item], objective: Objective, pad_id: int, settings: TrainTable, lr: float
+) -> dict[str, float]:
+    """Make one update and return its log line; the loss does not depend on how items are split or dealt out."""
+    denominator = objective.denominator(items)
+    mine = micro_batches(items, settings.micro_batch_tokens, world_size(), objective.shared_prefix)[rank()]
+    sums: dict[str, float] = {}
+    suspects: set[str] = set()  # rows of a micro-batch whose loss is not finite
+    total = tokens = 0.0
+    for index, part in enumerate(mine):
+        rows = part or [items[0]]  # nothing left for this rank: take part in the collectives with weight zero
+        batch = to_device(collate(rows, pad_id, objective.shared_prefix, engine.dtype), engine.device)
+        loss, parts = objective.loss(token_logps(engine.model, batch), batch, rows, denominator)
+        weight = 1.0 if part else 0.0
+        engine.backward(loss * weight, last=index == len(mine) - 1)
+        total += float(loss.detach()) * weight
+        if not math.isfinite(float(loss.detach())):
+            suspects |= {item.name for item in rows}
+        tokens += batch.num_real_tokens * weight
+        for key, value in parts.items():
+            sums[key] = sums.get(key, 0.0) + value * weight
+    names = sorted(sums)
+    reduced = [v * world_size() for v in engine.mean([total, tokens, *(sums[n] for n in names)])]
+    if not math.isfinite(reduced[0]):
+        found = engine.mean([float(item.name in suspects) for item in items])
+        _stop_on_nan("the loss", [item for item, share in zip(items, found, strict=True) if share > 0])
+    norm = engine.step(lr)
+    if not math.isfinite(norm):
+        _stop_on_nan("the gradient", items)
+    described = objective.describe(dict(zip(names, reduced[2:], strict=True)))
+    return {"loss": reduced[0], **described, "learning_rate": lr, "grad_norm": norm, "tokens": reduced[1]}
+
+
+def _stop_on_nan(what: str, items: Sequence[Item]) -> None:
+    shown = ", ".join(item.name for item in items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+    raise UserError(
+        f"{what} is no longer finite in an update with the rows {shown}; the last checkpoint is kept. Lower the"
+        ' learning rate, check these rows, or use train.precision="float32"'
+    )
+
+
+def _warn_of_decay(first: dict[str, float], now: dict[str, float]) -> None:
+    """Warn when something that should not fall has fallen away since the start."""
+    limits = {"accuracy": 0.1, "end_of_turn": 0.1, "distinct_answers": 0.3, "p_gold": 1.0}
+    for key, limit in limits.items():
+        if key not in first or key not in now:
+            continue
+        scale = abs(first[key]) if key == "distinct_answers" else 1.0
+        if now[key] < first[key] - limit * scale:
+            logger.warning("warning: dev %s fell from %.3f to %.3f", key, first[key], now[key])
+
+
+def _watch_best(seen: list[float], now: float | None) -> list[float]:
+    """Warn, once each time it happens, when the best responses' log-prob a token has fallen by a nat since the start.
+
+    Keeps the first update's and a running mean: a ranking term may push all responses down.
+    """
+    if now is None:
+        return seen
+    if not seen:
+        return [now, now]
+    first, latest = seen[0], 0.9 * seen[1] + 0.1 * now
+    if latest < first - 1.0 <= seen[1]:
+        logger.warning("warning: the log-prob of best responses fell from %.3f to %.3f a token", first, latest)
+    return [first, latest]
+
+
+def _resume(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Load the newest checkpoint whose files are all whole and return its state; say which were passed over."""
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+        complaint = _complaint(checkpoint)
+        if engine.mean([float(complaint is not None)])[0] > 0:
+            logger.warning("checkpoint %s is passed over: %s", checkpoint, complaint or "not whole on another rank")
+            continue
+        state = engine.restore(checkpoint)
+        logger.info("resuming after update %d from %s", state["step"], checkpoint)
+        return state
+    return {"step": 0, "tokens": 0.0, "first_measure": None, "p_best": []}
+
+
+def _complaint(checkpoint: Path) -> str | None:
+    try:
+        meta = json.loads((checkpoint / CHECKPOINT_META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{CHECKPOINT_META} is missing or cut short"
+    if rank() != 0:
+        return None  # one reader is enough to digest the files
+    for name, digest in meta["files"].items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if digest_file(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def _rotate(newest: Path, keep_last: int) -> None:
+    """Remove all but the newest checkpoints; called after `newest` was written and digested.
+
+    What lies beyond it was passed over as damaged, and is removed too.
+    """
+    if rank() == 0:
+        found = sorted(newest.parent.glob("step_*"))
+        kept = [path for path in found if path.name <= newest.name][-keep_last:]
+        for old in found:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+class _Log:
+    """metrics.jsonl, the printed line, TensorBoard and, when asked for, Weights & Biases; rank 0 only."""
+
+    def __init__(self, folder: Path, table: LogTable, step: int) -> None:
+        self.table = table
+        self.active = rank() == 0
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if not self.active:
+            return
+        self.path = folder / "metrics.jsonl"
+        self._cut_after(step)
+        self.stream = self.path.open("a", encoding="utf-8")
+        if table.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if table.wandb:
+            self.wandb = _start_wandb(folder, step)
+
+    def _cut_after(self, step: int) -> None:
+        """Forget lines after the checkpoint (their updates are made again) and a line cut short by a kill."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(self.path, "".join(kept))
+
+    def write(self, row: dict[str, Any], num_steps: int = 0) -> None:
+        if not self.active:
+            return
+        self.stream.write(json.dumps(row) + "\n")
+        self.stream.flush()
+        numbers = {k: v for k, v in row.items() if k not in ("kind", "step")}
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["step"])
+        if row["kind"] == "dev" or row["step"] % self.table.every == 0 or row["step"] in (1, num_steps):
+            total = f"/{num_steps}" if num_steps else ""
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            logger.info("%s %d%s  %s", "update" if row["kind"] == "train" else "dev at", row["step"], total, shown)
+
+    def close(self) -> None:
+        if self.active:
+            self.stream.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _start_wandb(folder: Path, step: int) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false") from error
+    return wandb.init(project="coalign", name=f"{folder.parent.name}-{folder.name}", dir=str(folder), resume="allow")

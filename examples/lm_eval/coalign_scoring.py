@@ -1,0 +1,108 @@
+"""Accuracy and CR of coalign for lm-evaluation-harness; make_task.py puts this file beside the tasks it writes.
+
+Needs nothing of coalign. tests/unit/test_lm_eval_task.py holds its rules against coalign's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CUT_OFF_MARK = "\ufffd"  # what the token decodes to that stands behind an answer which didn't end in time
+
+_SPACE = re.compile(r"\s+")
+_LEADING_POINT = re.compile(r"^\W*(?<![.\w])\.\d")
+_EDGE_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}<>*_"
+
+
+def normalise_answer(text: str) -> str:
+    """Return an answer's identity: NFKC, case folded, single blanks, no punctuation at either end."""
+    folded = _SPACE.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
+    bare = folded.strip(_EDGE_PUNCTUATION)
+    if bare[:1].isdigit() and _LEADING_POINT.search(folded):
+        return f".{bare}"
+    return bare or folded
+
+
+def canonical_answer(text: str, answers: Sequence[Sequence[str]] | None) -> str | None:
+    """Return an answer in the words of the gold answers; `answers` are the wording's (label, word), None without a map.
+
+    None for a label that is no word of the map: the wording didn't ask for it.
+    """
+    stripped = text.strip()
+    if answers is None:
+        return stripped
+    words = {normalise_answer(label): (label, word) for label, word in answers}
+    said = normalise_answer(stripped)
+    for label, word in words.values():
+        if normalise_answer(word) == said:
+            return label
+    return None if said in words else stripped
+
+
+def answer_key(text: str, answers: Sequence[Sequence[str]] | None) -> str | None:
+    """Return the form by which answers are compared; None (agrees with nothing, is wrong) when empty or cut off."""
+    if text.endswith(CUT_OFF_MARK):
+        return None
+    canonical = canonical_answer(text, answers)
+    return None if canonical is None else normalise_answer(canonical) or None
+
+
+# What the task files name
+
+
+def documents(task: str, **_: Any) -> dict[str, Any]:
+    """Return a task's documents as the split "test"."""
+    from datasets import Dataset  # noqa: TID251  # this runs where lm-eval is installed
+
+    lines = Path(__file__).with_name("documents.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    return {"test": Dataset.from_list([row for row in rows if row["task"] == task])}
+
+
+def prompt(document: dict[str, Any]) -> str:
+    """Return the user's message."""
+    return str(document["prompt"])
+
+
+def target(document: dict[str, Any]) -> str:
+    """Return a gold answer in the words of the wording, for the log of samples; it decides nothing."""
+    return str(document["targets"][0])
+
+
+def process_results(document: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Return what `accuracy` and `cr` need of one answer; a task with too few wordings has no `cr`."""
+    key = answer_key(results[0], document["answers"])
+    correct = key is not None and key in [normalise_answer(gold) for gold in document["golds"]]
+    values: dict[str, Any] = {"accuracy": (document["example"], correct)}
+    if document["min_wordings"]:
+        values["cr"] = (document["example"], document["min_wordings"], key)
+    return values
+
+
+def accuracy(items: Sequence[tuple[str, bool]]) -> float:
+    """Return the mean over inputs of the share of wordings that were answered correctly."""
+    of_input: dict[str, list[bool]] = defaultdict(list)
+    for example, correct in items:
+        of_input[example].append(correct)
+    return sum(sum(found) / len(found) for found in of_input.values()) / len(of_input)
+
+
+def cr(items: Sequence[tuple[str, int, str | None]]) -> float:
+    """Return the mean over inputs of agreeing pairs of wordings / all pairs; NaN when none has enough wordings."""
+    of_input: dict[str, list[str | None]] = defaultdict(list)
+    min_wordings = 2
+    for example, least, key in items:
+        of_input[example].append(key)
+        min_wordings = least
+    rates = []
+    for keys in of_input.values():
+        if len(keys) >= min_wordings:
+            agreeing = sum(n * (n - 1) for key, n in Counter(keys).items() if key is not None)
+            rates.append(agreeing / (len(keys) * (len(keys) - 1)))
+    return sum(rates) / len(rates) if rates else float("nan")

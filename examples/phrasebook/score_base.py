@@ -1,0 +1,280 @@
+"""Measure the phrasebook's base model: does it follow, rewrite and judge? Writes its card, README.md, beside it.
+
+Uses coalign's own generator and prompts, on inputs drawn for the purpose. The held-out wordings are asked as well, to
+show how much room there is; nothing is chosen by them. `--after RUN` measures how the model of a run's stage 1 judges
+its own answers and adds that to the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from corpus import FOLLOWED, HERE, World, kind_of, wrong_answer
+from make_base import parse_arguments
+from make_world import ANSWERS, draw_input, read_wordings
+
+from coalign.config import GenerationTable, ModelTable, ParaphraseTable
+from coalign.filtering import check_rewrite
+from coalign.generation import GenerateWorker, Sampling, ScoreWorker
+from coalign.judging import distinct_answers
+from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, parse_paraphrase, type_question
+from coalign.records import Example, Response, Task, read_records
+from coalign.text import normalise_answer, normalise_input
+
+INPUTS = 12
+REWRITES = 20
+THREADS = 2
+
+
+def draw_inputs(task: str, count: int, seed: str) -> list[list[str]]:
+    """Return inputs for a task."""
+    rng = random.Random(f"score {seed} {task}")
+    return [draw_input(rng, task) for _ in range(count)]
+
+
+def share(flags: list[bool]) -> float:
+    """Return the share of true values, rounded for reading."""
+    return round(sum(flags) / max(1, len(flags)), 4)
+
+
+def score_following(worker: GenerateWorker, inputs: int = INPUTS) -> dict[str, Any]:
+    """Return accuracy by task under the wordings followed in training, other known ones, and held-out ones."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for task, own in read_wordings().items():
+        followed, known = own.train[:FOLLOWED], own.train[FOLLOWED:]
+        groups[task] = {"followed": followed, "known": known, "dev": own.dev, "test": own.test}
+    rows, asked = [], []
+    for task, wordings in groups.items():
+        for words in draw_inputs(task, inputs, "follow"):
+            for group, texts in wordings.items():
+                for text in texts:
+                    prompt = worker.codec.encode_prompt(f"{text}\n\n{' '.join(words)}")
+                    rows.append({"prompt_ids": prompt, "seeds": [0]})
+                    asked.append((task, group, ANSWERS[task](words)))
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for (task, group, gold), row in zip(asked, worker(rows), strict=True):
+        answer = row["answers"][0]
+        right[task][group].append(answer["finish"] == "stop" and answer["text"] == gold)
+    table = {task: {group: share(flags) for group, flags in by.items()} for task, by in right.items()}
+    means = {group: round(sum(row[group] for row in table.values()) / len(table), 4) for group in table["reverse"]}
+    return {"mean": means, "by_task": table}
+
+
+def score_rewriting(worker: GenerateWorker, world: World) -> dict[str, Any]:
+    """Return what becomes of sampled rewrites of each Definition: verbatim, dropped by reason; and the texts."""
+    rows, asked = [], []
+    for task, own in read_wordings().items():
+        known = own.train
+        labels = ["no", "yes"] if task.startswith("has_") else []
+        for variant in range(NUM_VARIANTS):
+            prompt = worker.codec.encode_prompt(paraphrase_prompt(known[0], labels, variant))
+            seeds = [1000 * variant + index for index in range(REWRITES // NUM_VARIANTS)]
+            rows.append({"prompt_ids": prompt, "seeds": seeds})
+            asked.append((task, known, labels))
+    reasons: dict[str, int] = defaultdict(int)
+    texts = []
+    for (task, known, labels), row in zip(asked, worker(rows), strict=True):
+        seen = {normalise_input(text) for text in known}
+        trained = {normalise_input(text) for text in world.rewrites[task]}
+        for answer in row["answers"]:
+            text = parse_paraphrase(answer["text"])
+            reason = "cut_off" if answer["finish"] != "stop" else None
+            reason = reason or check_rewrite(known[0], text, labels, [], world.held_out, ParaphraseTable())
+            verbatim = normalise_input(text) in seen
+            reasons["verbatim" if verbatim else reason or "kept"] += 1
+            reasons["also in the training set"] += normalise_input(text) in trained
+            texts.append((task, text))
+    return {"count": len(texts), "reasons": dict(reasons), "texts": texts}
+
+
+def score_judging(worker: ScoreWorker, inputs: int = 3 * INPUTS) -> dict[str, float]:
+    """Return error rates at the threshold 0: right answers called wrong, hard wrong ones called right."""
+    yes_no = [worker.codec.encode_plain(YES), worker.codec.encode_plain(NO)]
+    rng = random.Random("score judge")
+    rows, asked = [], []
+
+    def ask(question: str, kind: str, prompt: str, truth: bool) -> None:
+        rows.append({"prompt_ids": worker.codec.encode_prompt(prompt), "continuations": yes_no})
+        asked.append((question, kind, truth))
+
+    for task, own in read_wordings().items():
+        for words in draw_inputs(task, inputs, "judge"):
+            gold, listed = ANSWERS[task](words), " ".join(words)
+            kind = "list" if kind_of(gold) == "words" else "one"
+            wrong = wrong_answer(task, words, gold, rng, hard=1.0)
+            for answer in (gold, wrong):
+                ask("correct", kind, correct_question(own.train[0], listed, answer, gold), answer == gold)
+                ask("correct without gold", kind, correct_question(own.train[0], listed, answer, None), answer == gold)
+            other = wrong_answer(task, words, gold, rng, hard=0.0)
+            for answer in (gold, other):
+                ask("type", kind, type_question(own.train[0], listed, answer), kind_of(answer) == kind_of(gold))
+    errors: dict[str, list[bool]] = defaultdict(list)
+    for (question, kind, truth), row in zip(asked, worker(rows), strict=True):
+        said_yes = row["logps"][0] >= row["logps"][1]
+        name = "right called wrong" if truth else "wrong called right"
+        errors[f"{question}, {kind}, {name}"].append(said_yes != truth)
+    return {name: share(flags) for name, flags in sorted(errors.items())}
+
+
+def score_own_answers(run: Path, model: ModelTable, generation: GenerationTable) -> dict[str, Any]:
+    """Return the error rates of a stage-1 model on its own distinct answers, gold shown, thresholds as fitted there.
+
+    An answer is right when it is the gold one: in this world there is no other.
+    """
+    tasks = {task.id: task for task in read_records(Task, run / "prepare" / "tasks.jsonl")}
+    examples = {(e.task, e.id): e for e in read_records(Example, run / "prepare" / "examples.jsonl")}
+    answers, _ = distinct_answers(read_records(Response, run / "sample" / "responses.jsonl"))
+    manifest = json.loads((run / "judge" / "manifest.json").read_text(encoding="utf-8"))
+    threshold = manifest["counts"]["calibration"]["correct"]["threshold"]
+    worker = ScoreWorker(str(run / "sft" / "model"), model, generation, THREADS)
+    yes_no = [worker.codec.encode_plain(YES), worker.codec.encode_plain(NO)]
+    rows, truths = [], []
+    for answer in answers:
+        if answer.text.strip() and answer.finish == "stop":
+            example, task = examples[answer.task, answer.example], tasks[answer.task]
+            question = correct_question(task.instruction, example.input, answer.text, example.outputs[0])
+            rows.append({"prompt_ids": worker.codec.encode_prompt(question), "continuations": yes_no})
+            truths.append(normalise_answer(answer.text) == normalise_answer(example.outputs[0]))
+    said = [row["logps"][0] - row["logps"][1] >= threshold for row in worker(rows)]
+    false_correct = [yes for yes, truth in zip(said, truths, strict=True) if not truth]
+    false_incorrect = [not yes for yes, truth in zip(said, truths, strict=True) if truth]
+    return {
+        "right": len(false_incorrect),
+        "wrong": len(false_correct),
+        "false correct": share(false_correct),
+        "false incorrect": share(false_incorrect),
+    }
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+language: en
+tags: [coalign, consistency-alignment, tiny]
+---
+
+# Phrasebook base
+
+A Llama of {parameters:,} parameters (bfloat16) that lives in the [phrasebook](../README.md), a world of word lists, and
+can do there what consistency alignment asks of a language model: follow an instruction, put it in other words, judge
+an answer. It is the base model of `make quickstart` and of no use beyond it.
+
+**How it was made.** `make base` (make_base.py): random weights, {steps:,} updates of {tokens:,} tokens drawn from
+corpus.py; nothing from elsewhere. Following was taught under {followed} wordings a task; no held-out (dev or test)
+wording, nor one near it, was among what it read, wrote or judged. Limits: it knows some 1,900 words, lower case only,
+contexts up to 256 tokens, and nothing about the world outside its word lists.
+
+**Following**, greedy, exact match, on {inputs} fresh inputs a task, %. "Followed" are the {followed} wordings of its
+training, "other" the rest of the training wordings, which it met only when it put them in other words; dev and test
+are held out.
+
+| task | followed | other | dev | test |
+|---|---|---|---|---|
+{following}
+
+**Rewriting**, {count} samples (temperature 1, top-p 0.95) from the Definitions: {verbatim} % repeat a wording that
+we wrote, {kept} % pass coalign's filters ({reasons}), {trained} % of the texts occur in its training.{reading}
+
+**Judging**, log P(Yes) - log P(No) at threshold 0, share of errors, %. Wrong answers are hard ones: of the right type,
+another task's answer to the same list or the right one with one place changed.
+
+| question | answer | right called wrong | wrong called right |
+|---|---|---|---|
+{judging}
+{own}"""
+
+
+def card(scores: dict[str, Any], reading: dict[str, Any] | None) -> str:
+    """Return the model card."""
+    table = scores["following"]["by_task"] | {"**mean**": scores["following"]["mean"]}
+    groups = ("followed", "known", "dev", "test")
+    following = [
+        f"| {task} | " + " | ".join(f"{100 * row[g]:.0f}" for g in groups) + " |" for task, row in table.items()
+    ]
+    errors = scores["judging"]
+    judging = [
+        f"| {question} | {'several words' if kind == 'list' else 'one word'} |"
+        f" {100 * errors[f'{question}, {kind}, right called wrong']:.1f} |"
+        f" {100 * errors[f'{question}, {kind}, wrong called right']:.1f} |"
+        for question in ("correct", "correct without gold", "type")
+        for kind in ("one", "list")
+    ]
+    rewriting, counts = scores["rewriting"], scores["rewriting"]["reasons"]
+    dropped = [
+        f"{name} {n}" for name, n in counts.items() if name not in ("kept", "verbatim", "also in the training set")
+    ]
+    read = own = ""
+    if reading and reading["texts_sha256"] == rewriting["texts_sha256"]:
+        read = (
+            f" Of {reading['read']} read one by one, {reading['equivalent']} ask for the same as the original,"
+            f" {reading['different']} for something else, {reading['malformed']} are malformed."
+        )
+    if after := scores.get("own answers"):
+        own = (
+            f"\nAfter stage 1 of the quickstart, on the model's own distinct answers with the gold answer shown:"
+            f" {100 * after['false correct']:.1f} % of {after['wrong']} wrong ones called correct,"
+            f" {100 * after['false incorrect']:.1f} % of {after['right']} right ones called incorrect.\n"
+        )
+    return CARD.format(
+        **scores["made"],
+        followed=FOLLOWED,
+        inputs=INPUTS,
+        following="\n".join(following),
+        count=rewriting["count"],
+        verbatim=f"{100 * counts.get('verbatim', 0) / rewriting['count']:.1f}",
+        kept=f"{100 * counts.get('kept', 0) / rewriting['count']:.1f}",
+        trained=f"{100 * counts.get('also in the training set', 0) / rewriting['count']:.1f}",
+        reasons=", ".join(dropped) or "nothing dropped",
+        reading=read,
+        judging="\n".join(judging),
+        own=own,
+    )
+
+
+def main() -> None:
+    """Score a model folder and write its card."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "base", help="folder of the model")
+    parser.add_argument(
+        "--after", type=Path, help="run whose stage-1 model judges its own answers; nothing else is measured"
+    )
+    options = parser.parse_args()
+    folder: Path = options.folder
+    path = folder / "scores.json"
+    model, generation = ModelTable(path=str(folder), init="pretrained"), GenerationTable()
+    scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if options.after else {}
+    if options.after:
+        scores["own answers"] = score_own_answers(options.after, model, generation)
+    else:
+        greedy = GenerateWorker(str(folder), model, generation, Sampling(max_new_tokens=16), THREADS)
+        arguments = parse_arguments([])
+        scores["made"] = {
+            "parameters": sum(p.numel() for p in greedy.model.parameters()),
+            "steps": arguments.steps,
+            "tokens": arguments.tokens,
+        }
+        scores["following"] = score_following(greedy)
+        sampling = Sampling(max_new_tokens=32, temperature=1.0, top_p=0.95)
+        scores["rewriting"] = score_rewriting(
+            GenerateWorker(str(folder), model, generation, sampling, THREADS), World()
+        )
+        scores["judging"] = score_judging(ScoreWorker(str(folder), model, generation, THREADS))
+        texts = "".join(f"{task}: {text}\n" for task, text in scores["rewriting"].pop("texts"))
+        scores["rewriting"]["texts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
+        (folder / "rewrites.txt").write_text(texts, encoding="utf-8")
+    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    reading = HERE / "reading.json"
+    text = card(scores, json.loads(reading.read_text(encoding="utf-8")) if reading.exists() else None)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Stage 2: consistency alignment training on the ranked groups; align/model is a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from coalign.artifacts import RunFolder
+from coalign.cards import write_card
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, changed_values, table_values
+from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
+from coalign.records import Example, Group, Wording, read_records
+
+
+def main(argv: list[str]) -> None:
+    """Run the step on every rank."""
+    config = parse_command_line("align", argv)
+    set_up_logging(config.log.level)
+    exit_with_launcher()
+    run, table = RunFolder(config.run, argv), config.align
+    needs = {name: run.step(name) for name in ("prepare", "paraphrase", "rank")} | {"policy": run.policy()}
+    step = run.begin("align", table_values(config, STEP_TABLES["align"], with_neutral=False), needs)
+    if step is None:
+        return
+
+    import torch
+
+    from coalign.development import make_dev_measure
+    from coalign.encoding import Codec
+    from coalign.engine import DeepSpeedEngine, export, init_ranks
+    from coalign.items import Encoder, group_items, group_stream
+    from coalign.losses import RankingForm
+    from coalign.models import load_tokenizer
+    from coalign.training import Plan, align_objective, check_shared_prefix, reference_logps, train
+
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    source = str(needs["policy"] / "model")
+    codec = Codec(load_tokenizer(source, config.model), config.model)
+    all_examples = read_records(Example, needs["prepare"] / "examples.jsonl")
+    wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
+    encoder = Encoder(codec, config.model.too_long)
+    items = group_items(
+        read_records(Group, needs["rank"] / "groups.jsonl"),
+        {e.id: e for e in all_examples},
+        {(w.task, w.id): w for w in wordings},
+        encoder,
+    )
+    dropped = encoder.report()
+
+    device = init_ranks()
+    engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
+    if config.train.shared_prefix:
+        check_shared_prefix(engine, items, codec.pad_id)
+    if table.loss == "dpo":
+        items = reference_logps(engine, items, codec.pad_id, config.train, step.path / "reference.jsonl")
+    stream = group_stream(items, table, config.run.seed)
+    plan = Plan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
+    words = f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
+    announce("align", changed_values(config, STEP_TABLES["align"]), words)
+    measure = make_dev_measure(engine, codec, all_examples, wordings, config.train)
+    form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
+    objective = align_objective(form, config.train.shared_prefix)
+    totals = train(engine, plan, objective, config.train, config.log, step.path, measure)
+    export(engine, step.path / "model", codec, stream)
+    if rank() == 0:
+        step.write_output("dropped.jsonl", dropped)
+        counts = totals | {"groups": len(items), "dropped": len(dropped)}
+        write_card(step, run, counts, codec.end_of_turn)
+        step.commit(counts | {"cores": world_size() * torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,119 @@
+"""Step 8: greedy answers of every model to held-out inputs under held-out wordings; metrics.json and report.html."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from coalign import evaluation
+from coalign.artifacts import RunFolder, StepFolder, installed_versions
+from coalign.cards import add_results
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
+from coalign.metrics import parse_agreement
+from coalign.page import write_results
+from coalign.process import announce, run_step, set_up_logging
+from coalign.records import Example, Task, read_records, to_row
+from coalign.summary import summarise
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Run the step."""
+    config = parse_command_line("eval", argv)
+    set_up_logging(config.log.level)
+    run, table = RunFolder(config.run, argv), config.eval
+    agreement = parse_agreement(table.agreement)
+    trained = {name: run.step(name) for name in ("sft", "align")}
+    needs = {"prepare": run.step("prepare")} | ({} if table.wordings_file else {"paraphrase": run.step("paraphrase")})
+    needs |= {value: trained[value] for value in table.models.values() if value in trained}
+    for name, path in needs.items():
+        run.require(name, path)
+    tasks = read_records(Task, needs["prepare"] / "tasks.jsonl")
+    wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
+    folders = find_models(config, trained, needs["prepare"])
+    own = {name for name, value in table.models.items() if value in trained}
+    judge, digests = evaluation.check_models(folders, own, agreement.folder)
+    examples = read_records(Example, needs["prepare"] / "examples.jsonl")
+    pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
+    settings = table_values(config, STEP_TABLES["eval"], with_neutral=False)
+    step = run.begin("eval", settings, needs, files | digests, Path(table.folder) if table.folder else None)
+    if step is None:
+        return
+    plan = f"{len(pairs)} answers by each of {', '.join(folders)}"
+    announce("eval", changed_values(config, STEP_TABLES["eval"]), plan)
+
+    outputs, dropped = {}, [*dropped, *unfit]
+    for index, (name, folder) in enumerate(folders.items()):
+        outputs[name], too_long = ask_model(config, step, f"{index}-{name}", folder, pairs)
+        dropped += [row | {"model": name} for row in too_long]
+    decide = agreement.decider(functools.partial(ask_judge, config, step, judge, dropped))
+    result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
+    dropped += incomplete
+    result |= evaluation.describe_steps(evaluation.steps_so_far(config.run, argv), step) | {
+        "run": config.run.name,
+        "sources": table.models,
+        "dropped": dict(Counter(row["reason"] for row in dropped)),
+        "settings": changed_values(config, STEP_TABLES["eval"]),
+        "versions": installed_versions(),
+    }
+    step.write_output("scores.jsonl", result.pop("per_input"))
+    step.write_output("dropped.jsonl", dropped)
+    step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
+    print("\n".join(write_results(step.path, result)), flush=True)
+    add_results(run, table, result)
+    counts = {"pairs": len(pairs), "dropped": result["dropped"], "cores": cores_used(config.generation, config.run)}
+    step.commit(counts | evaluation.count_models(result, outputs))
+
+
+def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:
+    """Return the model folder or hub name of every name in eval.models."""
+    from coalign.models import base_model_folder
+
+    base = base_model_folder(config.model, prepare) if "base" in config.eval.models.values() else ""
+    return {name: evaluation.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
+
+
+def ask_model(
+    config: Config, step: StepFolder, name: str, folder: str, pairs: list[evaluation.Pair]
+) -> tuple[evaluation.ModelOutput, list[Row]]:
+    """Return everything that one model said, and the rows too long for its context."""
+    from coalign import encoding, generation, models, pool
+
+    table, settings = config.eval, config.generation
+    model = evaluation.model_table(table.models[name.partition("-")[2]], config.model)
+    codec = encoding.Codec(models.load_tokenizer(folder, model), model)
+    requests, too_long = evaluation.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
+
+    def generate(what: str, rows: list[Row], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
+        used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
+        sampling = generation.Sampling(table.max_new_tokens, temperature=temperature)
+        worker = functools.partial(generation.GenerateWorker, folder, model, used, sampling, config.run.threads)
+        shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
+        return pool.run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
+
+    return evaluation.collect_answers(requests, pairs, table, settings.mode, config.run.seed, generate), too_long
+
+
+def ask_judge(
+    config: Config, step: StepFolder, folder: str, dropped: list[Row], pairs: list[tuple[str, str]]
+) -> list[bool]:
+    """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
+    from coalign import encoding, generation, models, pool
+
+    model = table_for_other_model(config.model)
+    codec = encoding.Codec(models.load_tokenizer(folder, model), model)
+    requests, too_long = evaluation.judge_requests(pairs, codec, model.too_long)
+    dropped += too_long
+    worker = functools.partial(generation.ScoreWorker, folder, model, config.generation, config.run.threads)
+    rows = pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
+    return evaluation.read_agreement(rows, len(pairs))
+
+
+if __name__ == "__main__":
+    run_step(main)

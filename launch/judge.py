@@ -1,0 +1,120 @@
+"""Let the model judge its own answers: judge/verdicts.jsonl holds a reward for every distinct response."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from coalign import judging
+from coalign.artifacts import RunFolder, digest_model_files, digest_weights
+from coalign.commandline import parse_command_line
+from coalign.config import (
+    STEP_TABLES,
+    JudgeTable,
+    ModelTable,
+    changed_values,
+    cores_used,
+    table_for_other_model,
+    table_values,
+)
+from coalign.errors import UserError
+from coalign.process import announce, run_step, set_up_logging
+from coalign.prompts import NO, YES
+from coalign.records import Example, Response, Task, read_records, to_row
+
+logger = logging.getLogger("coalign")
+
+
+def digest_judge(table: JudgeTable, model: ModelTable) -> dict[str, str]:
+    """Return the digest of a judge that comes from no step of the run; UserError when it is no folder."""
+    if table.model in ("sft", "base"):
+        return digest_model_files(model) if table.model == "base" else {}
+    if not (Path(table.model) / "config.json").is_file():
+        raise UserError(f'judge.model={table.model!r} is not "sft", not "base" and no model folder with a config.json')
+    return {"judge model": digest_weights(table.model)}
+
+
+def main(argv: list[str]) -> None:
+    """Run the step."""
+    config = parse_command_line("judge", argv)
+    set_up_logging(config.log.level)
+    run, table = RunFolder(config.run, argv), config.judge
+    needs = {"prepare": run.step("prepare"), "policy": run.policy(), "sample": run.step("sample")}
+    settings = table_values(config, STEP_TABLES["judge"], with_neutral=False)
+    step = run.begin("judge", settings, needs, digest_judge(table, config.model))
+    if step is None:
+        return
+
+    tasks = {task.id: task for task in read_records(Task, needs["prepare"] / "tasks.jsonl")}
+    examples = {(e.task, e.id): e for e in read_records(Example, needs["prepare"] / "examples.jsonl")}
+    responses = read_records(Response, needs["sample"] / "responses.jsonl")
+    answers, dropped = judging.distinct_answers(responses)
+    decided, undecided = judging.decide_by_rules(answers, examples, table.gold)
+    dev = [example for example in examples.values() if example.split == "dev"]
+    known = judging.calibration_answers(tasks, dev, table.max_dev_inputs, config.run.seed)
+    if table.gold:
+        sampled = [examples[key] for key in dict.fromkeys((r.task, r.example) for r in responses)]
+        known += judging.audit_answers(tasks, sampled, decided.values(), table.audit_share, config.run.seed)
+    plan = (
+        f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge; {len(known)} known ones"
+    )
+    announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
+
+    from coalign.encoding import Codec
+    from coalign.generation import ScoreWorker
+    from coalign.models import base_model_folder, load_tokenizer
+    from coalign.pool import run_shards
+
+    named = {"sft": str(needs["policy"] / "model"), "base": base_model_folder(config.model, needs["prepare"])}
+    model_folder = named.get(table.model, table.model)
+    model = config.model if table.model in named else table_for_other_model(config.model)
+    codec = Codec(load_tokenizer(model_folder, model), model)
+    verdict_ids = [codec.encode_plain(YES), codec.encode_plain(NO)]
+    make_worker = functools.partial(ScoreWorker, model_folder, model, config.generation, config.run.threads)
+    run_here = functools.partial(run_shards, step)
+    places: dict[str, str | None] = {}
+    log_odds: dict[str, float] = {}
+
+    def scores(prompt: str) -> float | None:
+        key = places[prompt]
+        return None if key is None else log_odds[key]
+
+    def ask(items: list[judging.Item], name: str) -> list[tuple[judging.Item, dict[str, str]]]:
+        asked = judging.with_questions(items, tasks, examples, table)
+        prompts = [prompt for _, questions in asked for prompt in questions.values()]
+        requests = judging.plan_requests(prompts, codec.encode_prompt, verdict_ids, codec.max_tokens, places)
+        if config.model.too_long == "error":
+            judging.require_short(asked, places, codec.max_tokens)
+        for row in run_here(requests, make_worker, config.generation, f"judge {name}", name):
+            log_odds[row["key"]] = row["logps"][0] - row["logps"][1]
+        return asked
+
+    # The known answers come first: a judge that is too weak is found out before the long work.
+    calibration = judging.calibrate(judging.collect_samples(ask(known, "known"), scores), table.type_question)
+    for line in judging.describe_calibration(calibration):
+        logger.info("%s", line)
+    weak = judging.weakness(calibration, table.min_quality)
+    if weak and not table.allow_weak:
+        step.close()
+        raise UserError(weak)
+    if weak:
+        logger.warning("going on with judge.allow_weak: %s", weak)
+    num_known = len(log_odds)
+    thresholds = {question: values["threshold"] for question, values in calibration.items()}
+    judged, too_long = judging.decide_by_judge(ask(undecided, "responses"), scores, thresholds)
+    decided |= judged
+    dropped += too_long
+
+    step.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
+    step.write_output("dropped.jsonl", dropped)
+    counts = judging.count_judging(responses, undecided, decided, dropped, len(thresholds), len(log_odds) - num_known)
+    counts |= {"calibration": calibration, "calls_on_known_answers": num_known, "weak": weak is not None}
+    counts["cores"] = cores_used(config.generation, config.run)
+    for line in judging.describe_verdicts(counts):
+        logger.info("%s", line)
+    step.commit(counts)
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,99 @@
+"""The experiment: every arm with every seed, shared steps once, then one table and one figure; see launch/ladder.sh."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+
+from coalign import arms, exhibits, experiment
+from coalign.artifacts import TRAINING_STEPS, RunFolder, read_manifest, write_atomic, write_json
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, Config, table_values
+from coalign.errors import UserError
+from coalign.process import derive_seed, run_command, run_step
+
+ALWAYS_STARTED = ("prepare", "paraphrase")  # they read files beside the run, and look for themselves what has changed
+
+
+def main(argv: list[str]) -> None:
+    """Plan, run what is missing, and show the result."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(arms.usage())
+        return
+    options, words = arms.read_options(argv)
+    config = parse_command_line("ladder", words)
+    ladder = arms.make_ladder(table_values(config, tuple(Config.model_fields)), options)
+    steps = ladder.steps()
+    print("\n".join(arms.plan_lines(ladder, steps)), flush=True)
+    if options.dry_run:
+        print("\n".join(shlex.join(command(run.step, run.words(words))) for run in steps))
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the figure needs matplotlib, which is not installed; pip install -e . (see constraints.txt)")
+    run_all(ladder, steps, words)
+    lines = show(ladder, steps, config)
+    print("\n".join(lines), flush=True)
+
+
+def command(step: str, words: list[str]) -> list[str]:
+    """Return a step's command; training starts with the words of TRAIN_LAUNCHER, without it on one rank."""
+    launcher = shlex.split(os.environ.get("TRAIN_LAUNCHER", "")) if step in TRAINING_STEPS else []
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = ["--master_port", str(probe.getsockname()[1])] if launcher else []
+    return [*(launcher or [sys.executable]), *port, os.path.relpath(Path(__file__).with_name(f"{step}.py")), *words]
+
+
+def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) -> None:
+    """Run every step that is not complete, in order; leave with the exit code of the first that fails."""
+    started, parent = time.monotonic(), os.getppid()
+    done: list[tuple[str, float]] = []
+    for index, run in enumerate(steps):
+        own = run.words(words)
+        config = parse_command_line(run.step, own)
+        settings = table_values(config, STEP_TABLES[run.step], with_neutral=False)
+        folder = RunFolder(config.run, own)
+        current = arms.is_current(run.folder, settings, folder, config.model, config.eval.models)
+        if current and run.step not in ALWAYS_STARTED:
+            continue
+        todo = [r.step for r in steps[index:] if read_manifest(r.folder) is None]
+        left = arms.remaining_seconds(done, todo)
+        spent = f"{(time.monotonic() - started) / 60:.0f} min so far"
+        estimate = "" if left is None else f", about {left / 60:.0f} min left"
+        print(f"== step {index + 1} of {len(steps)}: {run.title(ladder.arms)} ({spent}{estimate})", flush=True)
+        begun, words_of_step = time.monotonic(), command(run.step, own)
+        code = run_command(words_of_step)
+        if code:
+            print(
+                f"ladder: {run.title(ladder.arms)} failed (exit code {code}); mend it and run the same command again."
+                f" The step alone: {shlex.join(words_of_step)}",
+                file=sys.stderr,
+            )
+            raise SystemExit(code if code > 0 else 128 - code)
+        if not current:
+            done.append((run.step, time.monotonic() - begun))
+        if os.getppid() != parent:
+            raise SystemExit("the command that started this one is gone; run it again to go on")
+
+
+def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list[str]:
+    """Write the ladder's metrics.json, table.md and figure; return what to print."""
+    seed = derive_seed(config.run.seed, "ladder")
+    result = experiment.make_result(ladder, steps, arms.COMPARISONS, config.eval.num_bootstrap, seed)
+    result |= {"split": config.eval.split, "agreement": config.eval.agreement}
+    folder = ladder.home / "ladder"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", result)
+    lines = exhibits.table_lines(result)
+    write_atomic(folder / "table.md", "\n".join(lines) + "\n")
+    paths = exhibits.draw(result, folder)
+    return [*lines, "", f"table and figure: {folder / 'table.md'}, {', '.join(map(str, paths))}"]
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The experiment: every arm of the design with every seed, shared steps once, one table and one figure.
+# launch/ladder.py plans the steps and runs them; this file finds the devices for it and holds one Ray cluster.
+set -uo pipefail
+
+# In braces, so that bash has read all of it before it begins: the file may change while a long run goes on.
+{
+launch="$(dirname "${BASH_SOURCE[0]}")"
+source "$launch/devices.sh"
+python -c 'import coalign' 2>/dev/null || {
+    echo "error: coalign can't be imported; set up the environment first: make setup" >&2
+    exit 1
+}
+printf -v TRAIN_LAUNCHER '%q ' "${train_launcher[@]}"
+export TRAIN_LAUNCHER
+# The workers of a private cluster, 0 when none is needed; a mistake in the words is for ladder.py to explain.
+workers="$(python - "$@" <<'PYTHON'
+import os
+import sys
+
+from coalign import arms
+from coalign.artifacts import read_manifest
+from coalign.commandline import parse_command_line
+from coalign.config import Config, table_values
+from coalign.errors import UserError
+
+workers = 0
+try:
+    if {"-h", "--help"} & {*sys.argv}:
+        raise UserError("ladder.py prints its help")
+    options, words = arms.read_options(sys.argv[1:])
+    config = parse_command_line("ladder", words)
+    ladder = arms.make_ladder(table_values(config, tuple(Config.model_fields)), options)
+    left = any(read_manifest(run.folder) is None for run in ladder.steps())
+    if left and not options.dry_run and not (config.generation.ray_address or os.environ.get("RAY_ADDRESS")):
+        workers = config.generation.workers
+except UserError:
+    pass
+print(workers)
+PYTHON
+)" || workers=0
+# shellcheck source=launch/cluster.sh
+. "$launch/cluster.sh"
+if [ "$workers" -gt 0 ]; then
+    begin_cluster "$workers"
+    await_cluster || exit $?
+fi
+run_command python "$launch/ladder.py" "$@"
+exit $?
+}

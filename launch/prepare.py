@@ -1,0 +1,53 @@
+"""Read the data, split it by input text, and write tasks.jsonl, examples.jsonl and dropped.jsonl."""
+
+from __future__ import annotations
+
+from coalign.artifacts import RunFolder, read_manifest
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, changed_values, table_values
+from coalign.data import digest_sources, read_sources
+from coalign.errors import UserError
+from coalign.process import announce, logger, run_step, set_up_logging
+from coalign.records import to_row
+from coalign.splits import Prepared, describe, split_instances, summarise, tokenizer_texts
+
+
+def main(argv: list[str]) -> None:
+    """Run the step."""
+    config = parse_command_line("prepare", argv)
+    set_up_logging(config.log.level)
+    run = RunFolder(config.run, argv)
+    digest = digest_sources(config.data)
+    prepared = Prepared([], [], [])
+    if read_manifest(run.step("prepare")) is None:
+        # Before the step's folder is made: data with a mistake in it leaves nothing behind.
+        sources = config.data.path or ", ".join(source.path for source in config.data.sources)
+        announce("prepare", changed_values(config, STEP_TABLES["prepare"]), f"read and split {sources}")
+        read = read_sources(config.data)
+        prepared = split_instances(read.tasks, read.instances, config.data)
+        prepared.dropped[:0] = read.dropped
+        if not prepared.examples:
+            raise UserError("no inputs are left after the split; use more data, or other shares in [data]")
+    settings = table_values(config, STEP_TABLES["prepare"], with_neutral=False)
+    step = run.begin("prepare", settings, {}, files={"data": digest})
+    if step is None:
+        return
+    step.write_output("tasks.jsonl", map(to_row, prepared.tasks))
+    step.write_output("examples.jsonl", map(to_row, prepared.examples))
+    step.write_output("dropped.jsonl", (row.to_row() for row in prepared.dropped))
+    counts = summarise(prepared)
+    for line in describe(counts).splitlines():
+        logger.info("%s", line)
+    for split, number in counts["inputs"].items():
+        if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
+            logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
+    if config.model.init == "random" and not (step.path / "model").exists():
+        from coalign.models import make_random_model
+
+        texts = tokenizer_texts(prepared.tasks, prepared.examples)
+        make_random_model(step.path / "model", texts, config.model.random, config.run.seed)
+    step.commit(counts | {"cores": 1})
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,66 @@
+"""Stage 1: fine-tune on the original and the paraphrased instructions; sft/model is a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from coalign.artifacts import RunFolder, digest_model_files
+from coalign.cards import write_card
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, changed_values, table_values
+from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
+from coalign.records import Example, Wording, read_records
+from coalign.text import normalise_input
+
+
+def main(argv: list[str]) -> None:
+    """Run the step on every rank."""
+    config = parse_command_line("sft", argv)
+    set_up_logging(config.log.level)
+    exit_with_launcher()
+    from coalign.items import Encoder, replay_digest, sft_stream, training_wordings
+
+    run = RunFolder(config.run, argv)
+    needs = {"prepare": run.step("prepare"), "paraphrase": run.step("paraphrase")}
+    settings = table_values(config, STEP_TABLES["sft"], with_neutral=False)
+    step = run.begin("sft", settings, needs, replay_digest(config.sft) | digest_model_files(config.model))
+    if step is None:
+        return
+
+    import torch
+
+    from coalign.development import make_dev_measure
+    from coalign.encoding import Codec
+    from coalign.engine import DeepSpeedEngine, export, init_ranks
+    from coalign.models import base_model_folder, load_tokenizer
+    from coalign.training import Plan, sft_objective, train
+
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    source = base_model_folder(config.model, needs["prepare"])
+    codec = Codec(load_tokenizer(source, config.model), config.model)
+    examples = [e for e in read_records(Example, needs["prepare"] / "examples.jsonl")]
+    wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
+    encoder = Encoder(codec, config.model.too_long)
+    rows = [e for e in examples if e.split == config.sft.split]
+    chosen = training_wordings(wordings, config.sft.wordings)
+    held_out = {normalise_input(e.input) for e in examples if e.split != config.sft.split}
+    stream = sft_stream(rows, chosen, encoder, config.sft, config.run.seed, held_out)
+    dropped = encoder.report()
+    plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
+    words = (
+        f"{len(rows)} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of {plan.batch_items}"
+    )
+    announce("sft", changed_values(config, STEP_TABLES["sft"]), f"{words} rows, {plan.num_tokens} tokens")
+
+    device = init_ranks()
+    engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
+    measure = make_dev_measure(engine, codec, examples, wordings, config.train)
+    totals = train(engine, plan, sft_objective(), config.train, config.log, step.path, measure)
+    export(engine, step.path / "model", codec, stream)
+    if rank() == 0:
+        step.write_output("dropped.jsonl", dropped)
+        counts = totals | {"rows": len(stream), "dropped": len(dropped), "inputs": len(rows)}
+        write_card(step, run, counts, codec.end_of_turn)
+        step.commit(counts | {"cores": world_size() * torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,250 @@
+"""Processes killed at random points, cut checkpoints, other numbers of ranks and workers: the result stays the same.
+
+Each test takes steps away from a copy of the finished run, makes them again under trouble, and compares the two.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import (
+    Command,
+    Run,
+    assert_same_curve,
+    assert_same_files,
+    assert_same_weights,
+    random_delay,
+    until,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LATER = {
+    "paraphrase": ("sft", "sample", "judge", "rank", "align", "eval"),
+    "sft": ("sample", "judge", "rank", "align", "eval"),
+    "sample": ("judge", "rank", "align", "eval"),
+    "judge": ("rank", "align", "eval"),
+    "align": ("eval",),
+    "eval": (),
+}
+OUTPUTS = {
+    "paraphrase": ["wordings.jsonl", "dropped.jsonl"],
+    "sample": ["responses.jsonl", "dropped.jsonl"],
+    "judge": ["verdicts.jsonl", "dropped.jsonl"],
+    "eval": ["answers.jsonl", "dropped.jsonl"],
+}
+ATTEMPTS = 4
+
+
+def shards_of(run: Run, step: str) -> int:
+    """Return the number of shards that a step has written."""
+    return len(list((run.path / step / "shards").glob("*.jsonl")))
+
+
+def checkpoints_of(run: Run, step: str) -> list[Path]:
+    """Return a step's checkpoints, oldest first."""
+    return sorted((run.path / step / "checkpoints").glob("step_*"))
+
+
+def interrupt(
+    start: Callable[[], Command],
+    run: Run,
+    step: str,
+    begun: Callable[[], bool],
+    hit: Callable[[Command], None],
+    longest: float,
+    done: str = "manifest.json",
+) -> None:
+    """Hit a step at a random moment after it has begun, and leave it with nothing running and no file `done`.
+
+    A step that got so far before the blow is no test: then the delay gets shorter and it starts anew.
+    """
+    for _ in range(ATTEMPTS):
+        command = start()
+        until(lambda command=command: begun() or command.process.poll() is not None, 120, command.output, command.end)
+        random_delay(longest)
+        hit(command)
+        command.wait()
+        if not (run.path / step / done).exists():
+            return
+        shutil.rmtree(run.path / step)
+        longest /= 4
+    raise AssertionError(f"{step} was always done before the blow")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("step", ["paraphrase", "sample", "judge", "eval"])
+def test_a_killed_driver_goes_on_at_the_missing_shards(step: str, copy_of: Callable[..., Run], finished: Run) -> None:
+    """The same command makes only what is missing, and the files are those of an undisturbed run."""
+    run = copy_of(step, *LATER[step])
+    if step == "eval":
+        run = copy_of(step, name="for_eval")
+    interrupt(lambda: run.start(step), run, step, lambda: shards_of(run, step) > 0, Command.kill, 0.5)
+    made = shards_of(run, step)
+    assert made > 0
+    done = run.step(step)
+    assert "resuming" in done.stdout and "shards are done already" in done.stdout
+    assert_same_files(run.path / step, finished.path / step, OUTPUTS[step])
+    assert run.manifest(step)["digest"] == finished.manifest(step)["digest"]
+
+
+@pytest.mark.ray
+def test_every_actor_killed_once_changes_nothing(copy_of: Callable[..., Run], finished: Run) -> None:
+    """All actors of the judge die at random moments; the verdicts are those of an undisturbed run."""
+    run = copy_of("judge", *LATER["judge"])
+    command = run.start("judge")
+    until(lambda: shards_of(run, "judge") > 0, 120, command.output, command.end)
+    for victim in command.actors():
+        random_delay(0.3)
+        victim.kill()
+    assert not run.complete("judge")
+    assert command.wait().returncode == 0
+    assert_same_files(run.path / "judge", finished.path / "judge", OUTPUTS["judge"])
+
+
+@pytest.mark.ray
+def test_another_number_of_workers_goes_on_with_the_same_shards(copy_of: Callable[..., Run], finished: Run) -> None:
+    """Two workers begin, one goes on, this process alone ends it: byte for byte the undisturbed result."""
+    run = copy_of("sample", *LATER["sample"])
+    interrupt(lambda: run.start("sample"), run, "sample", lambda: shards_of(run, "sample") > 0, Command.kill, 0.3)
+    before = shards_of(run, "sample")
+    command = run.start("sample", "generation.workers=1")
+    until(lambda: shards_of(run, "sample") > before, 120, command.output, command.end)
+    command.kill()
+    command.wait()
+    assert not run.complete("sample")
+    run.step("sample", "generation.workers=0")
+    assert_same_files(run.path / "sample", finished.path / "sample", OUTPUTS["sample"])
+
+
+def kill_rank(step: str, number: int) -> Callable[[Command], None]:
+    """Return what kills one rank of a training command."""
+
+    def hit(command: Command) -> None:
+        for process in command.ranks(step)[number : number + 1]:
+            process.kill()
+
+    return hit
+
+
+def kill_helper(command: Command) -> None:
+    """Kill the process between the deepspeed command and its ranks."""
+    for process in command.all("deepspeed.launcher.launch"):
+        process.kill()
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    ("step", "victim"),
+    [("sft", "rank 0"), ("sft", "launcher"), ("align", "rank 1"), ("align", "launcher"), ("align", "helper")],
+)
+def test_killed_training_goes_on_to_the_same_model(
+    step: str, victim: str, copy_of: Callable[..., Run], finished: Run
+) -> None:
+    """One process is killed after a checkpoint: all end, and the same command gives the same curve and model."""
+    hits = {"rank 0": kill_rank(step, 0), "rank 1": kill_rank(step, 1), "launcher": Command.kill, "helper": kill_helper}
+    run = copy_of(step, *LATER[step])
+    begun = lambda: bool(checkpoints_of(run, step))  # noqa: E731
+    interrupt(lambda: run.start(step, ranks=2), run, step, begun, hits[victim], 1.0, "model")
+    done = run.step(step, ranks=2)
+    assert "resuming after update" in done.stdout
+    assert_same_curve(run.curve(step), finished.curve(step), 1e-5)
+    assert_same_weights(run.path / step / "model", finished.path / step / "model", 1e-6)
+
+
+@pytest.mark.deepspeed
+def test_an_interrupted_export_leaves_nothing_that_looks_complete(copy_of: Callable[..., Run], finished: Run) -> None:
+    """Killed while it writes the model, align has neither model nor manifest; the same command makes both."""
+    run = copy_of("align", *LATER["align"])
+    writing = run.path / "align" / ".model.tmp"
+    interrupt(lambda: run.start("align", ranks=2), run, "align", writing.exists, kill_rank("align", 0), 0.02, "model")
+    assert not run.complete("align")
+    run.step("align", ranks=2)
+    assert not writing.exists()
+    assert_same_weights(run.path / "align" / "model", finished.path / "align" / "model", 1e-6)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(("number", "target"), [("SIGTERM", "all"), ("SIGTERM", "launcher"), ("SIGUSR1", "rank")])
+def test_a_signal_makes_training_checkpoint_and_stop(
+    number: str, target: str, copy_of: Callable[..., Run], finished: Run
+) -> None:
+    """However the signal comes, the update at work is checkpointed, all processes end, and the run goes on there."""
+    run = copy_of("sft", *LATER["sft"])
+    metrics = run.path / "sft" / "metrics.jsonl"
+    every = "train.checkpoint_every=1000"
+    command = run.start("sft", every, ranks=2)
+    until(lambda: metrics.exists() and metrics.read_text().count("train") >= 10, 120, command.output, command.end)
+    victims = {"all": command.all(), "launcher": command.all("bin/deepspeed"), "rank": command.ranks("sft")[1:]}[target]
+    for process in victims:
+        process.send_signal(signal.Signals[number])
+    assert command.wait().returncode != 0
+    assert not run.complete("sft")
+    assert len(checkpoints_of(run, "sft")) == 1
+    done = run.step("sft", every, ranks=2)
+    updates = int(checkpoints_of(run, "sft")[0].name.removeprefix("step_"))
+    assert f"resuming after update {updates} " in done.stdout
+    assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-5)
+
+
+def reopen(run: Run, step: str, keep: int) -> None:
+    """Make a complete training step one that was interrupted after its `keep` oldest checkpoints."""
+    (run.path / step / "manifest.json").unlink()
+    shutil.rmtree(run.path / step / "model")
+    for checkpoint in checkpoints_of(run, step)[keep:]:
+        shutil.rmtree(checkpoint)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("damage", ["cut", "missing", "meta"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, copy_of: Callable[..., Run], finished: Run
+) -> None:
+    """The newest checkpoint isn't whole: it is named and passed over, and training goes on from the one before."""
+    run = copy_of(*LATER["align"])
+    reopen(run, "align", 2)
+    older, newest = checkpoints_of(run, "align")
+    victim = next(newest.glob("*optim_states.pt")) if damage != "meta" else newest / "checkpoint.json"
+    if damage == "missing":
+        victim.unlink()
+    else:
+        os.truncate(victim, victim.stat().st_size // 2)
+    done = run.step("align", ranks=2)
+    assert f"checkpoint {newest} is passed over: {victim.name}" in done.stdout
+    assert f"from {older}" in done.stdout
+    assert_same_curve(run.curve("align"), finished.curve("align"), 1e-5)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("step", ["sft", "align"])
+def test_two_ranks_then_one(step: str, copy_of: Callable[..., Run], finished: Run) -> None:
+    """A checkpoint of two ranks is taken up by one: the loss curve is the same to 1e-4."""
+    run = copy_of(*LATER[step])
+    reopen(run, step, 1)
+    done = run.step(step, ranks=1)
+    assert "the checkpoint was made by 2 ranks, now 1" in done.stdout
+    assert_same_curve(run.curve(step), finished.curve(step), 1e-4)
+    assert_same_weights(run.path / step / "model", finished.path / step / "model", 1e-3)
+
+
+@pytest.mark.deepspeed
+def test_one_rank_then_two(copy_of: Callable[..., Run], finished: Run) -> None:
+    """A checkpoint of one rank is taken up by two: the loss curve is the same to 1e-4."""
+    run = copy_of("align", *LATER["align"])
+    begun = lambda: bool(checkpoints_of(run, "align"))  # noqa: E731
+    interrupt(lambda: run.start("align", ranks=1), run, "align", begun, kill_rank("align", 0), 0.3)
+    done = run.step("align", ranks=2)
+    assert "the checkpoint was made by 1 ranks, now 2" in done.stdout
+    assert_same_curve(run.curve("align"), finished.curve("align"), 1e-4)
+
+
+@pytest.mark.deepspeed
+def test_without_the_launcher_one_process_trains_alone(copy_of: Callable[..., Run], finished: Run) -> None:
+    """`python launch/align.py` is one rank, and gives what two ranks give."""
+    run = copy_of("align", *LATER["align"])
+    run.step("align")
+    assert_same_curve(run.curve("align"), finished.curve("align"), 1e-4)

@@ -1,0 +1,267 @@
+"""generation: greedy against transformers, drawing against brute force, scores against one row at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from coalign.config import GenerationTable, ModelTable, RandomTable
+from coalign.generation import (
+    GenerateWorker,
+    Sampling,
+    ScoreWorker,
+    decode_batch,
+    greedy_in_step,
+    pick_tokens,
+    score_batch,
+)
+from coalign.models import make_random_model
+from coalign.process import derive_seed
+from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
+
+
+class FakeCodec:
+    """What decoding reads of a codec: the pad token and where to stop."""
+
+    pad_id = 0
+
+    def __init__(self, *stop_ids: int) -> None:
+        self.stop_ids = sorted(stop_ids)
+
+
+def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
+    source = random.Random(seed)
+    return [list(random_ids(source, source.randint(1, 12))) for _ in range(count)]
+
+
+def greedy_by_transformers(model: Any, prompt: Sequence[int], limit: int, *stop: int) -> list[int]:
+    """Return transformers' own greedy continuation of one prompt, the stop token included."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=list(stop),
+        pad_token_id=0,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(family: str) -> None:
+    """Greedy answers of a left-padded batch equal `generate` on each prompt alone, stop tokens included."""
+    model = network(family, torch.float32)
+    prompts = prompts_of(7)
+    # a token that some answers contain, so that rows leave the batch at different times
+    stop = greedy_by_transformers(model, prompts[0], 12, 2)[3]
+    codec: Any = FakeCodec(stop, 2)
+    found = decode_batch(model, prompts, [[0]] * len(prompts), Sampling(12), codec)
+    ends = []
+    for prompt, (answer,) in zip(prompts, found, strict=True):
+        expected = greedy_by_transformers(model, prompt, 12, stop, 2)
+        ended = expected[-1] in (stop, 2)
+        assert (answer.ids, answer.finished) == (expected[:-1] if ended else expected, ended)
+        ends.append((ended, len(answer.ids)))
+    assert len(set(ends)) > 1 and ends[0][0]
+    assert greedy_in_step(model, prompts, 12, codec, lambda flag: flag) == [answers[0] for answers in found]
+
+
+def test_greedy_with_a_sliding_window() -> None:
+    """A cache that forgets gives what transformers gives."""
+    model = network("mistral", torch.float32, sliding_window=4)
+    codec: Any = FakeCodec(2)
+    prompts = prompts_of(4)
+    found = decode_batch(model, prompts, [[0, 1]] * 4, Sampling(10), codec)
+    for prompt, answers in zip(prompts, found, strict=True):
+        expected = greedy_by_transformers(model, prompt, 10, 2)
+        assert all([*a.ids, *([2] if a.finished else [])] == expected for a in answers)
+
+
+def slow_pick(logits: Sequence[float], uniform: float, sampling: Sampling) -> int:
+    """Sort, cut to top-k, then to the fewest tokens that reach top-p, and walk along the rest."""
+    scaled = [x / sampling.temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    order = order[: sampling.top_k] if sampling.top_k else order
+    top = max(scaled)
+    weights = [math.exp(scaled[i] - top) for i in order]
+    probabilities = [w / sum(weights) for w in weights]
+    kept = []
+    mass = 0.0
+    for p in probabilities:
+        if kept and mass >= sampling.top_p:
+            break
+        kept.append(p)
+        mass += p
+    walked = 0.0
+    for index, p in enumerate(kept):
+        walked += p
+        if uniform * mass < walked:
+            return order[index]
+    return order[len(kept) - 1]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 100])
+def test_drawing_equals_brute_force(temperature: float, top_p: float, top_k: int) -> None:
+    """Top-k, top-p and temperature follow their definitions, for numbers at both ends of [0, 1) too."""
+    draw = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(200, 20, generator=draw) * 2
+    logits_BV[::3, 4] = logits_BV[::3, 7]  # ties
+    uniform_B = torch.rand(200, generator=draw, dtype=torch.float64)
+    uniform_B[:3] = torch.tensor([0.0, 1.0 - 2**-53, 0.5], dtype=torch.float64)
+    sampling = Sampling(1, temperature, top_p, top_k)
+    found = pick_tokens(logits_BV, uniform_B, sampling).tolist()
+    rows = [(row, u) for row, u in zip(logits_BV.tolist(), uniform_B.tolist(), strict=True)]
+    expected = [slow_pick(row, u, sampling) for row, u in rows]
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) == 0
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    """A hundred thousand draws match the tempered softmax, and nothing outside the nucleus is drawn."""
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -3.0])
+    uniform_B = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = pick_tokens(logits.expand(100_000, -1), uniform_B, Sampling(1, 0.7))
+    shares = torch.bincount(drawn, minlength=6) / 100_000
+    assert torch.allclose(shares, torch.softmax(logits / 0.7, -1), atol=0.006)
+    nucleus = pick_tokens(logits.expand(100_000, -1), uniform_B, Sampling(1, 0.7, top_p=0.8, top_k=3))
+    kept = torch.softmax(logits[:3] / 0.7, -1)[:2]
+    assert torch.allclose(torch.bincount(nucleus) / 100_000, kept / kept.sum(), atol=0.006)
+
+
+def test_a_sampled_continuation_follows_the_model() -> None:
+    """Over many seeds, the two-token continuations of a prompt occur as often as the model says."""
+    model = network("llama", torch.float32, vocab_size=6)
+    codec: Any = FakeCodec(5)
+    prompt = [3, 4, 3]
+    seeds = [derive_seed("draw", n) for n in range(4000)]
+    (answers,) = decode_batch(model, [prompt], [seeds], Sampling(2, 1.0), codec)
+    seen = [(*a.ids, *([5] if a.finished else [])) for a in answers]
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        second = model(input_ids=torch.tensor([[*prompt, t] for t in range(6)])).logits[:, -1].softmax(-1)
+    for a, b in itertools.product(range(5), range(6)):
+        expected = float(first[a] * second[a, b])
+        tolerance = 5 * math.sqrt(expected * (1 - expected) / 4000) + 1e-9
+        assert seen.count((a, b)) / 4000 == pytest.approx(expected, abs=tolerance)
+    assert seen.count((5,)) / 4000 == pytest.approx(float(first[5]), abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a random model folder with a real tokenizer."""
+    path = tmp_path_factory.mktemp("generation") / "model"
+    table = RandomTable(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, context=128)
+    make_random_model(path, ["some words to learn from"], table, 1)
+    return str(path)
+
+
+def requests(num_seeds: int) -> list[dict[str, Any]]:
+    """Return requests of unlike lengths, each with seeds of its own and a key to pass through."""
+    return [
+        {"prompt_ids": ids, "seeds": [derive_seed("r", n, k) for k in range(num_seeds)], "id": n}
+        for n, ids in enumerate(prompts_of(9, seed=3))
+    ]
+
+
+def generate(folder: str, rows: list[dict[str, Any]], cuts: list[int], mode: str, **sampling: Any) -> list[Any]:
+    """Return the answers of rows worked off in shards, each by a worker of its own."""
+    table = GenerationTable(mode=mode, dtype="float32", batch_tokens=200)  # type: ignore[arg-type]
+    found = []
+    for start, end in itertools.pairwise([0, *cuts, len(rows)]):
+        worker = GenerateWorker(folder, ModelTable(), table, Sampling(**{"max_new_tokens": 20, **sampling}), 1)
+        found += worker(rows[start:end])
+    return found
+
+
+def test_exact_mode_does_not_depend_on_neighbours(folder: str) -> None:
+    """The same answers, to the byte, whatever the shards, the workers and the order."""
+    rows = requests(3)
+    whole = generate(folder, rows, [], "exact", temperature=1.0)
+    assert whole == generate(folder, rows, [1, 4, 5], "exact", temperature=1.0)
+    assert whole == generate(folder, rows[::-1], [2], "exact", temperature=1.0)[::-1]
+    assert [row["id"] for row in whole] == list(range(9))
+    texts = [answer["text"] for row in whole for answer in row["answers"]]
+    assert len(texts) == 27 and len(set(texts)) > 20
+
+
+def test_fast_mode_gives_the_same_texts_up_to_rounding(folder: str) -> None:
+    """Larger batches change at most a rare draw that lies on an edge."""
+    rows = requests(3)
+    exact, fast = (generate(folder, rows, [], mode, temperature=1.0) for mode in ("exact", "fast"))
+    pairs = [(a, b) for x, y in zip(exact, fast, strict=True) for a, b in zip(x["answers"], y["answers"], strict=True)]
+    assert sum(a == b for a, b in pairs) >= len(pairs) - 1
+
+
+def test_a_seed_decides_the_text(folder: str) -> None:
+    """Equal seeds give equal answers; another seed another."""
+    row = requests(1)[0]
+    doubled = {**row, "seeds": [row["seeds"][0], 7, row["seeds"][0]]}
+    (found,) = generate(folder, [doubled], [], "exact", temperature=1.0)
+    first, other, again = found["answers"]
+    assert first == again and first != other
+
+
+def test_finish_reason_and_token_count(folder: str) -> None:
+    """An answer that reached the end-of-turn says stop and counts it; one at the limit says length."""
+    rows = requests(40)
+    worker = GenerateWorker(
+        folder, ModelTable(), GenerationTable(dtype="float32"), Sampling(60, temperature=3.0), threads=1
+    )
+    answers = [a for row in worker(rows) for a in row["answers"]]
+    assert {a["finish"] for a in answers} == {"stop", "length"}
+    assert all((a["num_tokens"] == 60) if a["finish"] == "length" else (a["num_tokens"] <= 60) for a in answers)
+    assert not any("<|end|>" in a["text"] for a in answers)
+    codec: Any = worker.codec
+    (drawn,) = decode_batch(worker.model, [rows[0]["prompt_ids"]], [list(range(40))], worker.sampling, codec)
+    (counted,) = worker([{"prompt_ids": rows[0]["prompt_ids"], "seeds": list(range(40))}])
+    ends = [len(a.ids) + (1 if a.finished else 0) for a in drawn]
+    assert [a["num_tokens"] for a in counted["answers"]] == ends and any(a.finished for a in drawn)
+
+
+def slow_score(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+    """Return log P(continuation given prompt), one row, every position."""
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0].double().log_softmax(-1)
+    return sum(float(logp[len(prompt) - 1 + k, t]) for k, t in enumerate(continuation))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_one_row_at_a_time(family: str) -> None:
+    """Sums over continuations of one and several tokens, with common beginnings, in a padded batch."""
+    model = network(family, torch.float32)
+    source = random.Random(4)
+    rows = []
+    for prompt in prompts_of(5, seed=5):
+        start = random_ids(source, 2)
+        continuations = [[9], [8], list(start), [*start[:1], 11], [*start, *random_ids(source, 3)]]
+        rows.append({"prompt_ids": prompt, "continuations": continuations})
+    codec: Any = FakeCodec(2)
+    found = score_batch(model, rows, codec)
+    expected = [[slow_score(model, r["prompt_ids"], c) for c in r["continuations"]] for r in rows]
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    assert max(max(s) - min(s) for s in expected) > 1
+
+
+def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
+    """Rows come back in their order with what they carried, in exact mode whatever the neighbours."""
+    rows = [{"prompt_ids": p, "continuations": [[5], [6, 7]], "id": n} for n, p in enumerate(prompts_of(8, seed=6))]
+    worker = ScoreWorker(folder, ModelTable(), GenerationTable(mode="exact", dtype="float32"), threads=1)
+    whole = worker(rows)
+    assert [set(row) for row in whole] == [{"id", "logps"}] * 8 and [row["id"] for row in whole] == list(range(8))
+    assert whole == [worker([row])[0] for row in rows]
+    assert all(sum(math.exp(x) for x in row["logps"]) < 1 for row in whole)
+
+
+def test_scores_of_all_single_tokens_sum_to_one() -> None:
+    """A distribution over the whole vocabulary has mass one."""
+    model = network("gpt2", torch.float32)
+    codec: Any = FakeCodec(2)
+    ((*scores,),) = score_batch(
+        model, [{"prompt_ids": [4, 5], "continuations": [[t] for t in range(VOCABULARY)]}], codec
+    )
+    assert sum(math.exp(s) for s in scores) == pytest.approx(1.0, abs=1e-5)

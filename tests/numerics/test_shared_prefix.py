@@ -1,0 +1,148 @@
+"""Shared-prefix groups: the same log-probs, loss and gradients as one row a response, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from coalign.batching import Item, collate, micro_batches
+from coalign.config import TrainTable
+from coalign.errors import UserError
+from coalign.logprobs import token_logps
+from coalign.losses import RankingForm
+from coalign.training import align_objective, check_shared_prefix
+from numerics.engine import TorchEngine
+from numerics.tiny import FAMILIES, network, random_ids, random_items
+
+FORM = RankingForm("hinge", rank_weight=1.0, margin=0.5)
+
+
+def computed(model: Any, items: list[Item], shared: bool, form: RankingForm = FORM) -> tuple[Any, float, list[Any]]:
+    """Return log-probs, loss and gradients of all items in one batch."""
+    objective = align_objective(form, shared)
+    batch = collate(items, 0, shared, next(model.parameters()).dtype)
+    model.zero_grad()
+    logp_N = token_logps(model, batch)
+    loss, _ = objective.loss(logp_N, batch, items, objective.denominator(items))
+    loss.backward()
+    return logp_N.detach(), float(loss.detach()), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_equal_plain_rows(family: str) -> None:
+    """Log-probs, loss and every gradient agree in float64: unlike lengths, one-token responses, several groups."""
+    items = random_items(5, seed=3)
+    assert {1} < {len(r) for item in items for r in item.responses} and len({len(i.prompt) for i in items}) > 2
+    model = network(family)
+    shared, plain = computed(model, items, True), computed(model, items, False)
+    assert torch.allclose(shared[0], plain[0], rtol=0, atol=1e-9)
+    assert shared[1] == pytest.approx(plain[1], abs=1e-9)
+    for (name, _), a, b in zip(model.named_parameters(), shared[2], plain[2], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9), name
+    assert sum(float(g.abs().sum()) for g in plain[2]) > 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_groups_equal_plain_rows_with_dpo(attention: str) -> None:
+    """The same holds for the DPO form, with its reference, and for both kernels, in float32."""
+    items = [
+        dataclasses.replace(i, reference=tuple(-float(len(r)) for r in i.responses)) for i in random_items(4, seed=5)
+    ]
+    model = network("llama", torch.float32)
+    model.set_attn_implementation(attention)
+    form = RankingForm("dpo", beta=0.3)
+    shared, plain = computed(model, items, True, form), computed(model, items, False, form)
+    assert shared[1] == pytest.approx(plain[1], abs=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(shared[2], plain[2], strict=True))
+
+
+def test_a_group_counts_its_prompt_once() -> None:
+    """P + sum (R_k - 1) real tokens instead of K P + sum (R_k - 1)."""
+    item = next(i for i in random_items(9, seed=2) if len(i.responses) > 2)
+    continued = sum(len(r) - 1 for r in item.responses)
+    found = [collate([item], 0, shared, torch.float64).num_real_tokens for shared in (True, False)]
+    assert found == [len(item.prompt) + continued, len(item.responses) * len(item.prompt) + continued]
+
+
+class IgnoresMask(torch.nn.Module):
+    """A network whose attention sees everything before it, whatever mask it is given."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.config = module.config
+
+    def forward(self, attention_mask: Any, **inputs: Any) -> Any:
+        return self.module(attention_mask=None, **inputs)
+
+
+def engine_of(model: Any) -> TorchEngine:
+    return TorchEngine(model, TrainTable())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_computes_groups_exactly_is_accepted(family: str) -> None:
+    """The start-up check passes where the computation is exact."""
+    check_shared_prefix(engine_of(network(family, torch.float32)), random_items(5, seed=3), 0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [IgnoresMask(network("llama", torch.float32)), network("mpt", torch.float32), network("bloom", torch.float32)],
+    ids=["ignores the mask", "mpt", "bloom"],
+)
+def test_a_model_that_does_not_is_refused(model: Any) -> None:
+    """A model that ignores the mask, or reads positions from it, is refused with the way out."""
+    with pytest.raises(UserError, match=r"set train\.shared_prefix=false"):
+        check_shared_prefix(engine_of(model), random_items(5, seed=3), 0)
+
+
+def test_groups_longer_than_a_sliding_window_are_refused() -> None:
+    """A window is counted in row positions, so longer groups would see other tokens than alone."""
+    model = network("mistral", torch.float32, sliding_window=8)
+    source = random.Random(0)
+    short = Item("short", random_ids(source, 3), (random_ids(source, 2), random_ids(source, 3)), (1, 0))
+    long = Item("long", random_ids(source, 7), (random_ids(source, 2), random_ids(source, 3)), (1, 0))
+    check_shared_prefix(engine_of(model), [short], 0)
+    with pytest.raises(UserError, match="sliding window of 8"):
+        check_shared_prefix(engine_of(model), [short, long], 0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gradient_does_not_depend_on_the_split(shared: bool) -> None:
+    """Any micro-batch size and any number of ranks give one loss and one gradient, in float64."""
+    model, items = network("llama"), random_items(13, seed=4)
+    objective = align_objective(FORM, shared)
+    _, expected_loss, expected = computed(model, items, shared)
+    seen = set()
+    for max_tokens in (1, 40, 10_000):
+        for world in (1, 2, 3):
+            dealt = micro_batches(items, max_tokens, world, shared)
+            assert len(dealt) == world and len({len(part) for part in dealt}) == 1
+            names = [item.name for mine in dealt for part in mine for item in part]
+            assert sorted(names) == sorted(item.name for item in items)
+            model.zero_grad()
+            total = 0.0
+            for mine in dealt:
+                for part in filter(None, mine):
+                    batch = collate(part, 0, shared, torch.float64)
+                    loss, _ = objective.loss(token_logps(model, batch), batch, part, objective.denominator(items))
+                    loss.backward()
+                    total += float(loss.detach())
+            assert total == pytest.approx(expected_loss, abs=1e-9)
+            for parameter, gradient in zip(model.parameters(), expected, strict=True):
+                assert torch.allclose(parameter.grad, gradient, rtol=0, atol=1e-9)
+            seen.add(sum(len(part) for part in dealt))
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_stay_within_the_token_budget(shared: bool) -> None:
+    """Padded tokens never exceed the budget, but for a row that is longer alone."""
+    items = random_items(40, seed=6)
+    for part in (part for mine in micro_batches(items, 60, 2, shared) for part in mine if part):
+        assert collate(part, 0, shared, torch.float32).input_ids_BT.numel() <= 60 or len(part) == 1

@@ -1,0 +1,192 @@
+"""Model cards: what the Hub's own library reads from them, what stands in them, and what must never."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from coalign import cards
+from coalign.artifacts import CARD, RunFolder, StepFolder, digest_folder, digest_weights, write_json
+from coalign.config import Config, EvalTable, RunTable, table_values
+
+ARGUMENTS = ["/srv/me/my.toml", "run.folder=/srv/me/runs", 'run.inputs={judge = "/srv/you/runs/a"}', "sft.epochs=2"]
+
+
+def estimate(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "num_tasks": 8, "method": "t"}
+
+
+def metrics_of(models: dict[str, str], seen: int = 8) -> dict[str, Any]:
+    """Return the part of metrics.json that a card shows; each model is 0.1 better than the one before."""
+    numbers = {name: {m: estimate(0.3 + 0.1 * i) for m in cards.METRICS} for i, name in enumerate(models)}
+    found: dict[str, Any] = {
+        "models": {name: {**one, "seen": one, "unseen": one} for name, one in numbers.items()},
+        "run": "mine",
+        "sources": models,
+        "split": "test",
+        "agreement": "exact",
+        "num_tasks": 8,
+        "num_seen_tasks": seen,
+        "num_tasks_in_cr": 7,
+        "num_inputs": 80,
+    }
+    names = list(models)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    for key in ("differences", "differences_seen", "differences_unseen"):
+        found[key] = [{"a": a, "b": b, "metric": m, **estimate(0.1)} for a, b in pairs for m in cards.METRICS]
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Return a run whose steps before align are complete, as far as a card reads them."""
+    table = RunTable(folder=str(tmp_path), name="mine")
+    config = Config.model_validate(
+        {
+            "run": table.model_dump(),
+            "model": {"path": "some-org/base-7b"},
+            "data": {"sources": [{"path": "some-org/tasks", "format": "hf"}, {"path": "/srv/me/data/own.jsonl"}]},
+            "paraphrase": {"files": ["/srv/me/wordings.jsonl"]},
+        }
+    )
+    counts: dict[str, dict[str, Any]] = {
+        "prepare": {"tasks": {"seen": 7, "unseen": 1}, "inputs": {"sft": 40, "test": 20}},
+        "paraphrase": {"splits": {"train": 70, "test": 48}, "sources": {"original": 8, "file": 110}},
+    }
+    folder = RunFolder(table, ARGUMENTS)
+    for name in cards.STEPS_TO["align"]:
+        path = folder.step(name)
+        path.mkdir(parents=True)
+        values = table_values(config, (name if name != "prepare" else "data", "model"), with_neutral=False)
+        content = {"config": values, "inputs": {"data": "d" * 64}, "digest": "0" * 64, "counts": counts.get(name, {})}
+        write_json(path / "manifest.json", content)
+    return folder
+
+
+def exported(run: RunFolder, stage: str) -> Path:
+    """Write the card of a stage as its recipe does, and return its path."""
+    manifest = cards.read_manifest(run.step(stage))
+    assert manifest is not None
+    step = StepFolder(run.step(stage), manifest["config"], {})
+    (step.path / "model").mkdir(exist_ok=True)
+    cards.write_card(step, run, {"updates": 30, "tokens": 900}, "</s>")
+    return step.path / "model" / CARD
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = ModelCard.load(path).data.to_dict()
+    return found
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_a_fresh_card_is_what_the_hub_reads(run: RunFolder, stage: str) -> None:
+    path = exported(run, stage)
+    found = metadata(path)
+    assert found["base_model"] == "some-org/base-7b"
+    assert found["datasets"] == ["some-org/tasks"]
+    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-generation"
+    assert "consistency-alignment" in found["tags"] and ("self-reward" in found["tags"]) == (stage == "align")
+    assert "license" not in found and "model-index" not in found
+    text = path.read_text("utf-8")
+    assert "Not yet evaluated" in text and "2403.14221" in text
+    assert ("Stage 2" in text) == (stage == "align")
+    for title in ("How it was made", "Data", "Use", "Results", "Limits", "Reproduce"):
+        assert f"\n## {title}\n" in text
+
+
+def test_the_data_are_named_with_counts_and_digests(run: RunFolder) -> None:
+    text = exported(run, "align").read_text("utf-8")
+    assert "7 tasks seen in training and 1 kept out" in text and "40 sft, 20 test" in text
+    assert "8 original, 110 file" in text
+    assert text.count("`" + "0" * 64 + "`") == 6 and "d" * 64 in text
+
+
+def test_no_path_of_this_machine_stands_in_a_card(run: RunFolder, tmp_path: Path) -> None:
+    path = exported(run, "align")
+    cards.add_results(run, EvalTable(), metrics_of({"/srv/you/model": "/srv/you/model", "align": "align"}))
+    text = path.read_text("utf-8")
+    assert "/srv" not in text and str(tmp_path) not in text and "/me" not in text and "you" not in text
+    assert "bash launch/local.sh my.toml" in text and "`own.jsonl`" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/a/b/c.toml", "c.toml"),
+        ("run.folder=/a/b/", "run.folder="),
+        ('{sft = "/a/b"}', '{sft = "b"}'),
+        ("~/x/y", "y"),
+        ("configs/a.toml", "configs/a.toml"),
+        ("some-org/name", "some-org/name"),
+        ("https://host/a/b", "https://host/a/b"),
+    ],
+)
+def test_placeless_keeps_the_last_part_of_absolute_paths(given: str, expected: str) -> None:
+    assert cards.placeless(given) == expected
+
+
+def test_results_come_in_and_can_be_replaced(run: RunFolder) -> None:
+    """The Hub reads this model's numbers; the text has every model with intervals; a second eval leaves one set."""
+    paths = {stage: exported(run, stage) for stage in ("sft", "align")}
+    models = {"base": "base", "sft": "sft", "align": "align"}
+    cards.add_results(run, EvalTable(), metrics_of(models))
+    first = paths["align"].read_text("utf-8")
+    cards.add_results(run, EvalTable(), metrics_of(models))
+    assert paths["align"].read_text("utf-8") == first
+    for stage, value in (("sft", 0.4), ("align", 0.5)):
+        card = ModelCard.load(paths[stage])
+        results = {result.metric_type: result for result in card.data.eval_results}
+        assert results.keys() == cards.METRICS.keys()
+        assert results["cr"].metric_value == pytest.approx(value)
+        expected = {"low": value - 0.1, "high": value + 0.1, "num_tasks": 8}
+        assert results["cr"].metric_args == pytest.approx(expected)
+        assert results["cr"].dataset_split == "test" and results["cr"].dataset_type == "some-org/tasks"
+        assert card.data.base_model == "some-org/base-7b"
+    assert "Not yet evaluated" not in first
+    assert re.search(r"\| base \| 0\.300 \[0\.200, 0\.400\] \|", first)
+    assert "| **SFT (IA) + CAT** (this model) | 0.500 [0.400, 0.600] |" in first
+    assert "| SFT (IA) + CAT minus SFT (IA) | +0.100 [+0.000, +0.200] |" in first
+    assert "## Limits" in first and "unseen tasks |" not in first
+    cards.add_results(run, EvalTable(), metrics_of(models, seen=6))
+    assert "| unseen tasks |" in paths["align"].read_text("utf-8")
+
+
+def test_a_card_that_somebody_rewrote_keeps_its_text(run: RunFolder) -> None:
+    path = exported(run, "sft")
+    path.write_text("---\nlicense: mit\n---\n\n# Mine\n\nMy words.\n", "utf-8")
+    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    assert path.read_text("utf-8").endswith("# Mine\n\nMy words.\n")
+    assert metadata(path)["license"] == "mit" and metadata(path)["model-index"][0]["name"] == "Mine"
+
+
+def test_only_models_of_the_run_get_results(run: RunFolder, tmp_path: Path) -> None:
+    """Not those borrowed, behind a link or given as folders; and nothing from a measurement that is kept elsewhere."""
+    outside = tmp_path / "outside"
+    paths = [exported(run, "sft"), exported(run, "align")]
+    before = [path.read_text("utf-8") for path in paths]
+    cards.add_results(run, EvalTable(folder="side"), metrics_of({"sft": "sft", "align": "align"}))
+    folder = {"mine": str(paths[0].parent)}
+    cards.add_results(run, EvalTable(models=folder), metrics_of(folder))
+    borrowing = RunFolder(run.run.model_copy(update={"inputs": {"sft": str(run.path)}}), [])
+    cards.add_results(borrowing, EvalTable(models={"sft": "sft"}), metrics_of({"sft": "sft"}))
+    run.step("align").rename(outside)
+    run.step("align").symlink_to(outside)
+    cards.add_results(run, EvalTable(models={"align": "align"}), metrics_of({"align": "align"}))
+    assert [path.read_text("utf-8") for path in paths] == before
+
+
+def test_the_licence_of_a_base_model_in_a_folder_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / CARD).write_text("---\nlicense: apache-2.0\n---\n\n# Base\n", "utf-8")
+    assert cards._license(str(tmp_path)) == "apache-2.0"
+    assert cards._license("some-org/base-7b") is None and cards._license("") is None
+
+
+def test_a_card_is_no_part_of_a_models_digest(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = digest_folder(tmp_path), digest_weights(str(tmp_path))
+    (tmp_path / CARD).write_text("words", "utf-8")
+    assert (digest_folder(tmp_path), digest_weights(str(tmp_path))) == before

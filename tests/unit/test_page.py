@@ -1,0 +1,398 @@
+"""The report's page: what it shows of which data, what it leaves out, its size, and that no text becomes markup."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coalign import cases, charts, comparison, history, page, summary
+from coalign.evaluation import ModelOutput
+from coalign.records import Example, Response, Task
+from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world
+
+ROOT = Path(__file__).parents[2]
+EVIL = "<script>alert('&')</script><img src=x onerror=alert(1)> $x_1$ 中文 عربي \u0007"
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects what a page would load, its headings and its ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.scripts = 0
+        self.handlers: list[str] = []
+        self.headings: list[int] = []
+        self.ids: list[str] = []
+        self.unnamed: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.scripts += tag == "script"
+        self.handlers += [name for name in values if name.startswith("on")]
+        self.loaded += [values[name] for name in ("src", "href", "xlink:href") if name in values]
+        self.ids += [values["id"]] if "id" in values else []
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "svg" and not values.get("aria-label"):
+            self.unnamed.append(tag)
+
+
+def parse(text: str) -> Tags:
+    tags = Tags()
+    tags.feed(text)
+    return tags
+
+
+def check_page(text: str) -> Tags:
+    """Fail unless a page loads nothing, has one script, named pictures, unique ids and headings in order."""
+    tags = parse(text)
+    assert [one for one in tags.loaded if not one.startswith("#") and one != "data:,"] == []
+    assert tags.scripts == 1 and not tags.handlers and not tags.unnamed
+    assert len(set(tags.ids)) == len(tags.ids)
+    assert {one[1:] for one in tags.loaded if one.startswith("#")} <= set(tags.ids)
+    assert tags.headings[0] == 1 and tags.headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(tags.headings, tags.headings[1:], strict=False))
+    assert "://" not in re.sub(r">[^<]*<", "><", text)
+    assert len(text.encode()) <= page.MAX_BYTES
+    assert "None" not in re.sub(r"<(script|style).*?</\1>", "", text, flags=re.DOTALL).replace("<p>None", "")
+    return tags
+
+
+def summarised(outputs: dict[str, ModelOutput], tasks: list[Task], pairs: list[Any], **values: Any) -> dict[str, Any]:
+    content, _ = summary.summarise(tasks, pairs, outputs, table(**values), seed=0)
+    return finish_metrics(content)
+
+
+def test_a_whole_run_is_shown(tmp_path: Path) -> None:
+    """Every section is there, with what the steps have left on disk."""
+    folder = make_run(tmp_path / "run", results())
+    text = page.write_page(folder, json.loads((folder / "metrics.json").read_text())).read_text("utf-8")
+    check_page(text)
+    for name in ("result", "tasks", "wordings", "inputs", "failures", "data", "training", "record"):
+        assert f'<h2 id="{name}"' in text, name
+    assert "From base to align (stage 2), consistency (CR) rose from 0.333 to 1.000" in text
+    assert "short &lt;i&gt;paraphrase&lt;/i&gt; 0" in text and "short &lt;i&gt;paraphrase&lt;/i&gt; 3" not in text
+    assert "Kept &amp; well" in text
+    assert "judge.allow_weak" in text and "1 (33%)" in text  # gold joined
+    assert text.count("p of best and worst responses") == 2  # the title and the picture's text
+    assert "Not everything is shown" not in text
+    assert "2026-01-02 03:04:05" in text and "d" * 64 in text
+    assert '<th scope="row">eval</th><td>77.5</td>' in text
+
+
+def test_eval_standing_alone_leaves_sections_out(tmp_path: Path) -> None:
+    text = page.render_page(results())
+    check_page(text)
+    for name in ("data", "training"):
+        assert f'id="{name}"' not in text
+    folder = make_run(tmp_path / "run", results())
+    (tmp_path / "run" / "sft" / "manifest.json").unlink()
+    (tmp_path / "run" / "judge").rename(tmp_path / "gone")
+    make_step(tmp_path / "other", "align")
+    stale = tmp_path / "run" / "align" / "manifest.json"
+    stale.write_text(stale.read_text().replace("digest of align", "another"))
+    text = page.write_page(folder, json.loads((folder / "metrics.json").read_text())).read_text("utf-8")
+    check_page(text)
+    assert "judge: its folder is not here" in text
+    assert "Stage 1: fine-tuning" not in text and "Stage 2: consistency" not in text
+    assert text.count("is not what these results were made from") == 2
+
+
+def test_steps_are_found_where_eval_has_seen_them(tmp_path: Path) -> None:
+    """A borrowed step lies elsewhere; a step of a later round beside eval's folder or under the run."""
+    make_run(tmp_path / "run", results())
+    digest = make_step(tmp_path / "other", "sft")
+    metrics = {"lineage": {"sft": digest, "round2/align": "r"}, "steps": {"sft": str(tmp_path / "other" / "sft")}}
+    make_step(tmp_path / "new" / "round2", "align")
+    manifest = tmp_path / "new" / "round2" / "align" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("digest of align", "r"))
+    steps, missing = history.find_steps(tmp_path / "new" / "round2" / "eval", metrics)
+    assert [(step.label, step.folder.parent.name) for step in steps] == [("sft", "other"), ("round2/align", "round2")]
+    assert not missing
+    assert page.step_title(steps[1]) == "Stage 2: consistency alignment, round 2"
+
+
+@pytest.mark.parametrize("names", [("one",), ("a", "b", "c", "d", "e", 'f"{}<x>')])
+def test_one_model_and_many(names: tuple[str, ...]) -> None:
+    tasks, pairs = world(8)
+    outputs = {name: by_rule(pairs, half_right if i % 2 else lambda pair: "yes") for i, name in enumerate(names)}
+    metrics = summarised(outputs, tasks, pairs) | {"sources": dict.fromkeys(names, "some/where")}
+    text = page.render_page(metrics)
+    check_page(text)
+    if len(names) == 1:
+        assert "one has a CR of 1.000 [1.000, 1.000] and an accuracy of" in text
+        assert "→" not in text.partition("</style>")[2].partition("<script")[0].replace("→</", "")
+    else:
+        assert text.count("Of 8 tasks") == 2 * 4  # the first against four others, in caption and alternative text
+
+
+def test_few_tasks_and_few_wordings() -> None:
+    """No interval under six tasks, no CR under four wordings: said, not shown as numbers."""
+    tasks, pairs = world(3)
+    few = summarised({"base": by_rule(pairs, half_right), "align": by_rule(pairs, half_right)}, tasks, pairs)
+    text = page.render_page(few)
+    check_page(text)
+    assert "too few tasks for an interval" in text
+    tasks, pairs = world(3, num_wordings=2)
+    none = summarised({"base": by_rule(pairs, half_right), "align": by_rule(pairs, half_right)}, tasks, pairs)
+    text = page.render_page(none)
+    check_page(text)
+    assert "consistency (CR) can&#39;t be told" in text and "No task has the 4 wordings" in text
+    assert 'data-outcomes="nn"' in text
+
+
+def test_older_metrics_have_no_inputs_and_no_failures() -> None:
+    metrics = results()
+    for key in ("cases", "failures"):
+        del metrics[key]
+    text = page.render_page(metrics)
+    check_page(text)
+    assert 'id="inputs"' not in text and 'id="failures"' not in text
+
+
+def test_no_text_becomes_markup(tmp_path: Path) -> None:
+    """Answers, inputs, wordings, task names, model names, settings and dropped rows are text, in pictures too."""
+    tasks, pairs = world(8)
+    swap = {task.id: f"{task.id} {EVIL}" for task in tasks}
+    pairs = [
+        type(pair)(
+            Example(pair.example.id, swap[pair.example.task], EVIL, (EVIL, "no"), "test"),
+            type(pair.wording)(pair.wording.id, swap[pair.wording.task], EVIL + pair.wording.id, split="test"),
+            EVIL,
+        )
+        for pair in pairs
+    ]
+    tasks = [Task(swap[task.id], EVIL, ("no", "yes")) for task in tasks]
+    name = f"model {EVIL}"
+    outputs = {
+        "base": by_rule(pairs, lambda pair: EVIL if pair.wording.id == "w0" else "no " + EVIL),
+        name: by_rule(pairs, lambda pair: "no" if pair.wording.id == "w0" else EVIL),
+    }
+    metrics = summarised(outputs, tasks, pairs) | {"run": EVIL, "sources": {}}
+    metrics["dropped"] = {EVIL: 2}
+    folder = make_run(tmp_path / "run", metrics)
+    dropped = tmp_path / "run" / "paraphrase" / "dropped.jsonl"
+    dropped.write_text(json.dumps({"reason": EVIL, "text": EVIL}) + "\n")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    text = page.write_page(folder, metrics).read_text("utf-8")
+    tags = parse(text)
+    assert tags.scripts == 1 and not tags.handlers and "x" not in tags.loaded
+    assert "中文" in text and "عربي" in text and "&lt;script&gt;alert(" in text
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "<script" not in style and "onerror" in style and "alert(1)>" not in style
+    other = json.loads(json.dumps(metrics))
+    tags = parse(
+        comparison.render_comparison([comparison.Run(EVIL, folder, metrics), comparison.Run("b", folder, other)])
+    )
+    assert tags.scripts == 1 and not tags.handlers and "x" not in tags.loaded
+
+
+def test_a_large_run_stays_under_the_limit() -> None:
+    """Fewer inputs, tasks and wordings are shown, and the page says how many of how many."""
+    tasks, pairs = world(420, num_inputs=4, num_wordings=6)
+
+    def long(pair: Any) -> str:
+        return f"{pair.wording.id} of {pair.example.id} " * 30
+
+    outputs = {name: by_rule(pairs, long) for name in ("base", "sft", "align")}
+    metrics = summarised(outputs, tasks, pairs)
+    assert len(metrics["cases"]) == cases.NUM_CASES
+    text = page.render_page(metrics)
+    check_page(text)
+    shown = text.count('<details class="case"')
+    assert 20 <= shown < cases.NUM_CASES
+    assert f"{shown} of 1680 inputs" in text
+    assert re.search(r"the first \d+ of 420", text) and re.search(r"The first \d+ of 2520 wordings", text)
+
+
+def answer(text: str, finish: Any = "stop", canonical: str | None = "same") -> Response:
+    return Response("e", "t", "w", 0, text, text if canonical == "same" else canonical, finish, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "correct", "labels", "kind"),
+    [
+        (answer("Yes."), True, ("no", "yes"), "right"),
+        (answer("no"), False, ("no", "yes"), "another"),
+        (answer("perhaps"), False, ("no", "yes"), "wrong_type"),
+        (answer("perhaps"), False, (), "another"),
+        (answer("good", canonical=None), False, (), "wrong_type"),
+        (answer(" \n"), False, ("no",), "empty"),
+        (answer("no no no", finish="length"), False, ("no",), "cut_off"),
+        (answer("", finish="length"), False, (), "cut_off"),
+        (answer("maybe"), False, ("no", "maybe"), "another"),
+    ],
+)
+def test_failures_are_told_apart(given: Response, correct: bool, labels: tuple[str, ...], kind: str) -> None:
+    found = cases.label_set(Task("t", "Ask", labels), Example("e", "t", "x", ("Yes",), "test"))
+    assert cases.answer_kind(given, correct, found) == kind
+
+
+def test_failures_are_counted_once_each() -> None:
+    metrics = results()
+    counts = metrics["failures"]["models"]["base"]
+    assert counts == {"right": 48, "another": 48, "wrong_type": 0, "cut_off": 0, "empty": 0}
+    assert sum(row["models"]["base"]["right"] for row in metrics["failures"]["per_task"]) == 48
+
+
+def test_inputs_are_chosen_and_lettered() -> None:
+    """Changed ones first, each answer with the letter of those it agrees with, the same letter before and after."""
+    tasks, pairs = world(3)
+    before = {"e0": "aabb", "e1": "aaaa", "e2": "abcd"}
+    after = {"e0": "bbbb", "e1": "aaaa", "e2": "abcx"}
+    outputs = {
+        name: by_rule(pairs, lambda pair, words=words: words[pair.example.id][int(pair.wording.id[1])])
+        for name, words in (("base", before), ("align", after))
+    }
+    metrics = summarised(outputs, tasks, pairs)
+    found = metrics["cases"]
+    assert [(one["example"], one["chosen"]) for one in found[:6]] == [("e0", "change")] * 3 + [
+        ("e2", "inconsistent")
+    ] * 3
+    assert [[a["cluster"] for a in found[0]["models"][name]["answers"]] for name in outputs] == [[0, 0, 1, 1], [1] * 4]
+    shown = page.case_values(metrics)
+    assert [cell["letter"] for cell in shown[0]["rows"][0]["cells"]] == ["A", "B"]
+    assert [row["cells"][1]["changed"] for row in shown[0]["rows"]] == [True, True, False, False]
+    assert [row["cells"][1]["changed"] for row in shown[3]["rows"]] == [False, False, False, True]
+    assert shown[0]["outcomes"] == "iw"
+
+
+def test_agreement_that_is_wider_than_equal_keeps_one_letter() -> None:
+    import numpy as np
+
+    from coalign.metrics import SILENT, pair_keys
+
+    codes = np.array([3, 4, SILENT, 5, 3])
+    agreeing = pair_keys(np.array([3]), np.array([4]))
+    known: dict[int, int] = {}
+    assert cases.cluster_numbers(codes, agreeing, known) == [0, 0, None, 1, 0]
+    assert cases.cluster_numbers(np.array([5, 4, 9, 9, SILENT]), agreeing, known) == [1, 0, 2, 2, None]
+
+
+def test_differences_are_marked_by_word() -> None:
+    usual = (0, "the red house")
+    assert page.differences("the red house", usual, False) == [("the red house", False)]
+    assert page.differences("the blue house", usual, False) == [("the ", False), ("blue ", True), ("house", False)]
+    assert page.differences("no", usual, False) == [("no", True)]
+    assert page.differences("cut off", usual, True) == [("cut off", False)]
+    assert page.differences("", usual, False) == [("", False)]
+    assert page.differences("the red  house", usual, False) == [("the red  house", False)]
+    assert page.letter_of(None) == "–" and page.letter_of(27) == "B1"
+
+
+def test_settings_can_be_run_again(tmp_path: Path) -> None:
+    """What differs from the defaults, as a TOML file and commands; a step with another value gets it in its command."""
+    config = {"sft": {"sft.epochs": 7.0, "run.seed": 3}, "align": {"align.margin": 0.25}}
+    metrics = results() | {"settings": {"run.name": "it's", "run.folder": "x", "eval.models": {"a b": "base"}}}
+    folder = make_run(tmp_path / "run", metrics, config)
+    steps, _ = history.find_steps(folder, json.loads((folder / "metrics.json").read_text()))
+    settings = history.changed_settings(steps, metrics)
+    parsed = tomllib.loads(history.config_file(settings))
+    assert parsed["run"] == {"folder": "x", "name": "it's", "seed": 0}
+    assert parsed["sft"] == {"epochs": 7.0} and parsed["align"] == {"margin": 0.25}
+    assert parsed["eval"]["models"] == {"a b": "base"} and parsed["judge"]["allow_weak"] is True
+    lines = history.commands(steps, settings, metrics)
+    assert lines[0] == "python launch/prepare.py run.toml"
+    assert lines[2] == "deepspeed launch/sft.py run.toml run.seed=3"
+    assert lines[-1] == "python launch/eval.py run.toml"
+    borrowed = metrics | {"settings": {"run.inputs": {"sft": "runs/A"}, "run.round": 2}}
+    lines = history.commands(steps, settings, borrowed)
+    assert lines[2] == "# sft was taken from the run runs/A" and lines[-1].endswith("run.toml run.round=2")
+
+
+def test_long_curves_are_averaged() -> None:
+    points = [(float(x), float(x % 2)) for x in range(1000)]
+    found = history.thinned(points)
+    assert len(found) <= history.MAX_POINTS
+    assert found[0] == (3.0, pytest.approx(3 / 7)) and history.thinned([]) == []
+
+
+def test_pictures_follow_the_theme_and_keep_their_text() -> None:
+    svg = charts.interval_dots([charts.Dot("a $x$ <b> 中文", 0.5, 0.4, 0.6), charts.Dot("none", None)], 'say "it"')
+    assert "var(--grey)" in svg and not re.search(r"#0000(0[1-5]|a[1-7])\b", svg)
+    assert "a $x$ &lt;b&gt; 中文" in svg and 'aria-label="say &quot;it&quot;"' in svg
+    assert "font-family" not in svg and "xmlns" not in svg and "<style" not in svg
+    nothing_moves = charts.arrows([charts.Arrow("t", (0.5, 0.5), (0.5, 0.5))], ("x", "y"), "alt")
+    assert nothing_moves.startswith("<svg viewBox")
+    assert charts.interval_dots([], "empty").startswith("<svg")
+
+
+def run_report(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT / "distributed"), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    command = [sys.executable, str(ROOT / "launch" / "report.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_report_rebuilds_one_run_and_compares_several(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path / name, results(), {"align": {"align.margin": 0.5}} if name == "two" else None)
+    single = run_report(str(tmp_path / "one"))
+    assert single.returncode == 0, single.stderr
+    check_page((tmp_path / "one" / "eval" / "report.html").read_text("utf-8"))
+    both = run_report(str(tmp_path / "one"), str(tmp_path / "two" / "eval"))
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("align (stage 2)") == 2
+    text = (tmp_path / "one" / "eval" / "compare.html").read_text("utf-8")
+    check_page(text)
+    assert "8 of 8 and 8 tasks have the same items" in text and "align.margin" in text
+    assert not (tmp_path / "two" / "eval" / "report.html").exists()
+    out = run_report(str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.html"))
+    assert out.returncode == 0 and (tmp_path / "c.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((".",), "eval/metrics.json"),
+        ((), "no run was named"),
+        (("one", "--out"), "names no file"),
+        (("one", "--out", "x.html"), "is for several runs"),
+        (("one", "two", "--out", "no/such/x.html"), "there is no folder no/such"),
+        (("one", "two", "--out", "."), "is a folder"),
+        (("one", "--new"), "unknown option '--new'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(words: tuple[str, ...], says: str) -> None:
+    found = run_report(*words)
+    assert found.returncode == 2 and says in found.stderr and found.stderr.count("\n") == 1
+    assert "usage" in run_report("--help").stdout
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return comparison.compare_pair(comparison.Run("a", Path("a"), a), comparison.Run("b", Path("b"), b))
+
+
+def test_runs_are_paired_on_the_same_items_only() -> None:
+    first, second = results(), results()
+    pair = compare(first, second)
+    assert not pair["why_not"] and len(pair["tasks"]) == 8
+    assert pair["models"][0]["estimates"]["cr"]["mean"] == 0.0
+    assert compare(first, {**second, "agreement": "rouge_l>=0.7"})["why_not"].startswith("they were evaluated with")
+    older = {**second, "per_task": [{k: v for k, v in row.items() if k != "items"} for row in second["per_task"]]}
+    assert "older version" in compare(first, older)["why_not"]
+    other = {**second, "per_task": [{**row, "items": "x"} for row in second["per_task"]]}
+    assert "same inputs, gold answers" in compare(first, other)["why_not"]
+    apart = {**second, "per_task": [{**row, "task": "x" + row["task"]} for row in second["per_task"]]}
+    assert "no task in common" in compare(first, apart)["why_not"]
+    renamed = {**second, "models": {"z": second["models"]["align"]}}
+    renamed["per_task"] = [{**row, "models": {"z": row["models"]["align"]}} for row in second["per_task"]]
+    assert compare(first, renamed)["models"][0]["name"] == "z − align"
+    tasks, pairs = world(8)
+    assert (
+        summarised({"m": by_rule(pairs, half_right)}, tasks, pairs)["per_task"][0]["items"]
+        == (first["per_task"][0]["items"])
+    )
+
+
+def test_runs_of_one_name_are_called_by_their_paths() -> None:
+    runs = comparison.name_runs({"x/a": (Path("x/a"), {"run": "r"}), "y/a": (Path("y/a"), {"run": "r"})})
+    assert [run.name for run in runs] == ["x/a", "y/a"]

@@ -1,0 +1,45 @@
+"""How a process that runs others ends: with their code, or as it was asked to."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from coalign.process import run_command, run_step
+run_step(lambda words: sys.exit(run_command([sys.executable, "-uc", words[0]])))
+"""
+TIDY = """
+import signal, sys, time
+def stop(number, frame):
+    print("kept", flush=True)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_commands_exit_code_is_returned(code: int) -> None:
+    process = start(f"raise SystemExit({code})")
+    process.communicate(timeout=60)
+    assert process.returncode == code
+
+
+def test_a_signal_to_stop_reaches_the_command_first() -> None:
+    process = start(TIDY)
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert out == "kept\n" and process.returncode == 1
+    assert "run the same command again" in err and "Traceback" not in err
