@@ -37,7 +37,7 @@ OUTPUTS = {
     "judge": ["verdicts.jsonl", "dropped.jsonl"],
     "eval": ["answers.jsonl", "dropped.jsonl"],
 }
-ATTEMPTS = 4
+ATTEMPTS = 6
 
 
 def shards_of(run: Run, step: str) -> int:
