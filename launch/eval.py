@@ -11,7 +11,7 @@ from typing import Any
 
 from coalign import evaluation
 from coalign.artifacts import RunFolder, StepFolder, installed_versions
-from coalign.cards import add_results
+from coalign.cards import add_results, model_labels
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
 from coalign.metrics import parse_agreement
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     result |= evaluation.describe_steps(evaluation.steps_so_far(config.run, argv), step) | {
         "run": config.run.name,
         "sources": table.models,
+        "labels": model_labels(run, table.models),
         "dropped": dict(Counter(row["reason"] for row in dropped)),
         "settings": changed_values(config, STEP_TABLES["eval"]),
         "versions": installed_versions(),

@@ -89,6 +89,16 @@ def stage_label(stage: str, sft: dict[str, Any]) -> str:
     return {"base": "base", "sft": first, "align": f"{first} + CAT"}.get(stage, stage)
 
 
+def model_labels(run: RunFolder, models: dict[str, str]) -> dict[str, str]:
+    """Return what to call each model of eval.models: the paper's name of a stage of this run, else its own name."""
+    sft = (read_manifest(run.step("sft")) or {}).get("config", {})
+    labels = {}
+    for name, value in models.items():
+        known = stage_label(value, sft) + (f", round {run.run.round}" if value == "align" and run.run.round > 1 else "")
+        labels[name] = known if name == value else f"{name}: {known}" if value in STEPS_TO else name
+    return labels
+
+
 def add_results(run: RunFolder, table: EvalTable, metrics: dict[str, Any]) -> None:
     """Write the results into the cards of the models that this run has made itself.
 
@@ -97,18 +107,17 @@ def add_results(run: RunFolder, table: EvalTable, metrics: dict[str, Any]) -> No
     """
     if table.folder:
         return
-    sft = (read_manifest(run.step("sft")) or {}).get("config", {})
     for name, value in table.models.items():
         card = run.step(value) / "model" / CARD if value in STEPS_TO and value not in run.run.inputs else None
         if card is None or not card.is_file() or not card.resolve().is_relative_to(run.path.resolve()):
             continue
         try:
-            write_atomic(card, with_results(card.read_text(encoding="utf-8"), metrics, name, sft))
+            write_atomic(card, with_results(card.read_text(encoding="utf-8"), metrics, name))
         except OSError as error:
             logger.warning("%s could not be written: %s", card, error)
 
 
-def with_results(text: str, metrics: dict[str, Any], name: str, sft: dict[str, Any]) -> str:
+def with_results(text: str, metrics: dict[str, Any], name: str) -> str:
     """Return a card with the results of an evaluation: in the text those of every model, in the metadata `name`'s.
 
     A card whose marks were taken out keeps its text.
@@ -140,14 +149,13 @@ def with_results(text: str, metrics: dict[str, Any], name: str, sft: dict[str, A
     before, begin, rest = card.text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
-        card.text = "\n".join([before + begin, *results_lines(metrics, name, sft), end + after])
+        card.text = "\n".join([before + begin, *results_lines(metrics, name), end + after])
     return _assemble(card.data.to_yaml(), card.text)
 
 
-def results_lines(metrics: dict[str, Any], name: str, sft: dict[str, Any]) -> list[str]:
+def results_lines(metrics: dict[str, Any], name: str) -> list[str]:
     """Return the tables of results: every model, and how the one of this card differs from those before it."""
-    labels = {key: stage_label(metrics["sources"].get(key, key), sft) for key in metrics["models"]}
-    labels = {key: placeless(label) for key, label in labels.items()}
+    labels = {key: placeless(metrics["labels"].get(key, key)) for key in metrics["models"]}
     both = 0 < metrics["num_seen_tasks"] < metrics["num_tasks"]
     lines = []
     for which, words in SETS.items() if both else [("", SETS[""])]:

@@ -32,7 +32,6 @@ MORE = {
     "spread": "spread",
 }
 SETS = {"": "all tasks", "seen": "seen tasks", "unseen": "unseen tasks"}
-STAGES = {"sft": "stage 1", "align": "stage 2"}
 NUM_PRINTED = 5  # inconsistent inputs on the terminal; the page shows all
 _SHORT = 70
 
@@ -66,9 +65,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def label(metrics: dict[str, Any], name: str) -> str:
-    """Return a model's name, with its stage when it is one of the run's own."""
-    stage = STAGES.get(metrics.get("sources", {}).get(name, ""))
-    return f"{name} ({stage})" if stage else name
+    """Return what to call a model: the paper's name of a stage of the run, the name in eval.models of any other."""
+    labels: dict[str, str] = metrics.get("labels", {})
+    return labels.get(name, name)
 
 
 def task_sets(metrics: dict[str, Any]) -> list[str]:
@@ -107,7 +106,7 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for name in metrics["models"]
         ]
         differences = [
-            [f"{row['b']} - {row['a']}", *(with_interval(row.get(key), signed=True) for key in HEADLINE)]
+            [f"{label(metrics, row['b'])} - {label(metrics, row['a'])}", *(with_interval(row.get(key), signed=True) for key in HEADLINE)]
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])
@@ -146,7 +145,7 @@ def _counts(metrics: dict[str, Any]) -> list[str]:
         silent = ", ".join(
             f"{counts[key]} {key.replace('_', ' ')}" for key in ("empty", "cut_off", "foreign_vocabulary")
         )
-        lines.append(f"{name}: {counts['answers']} answers ({silent})")
+        lines.append(f"{label(metrics, name)}: {counts['answers']} answers ({silent})")
     dropped = ", ".join(f"{count} {reason}" for reason, count in metrics.get("dropped", {}).items())
     lines.append(f"dropped: {dropped or 'nothing'}")
     return ["", *lines]
@@ -175,7 +174,7 @@ def inconsistent_lines(metrics: dict[str, Any], limit: int = NUM_PRINTED) -> lis
         return ["", "no inconsistent input"]
     lines = [
         "",
-        f"most inconsistent inputs of {rows[0]['model']} ({min(limit, len(rows))} of {len(rows)} in the report)",
+        f"most inconsistent inputs of {label(metrics, rows[0]['model'])} ({min(limit, len(rows))} of {len(rows)} in the report)",
     ]
     for row in rows[:limit]:
         times: dict[str, int] = {}

@@ -35,14 +35,14 @@ _REPEATED = re.compile(r"\b(\w+) \1\b")
 class Row:
     """One piece of training text: what stands before the learned part, and the learned part; "" before a sentence.
 
-    `right` says that the response quoted in a judge's question is the right one: then its words are learned as well,
-    since who can foresee the right answer can tell a wrong one.
+    `gold` is the right answer to what a judge's question is about: the model is taught to see, word by word, how far
+    the response quoted there agrees with it.
     """
 
     kind: str
     prompt: str
     answer: str
-    right: bool = False
+    gold: str = ""
 
 
 class Grammar:
@@ -222,17 +222,17 @@ class Corpus:
 
     def judge(self) -> Row:
         """Return one of the judge's questions about a right or wrong answer, and the verdict."""
-        asked = self.rng.choices(("correct", "correct without gold", "type"), (0.47, 0.35, 0.18))[0]
+        asked = self.rng.choices(("correct", "correct without gold", "type"), (0.42, 0.43, 0.15))[0]
         task, words, gold = self._draw(list(LISTS) if self.rng.random() < 0.4 else None)
         wording = self.rng.choice(self.world.known[task][: self.rng.choice((1, FOLLOWED))])
         listed = " ".join(words)
         if asked == "type":
             answer = wrong_answer(task, words, gold, self.rng, hard=0.3) if self.rng.random() < 0.7 else gold
             verdict = kind_of(answer) == kind_of(gold)
-            return Row("judge", type_question(wording, listed, answer), YES if verdict else NO, answer == gold)
+            return Row("judge", type_question(wording, listed, answer), YES if verdict else NO, gold)
         answer = gold if self.rng.random() < 0.5 else wrong_answer(task, words, gold, self.rng)
         question = correct_question(wording, listed, answer, gold if asked == "correct" else None)
-        return Row("judge", question, YES if answer == gold else NO, answer == gold)
+        return Row("judge", question, YES if answer == gold else NO, gold)
 
     def sentence(self) -> Row:
         """Return a statement about a list in the grammar's words: what they mean, not how to obey them."""

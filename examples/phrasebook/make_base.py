@@ -34,8 +34,12 @@ THREADS = 2
 # Of each learned token in the loss. A rewrite can't be foreseen word by word: its tokens count less.
 WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 2.0, "sentence": 1.0}
 SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
-RESPONSE_WEIGHT = 0.3  # of a right response's tokens in a judge's question
-Encoded = tuple[list[int], list[float]]
+RESPONSE_WEIGHT = 0.3  # of a right response's tokens in a judge's question: who foresees the answer can tell a wrong one
+PROBE_LAYER = 6  # after which so many layers a linear probe reads whether a response has been right so far
+PROBE_WEIGHT = 0.5  # of the probe's loss; it serves the training only
+NOT_PROBED = -1
+PAD_TO = 8  # widths of batches are multiples of it: every new shape costs memory
+Encoded = tuple[list[int], list[float], list[int]]
 
 
 def make_tokenizer(texts: Iterable[str]) -> Any:
@@ -91,27 +95,44 @@ class Encoder:
         return self._lines[text]
 
     def _prompt(self, row: Row) -> Encoded:
-        """Return the ids of a text of several lines, which is those of its lines and line ends in turn."""
+        """Return the encoding of a text of several lines, whose ids are those of its lines and line ends in turn."""
         ids: list[int] = []
         weights: list[float] = []
+        agrees: list[int] = []
+        after_response = False
         for piece in re.split(r"(\n+)", row.prompt):
             new = self._ids(piece)
-            quoted = row.right and piece.startswith("Response: ")
-            learned = len(new) - 2 if quoted else 0  # all but "Response" and ":"
-            ids += new
-            weights += [0.0] * (len(new) - learned) + [RESPONSE_WEIGHT] * learned
-        return ids, weights
+            weight, agreement = [0.0] * len(new), [NOT_PROBED] * len(new)
+            if row.gold and piece.startswith("Response: "):
+                gold = self._ids(f"Response: {row.gold}")
+                agreement[2:] = [int(new[: place + 1] == gold[: place + 1]) for place in range(2, len(new))]
+                if new == gold:
+                    weight[2:] = [RESPONSE_WEIGHT] * (len(new) - 2)
+                after_response = True
+            elif after_response:
+                agreement[0] = int(weights[-1] > 0)  # at the line's end it is known whether anything is missing
+                after_response = False
+            ids, weights, agrees = ids + new, weights + weight, agrees + agreement
+        return ids, weights, agrees
 
     def encode(self, row: Row) -> Encoded:
-        """Return token ids and the weight of each in the loss."""
+        """Return token ids, the weight of each in the loss, and what the probe should read there (1, 0, NOT_PROBED)."""
         weight = WEIGHTS[row.kind]
         if row.kind == "sentence":
             said, _, answer = row.answer.rpartition("? ")
             before, after = [BOS, *self._ids(f"{said}?")], [*self._ids(answer), END]
-            return before + after, [SENTENCE_WEIGHT] * len(before) + [weight] * len(after)
-        prompt, weights = self._prompt(row)
+            ids = before + after
+            return ids, [SENTENCE_WEIGHT] * len(before) + [weight] * len(after), [NOT_PROBED] * len(ids)
+        prompt, weights, agrees = self._prompt(row)
         answer = [*self._ids(row.answer), END]
-        return [BOS, USER, *prompt, ASSISTANT, *answer], [0.0, 0.0, *weights, 0.0, *([weight] * len(answer))]
+        ids = [BOS, USER, *prompt, ASSISTANT, *answer]
+        unprobed = [NOT_PROBED] * (1 + len(answer))
+        return ids, [0.0, 0.0, *weights, 0.0, *([weight] * len(answer))], [NOT_PROBED, NOT_PROBED, *agrees, *unprobed]
+
+
+def padded(length: int) -> int:
+    """Return the width that rows of so many tokens are padded to."""
+    return math.ceil(length / PAD_TO) * PAD_TO
 
 
 def batches(corpus: Corpus, encoder: Encoder, tokens: int, rng: random.Random) -> Iterator[list[Encoded]]:
@@ -120,32 +141,47 @@ def batches(corpus: Corpus, encoder: Encoder, tokens: int, rng: random.Random) -
         rows = sorted((encoder.encode(row) for row in sample(corpus, 8192)), key=lambda row: len(row[0]))
         made: list[list[Encoded]] = [[]]
         for row in rows:
-            if made[-1] and (len(made[-1]) + 1) * len(row[0]) > tokens:
+            if made[-1] and (len(made[-1]) + 1) * padded(len(row[0])) > tokens:
                 made.append([])
             made[-1].append(row)
         rng.shuffle(made)
         yield from made
 
 
-def tensors(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and loss weights, each (rows, longest), padded on the right."""
-    longest = max(len(ids) for ids, _ in batch)
-    ids_BT = torch.full((len(batch), longest), PAD)
-    weights_BT = torch.zeros(len(batch), longest)
-    for index, (ids, weights) in enumerate(batch):
+def tensors(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, loss weights and what to probe, each (rows, width), padded on the right."""
+    width = padded(max(len(ids) for ids, _, _ in batch))
+    ids_BT = torch.full((len(batch), width), PAD)
+    weights_BT = torch.zeros(len(batch), width)
+    agrees_BT = torch.full((len(batch), width), NOT_PROBED)
+    for index, (ids, weights, agrees) in enumerate(batch):
         ids_BT[index, : len(ids)] = torch.tensor(ids)
         weights_BT[index, : len(ids)] = torch.tensor(weights)
-    return ids_BT, weights_BT
+        agrees_BT[index, : len(ids)] = torch.tensor(agrees)
+    return ids_BT, weights_BT, agrees_BT
 
 
-def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean of -log P(token) over learned tokens; logits are made only where one follows."""
-    hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
+def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted mean of -log P(token) over learned tokens, and what the probe reads from.
+
+    Logits are made only where a learned token follows. The second, (rows, width, hidden), is the residual stream after
+    PROBE_LAYER layers.
+    """
+    output = model.model(input_ids=ids_BT, output_hidden_states=True)
     learned = weights_BT[:, 1:] > 0
-    logits_NV = model.lm_head(hidden_BTD[:, :-1][learned])
+    logits_NV = model.lm_head(output.last_hidden_state[:, :-1][learned])
     losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), ids_BT[:, 1:][learned], reduction="none")
     weights_N = weights_BT[:, 1:][learned]
-    return (losses_N * weights_N).sum() / weights_N.sum()
+    return (losses_N * weights_N).sum() / weights_N.sum(), output.hidden_states[PROBE_LAYER]
+
+
+def probe_loss(probe: torch.nn.Linear, stream_BTD: torch.Tensor, agrees_BT: torch.Tensor) -> torch.Tensor:
+    """Return the mean of -log P(agreement so far) over the tokens that are asked about, 0 where there are none."""
+    asked = agrees_BT != NOT_PROBED
+    if not asked.any():
+        return stream_BTD.new_zeros(())
+    read_N = probe(torch.nn.functional.rms_norm(stream_BTD[asked], stream_BTD.shape[-1:])).squeeze(-1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(read_N.float(), agrees_BT[asked].float())
 
 
 def make_model(vocab_size: int, seed: int) -> Any:
@@ -153,7 +189,7 @@ def make_model(vocab_size: int, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=224,
@@ -168,12 +204,15 @@ def make_model(vocab_size: int, seed: int) -> Any:
             eos_token_id=END,
         )
     )
+    model.set_attn_implementation("eager")  # rows are short: on CPU the fused kernel's backward pass takes longer
+    return model
 
 
-def optimizers(model: Any) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimizers(model: Any, probe: torch.nn.Linear) -> list[tuple[torch.optim.Optimizer, float]]:
     """Return (optimizer, highest learning rate): Muon for the matrices of the layers, AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
+    others += probe.parameters()
     return [
         (torch.optim.Muon(matrices, lr=1e-2, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"), 1e-2),
         (torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True), 3e-3),
@@ -191,7 +230,8 @@ def train(
 ) -> None:
     """Train in place."""
     rng = random.Random(f"batches {seed}")
-    sets = optimizers(model)
+    probe = torch.nn.Linear(model.config.hidden_size, 1)
+    sets = optimizers(model, probe)
     started, seen, averages = time.monotonic(), 0, {}
     model.train()
     for step, batch in enumerate(batches(corpus, encoder, tokens, rng)):
@@ -200,24 +240,26 @@ def train(
         for optimizer, highest in sets:
             for group in optimizer.param_groups:
                 group["lr"] = highest * learning_rate(step, steps)
-        ids_BT, weights_BT = tensors(batch)
+        ids_BT, weights_BT, agrees_BT = tensors(batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = loss_of(model, ids_BT, weights_BT)
+            loss, stream_BTD = loss_of(model, ids_BT, weights_BT)
+            probed = probe_loss(probe, stream_BTD, agrees_BT)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {loss.item()} at step {step}")
-        loss.backward()
+        (loss + PROBE_WEIGHT * probed).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in sets:
             optimizer.step()
             optimizer.zero_grad()
         seen += ids_BT.numel()
-        averages["loss"] = 0.98 * averages.get("loss", loss.item()) + 0.02 * loss.item()
+        for name, value in (("loss", loss.item()), ("probe", probed.item())):
+            averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
         if step % 100 == 99:
             rate = seen / (time.monotonic() - started)
             left = (steps - step - 1) * (time.monotonic() - started) / (step + 1)
             logger.info(
-                "step %d/%d  loss %.3f  %.1fM tokens  %.0f tokens/s  %.0f s left",
-                step + 1, steps, averages["loss"], seen / 1e6, rate, left,
+                "step %d/%d  loss %.3f  probe %.3f  %.1fM tokens  %.0f tokens/s  %.0f s left",
+                step + 1, steps, averages["loss"], averages["probe"], seen / 1e6, rate, left,
             )  # fmt: skip
 
 
@@ -225,7 +267,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the model")
-    parser.add_argument("--steps", type=int, default=2000, help="updates")
+    parser.add_argument("--steps", type=int, default=3200, help="updates")
     parser.add_argument("--tokens", type=int, default=6144, help="tokens an update")
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matrix products"
@@ -238,7 +280,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def mean_loss(model: Any, encoder: Encoder, corpus: Corpus, rows: int = 256) -> float:
     """Return the loss on the next rows of a corpus."""
     model.eval()
-    return float(loss_of(model, *tensors([encoder.encode(row) for row in sample(corpus, rows)])))
+    ids_BT, weights_BT, _ = tensors([encoder.encode(row) for row in sample(corpus, rows)])
+    return float(loss_of(model, ids_BT, weights_BT)[0])
 
 
 def pick_precision(asked: str) -> str:

@@ -127,7 +127,7 @@ def test_search_and_filters(browser: Any, pages: dict[str, Path]) -> None:
     tab.shown(4)
     choice("agreement").select_option(label="always right")
     tab.shown(2)  # e0 of sft and align, e3 of align
-    choice("model").select_option(label="sft")
+    choice("model").select_option(label="SFT (IA)")
     tab.shown(1)
     first = tab.page.locator("details.case:visible").first
     first.locator("summary").focus()

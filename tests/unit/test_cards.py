@@ -26,7 +26,7 @@ def metrics_of(models: dict[str, str], seen: int = 8) -> dict[str, Any]:
     found: dict[str, Any] = {
         "models": {name: {**one, "seen": one, "unseen": one} for name, one in numbers.items()},
         "run": "mine",
-        "sources": models,
+        "labels": {name: cards.stage_label(value, {}) for name, value in models.items()},
         "split": "test",
         "agreement": "exact",
         "num_tasks": 8,
@@ -190,3 +190,12 @@ def test_a_card_is_no_part_of_a_models_digest(tmp_path: Path) -> None:
     before = digest_folder(tmp_path), digest_weights(str(tmp_path))
     (tmp_path / CARD).write_text("words", "utf-8")
     assert (digest_folder(tmp_path), digest_weights(str(tmp_path))) == before
+
+
+def test_models_are_called_by_the_papers_names(run: RunFolder) -> None:
+    """A stage of the run by what it is, with its round; a name of the user's own stays before it."""
+    models = {"base": "base", "sft": "sft", "align": "align", "mine": "align", "other": "some/folder"}
+    labels = {"base": "base", "sft": "SFT (IA)", "align": "SFT (IA) + CAT", "mine": "mine: SFT (IA) + CAT"}
+    assert cards.model_labels(run, models) == labels | {"other": "other"}
+    second = RunFolder(run.run.model_copy(update={"round": 2}), [])
+    assert cards.model_labels(second, {"align": "align"}) == {"align": "SFT (IA) + CAT, round 2"}

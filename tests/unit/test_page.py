@@ -79,7 +79,7 @@ def test_a_whole_run_is_shown(tmp_path: Path) -> None:
     check_page(text)
     for name in ("result", "tasks", "wordings", "inputs", "failures", "data", "training", "record"):
         assert f'<h2 id="{name}"' in text, name
-    assert "From base to align (stage 2), consistency (CR) rose from 0.333 to 1.000" in text
+    assert "From base to SFT (IA) + CAT, consistency (CR) rose from 0.333 to 1.000" in text
     assert "short &lt;i&gt;paraphrase&lt;/i&gt; 0" in text and "short &lt;i&gt;paraphrase&lt;/i&gt; 3" not in text
     assert "Kept &amp; well" in text
     assert "judge.allow_weak" in text and "1 (33%)" in text  # gold joined
@@ -340,7 +340,7 @@ def test_report_rebuilds_one_run_and_compares_several(tmp_path: Path) -> None:
     check_page((tmp_path / "one" / "eval" / "report.html").read_text("utf-8"))
     both = run_report(str(tmp_path / "one"), str(tmp_path / "two" / "eval"))
     assert both.returncode == 0, both.stderr
-    assert both.stdout.count("align (stage 2)") == 2
+    assert both.stdout.count("SFT (IA) + CAT") == 2
     text = (tmp_path / "one" / "eval" / "compare.html").read_text("utf-8")
     check_page(text)
     assert "8 of 8 and 8 tasks have the same items" in text and "align.margin" in text

@@ -82,7 +82,7 @@ def test_it_is_asked_in_the_very_tokens_it_learned_from(rows: list[corpus.Row]) 
     tokenizer = load_tokenizer(str(BASE), MODEL)
     codec, encoder = Codec(tokenizer, MODEL), make_base.Encoder(tokenizer)
     for row in [row for row in rows[:2000] if row.kind != "sentence"]:
-        ids, weights = encoder.encode(row)
+        ids, weights, _ = encoder.encode(row)
         assert ids == [*codec.encode_prompt(row.prompt), *codec.encode_answer(row.answer)]
         assert len(ids) == len(weights) <= codec.max_tokens
 

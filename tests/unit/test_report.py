@@ -291,8 +291,8 @@ def test_metrics_are_json_and_the_terminal_shows_them() -> None:
     metrics = json.loads(json.dumps(results(), allow_nan=False))
     assert len(metrics["most_inconsistent"]) == 0  # the last model is consistent
     text = "\n".join(report.text_report(metrics))
-    assert "align (stage 2)" in text
-    assert "align - base" in text
+    assert "\nSFT (IA) + CAT  " in text
+    assert "SFT (IA) + CAT - base" in text
     assert "seen tasks" in text and "unseen tasks" in text
     assert "0.333 [0.333, 0.333]" in text
     assert "dropped: 2 too_long" in text

@@ -53,6 +53,7 @@ def finish_metrics(content: dict[str, Any]) -> dict[str, Any]:
     return content | {
         "run": "demo",
         "sources": {"base": "base", "align": "align"},
+        "labels": {"base": "base", "sft": "SFT (IA)", "align": "SFT (IA) + CAT"},
         "dropped": {"too_long": 2},
         "cost": [],
         "settings": {"run.name": "<b>demo</b>"},
