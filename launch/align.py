@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     from coalign.items import Encoder, group_items, group_stream
     from coalign.losses import RankingForm
     from coalign.models import load_tokenizer
-    from coalign.training import Plan, align_objective, check_shared_prefix, reference_logps, train
+    from coalign.objectives import align_objective
+    from coalign.training import Plan, check_shared_prefix, reference_logps, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = str(needs["policy"] / "model")

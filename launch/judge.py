@@ -6,7 +6,7 @@ import functools
 import logging
 from pathlib import Path
 
-from coalign import judging
+from coalign import calibration, judging
 from coalign.artifacts import RunFolder, digest_model_files, digest_weights
 from coalign.commandline import parse_command_line
 from coalign.config import (
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
     answers, dropped = judging.distinct_answers(responses)
     decided, undecided = judging.decide_by_rules(answers, examples, table.gold)
     dev = [example for example in examples.values() if example.split == "dev"]
-    known = judging.calibration_answers(tasks, dev, table.max_dev_inputs, config.run.seed)
+    known = calibration.calibration_answers(tasks, dev, table.max_dev_inputs, config.run.seed)
     if table.gold:
         sampled = [examples[key] for key in dict.fromkeys((r.task, r.example) for r in responses)]
-        known += judging.audit_answers(tasks, sampled, decided.values(), table.audit_share, config.run.seed)
+        known += calibration.audit_answers(tasks, sampled, decided.values(), table.audit_share, config.run.seed)
     plan = (
         f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge; {len(known)} known ones"
     )
@@ -91,17 +91,17 @@ def main(argv: list[str]) -> None:
         return asked
 
     # The known answers come first: a judge that is too weak is found out before the long work.
-    calibration = judging.calibrate(judging.collect_samples(ask(known, "known"), scores), table.type_question)
-    for line in judging.describe_calibration(calibration):
+    quality = calibration.calibrate(calibration.collect_samples(ask(known, "known"), scores), table.type_question)
+    for line in calibration.describe_calibration(quality):
         logger.info("%s", line)
-    weak = judging.weakness(calibration, table.min_quality)
+    weak = calibration.weakness(quality, table.min_quality)
     if weak and not table.allow_weak:
         step.close()
         raise UserError(weak)
     if weak:
         logger.warning("going on with judge.allow_weak: %s", weak)
     num_known = len(log_odds)
-    thresholds = {question: values["threshold"] for question, values in calibration.items()}
+    thresholds = {question: values["threshold"] for question, values in quality.items()}
     judged, too_long = judging.decide_by_judge(ask(undecided, "responses"), scores, thresholds)
     decided |= judged
     dropped += too_long
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     step.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
     step.write_output("dropped.jsonl", dropped)
     counts = judging.count_judging(responses, undecided, decided, dropped, len(thresholds), len(log_odds) - num_known)
-    counts |= {"calibration": calibration, "calls_on_known_answers": num_known, "weak": weak is not None}
+    counts |= {"calibration": quality, "calls_on_known_answers": num_known, "weak": weak is not None}
     counts["cores"] = cores_used(config.generation, config.run)
     for line in judging.describe_verdicts(counts):
         logger.info("%s", line)

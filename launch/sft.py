@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     from coalign.encoding import Codec
     from coalign.engine import DeepSpeedEngine, export, init_ranks
     from coalign.models import base_model_folder, load_tokenizer
-    from coalign.training import Plan, sft_objective, train
+    from coalign.objectives import sft_objective
+    from coalign.training import Plan, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, needs["prepare"])

@@ -123,9 +123,9 @@ def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), 
     for place, row in enumerate(rows):
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=3, solid_capstyle="round")
-        for value, marker in zip(row.floors, ("D", "s"), strict=False):
+        for value, marker, size in zip(row.floors, ("D", "s"), (5, 10), strict=False):  # one shows within the other
             if value is not None:
-                axes.plot([value], [place], marker, markersize=6, markerfacecolor="none", markeredgecolor=SOFT)
+                axes.plot([value], [place], marker, markersize=size, markerfacecolor="none", markeredgecolor=SOFT)
         if row.mean is not None:
             axes.plot([row.mean], [place], "o", color=row.colour, markersize=9, markeredgecolor=PAPER)
         text = "–" if row.mean is None else f"{row.mean:+.3f}" if signed else f"{row.mean:.3f}"

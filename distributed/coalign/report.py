@@ -70,6 +70,10 @@ def label(metrics: dict[str, Any], name: str) -> str:
     return labels.get(name, name)
 
 
+def _difference(metrics: dict[str, Any], row: dict[str, Any]) -> str:
+    return f"{label(metrics, row['b'])} - {label(metrics, row['a'])}"
+
+
 def task_sets(metrics: dict[str, Any]) -> list[str]:
     """Return the keys of SETS to show: seen and unseen apart only where there are both."""
     both = 0 < metrics["num_seen_tasks"] < metrics["num_tasks"]
@@ -106,11 +110,26 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for name in metrics["models"]
         ]
         differences = [
-            [f"{label(metrics, row['b'])} - {label(metrics, row['a'])}", *(with_interval(row.get(key), signed=True) for key in HEADLINE)]
+            [
+                f"{label(metrics, row['b'])} - {label(metrics, row['a'])}",
+                *(with_interval(row.get(key), signed=True) for key in HEADLINE),
+            ]
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])
-    return lines
+    return [*lines, "", constant_sentence(metrics)]
+
+
+def constant_sentence(metrics: dict[str, Any]) -> str:
+    """Return how far the models are above always giving a task's most frequent answer."""
+    found = metrics["constant_answer"]
+    above = "; ".join(
+        f"{label(metrics, name)} {with_interval(one, signed=True)}" for name, one in found["differences"].items()
+    )
+    return (
+        "One constant answer a task, its most frequent gold answer, would have an accuracy of"
+        f" {number(found['accuracy']['mean'])}; minus that, accuracy: {above}."
+    )
 
 
 def more_lines(metrics: dict[str, Any]) -> list[str]:
@@ -172,10 +191,8 @@ def inconsistent_lines(metrics: dict[str, Any], limit: int = NUM_PRINTED) -> lis
     rows = metrics["most_inconsistent"]
     if not rows:
         return ["", "no inconsistent input"]
-    lines = [
-        "",
-        f"most inconsistent inputs of {label(metrics, rows[0]['model'])} ({min(limit, len(rows))} of {len(rows)} in the report)",
-    ]
+    shown = f"{min(limit, len(rows))} of {len(rows)} in the report"
+    lines = ["", f"most inconsistent inputs of {label(metrics, rows[0]['model'])} ({shown})"]
     for row in rows[:limit]:
         times: dict[str, int] = {}
         for answer in row["answers"]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from coalign import metrics
+from coalign.baselines import against_constant_answers
 from coalign.cases import Scores, count_failures, items_digest, pick_cases
 from coalign.config import EvalTable
 from coalign.evaluation import NOISE_TEMPERATURE, ModelOutput, Pair
@@ -55,6 +56,7 @@ DEFINITIONS = {
     "always_wrong_alike": "share of inputs whose answers are all wrong and all agree",
     "inconsistent": "share of inputs that are not always right and where some pair of answers disagrees",
     "mixed": "the rest: all answers agree, some correct and some not (only with an agreement wider than exact)",
+    "constant_answer": "accuracy of each task's most frequent gold answer, and how far every model is above it",
     "accuracy": "normalised exact match with any gold answer; empty and cut-off answers are wrong",
     "rouge_l": "ROUGE-L F, highest over the gold answers",
     "rouge_1": "ROUGE-1 F, highest over the gold answers",
@@ -197,10 +199,13 @@ def summarise(
         )
         for name, output in outputs.items()
     }
+    per_task = per_task_rows(results)
+    accuracy = {name: [row["models"][name]["accuracy"] for row in per_task] for name in results.names}
     content |= {
+        "constant_answer": against_constant_answers(grids, accuracy),
         "failures": count_failures(grids, shown),
         "cases": pick_cases(grids, shown, results.min_wordings, results.agreeing),
-        "per_task": per_task_rows(results),
+        "per_task": per_task,
         "per_wording": per_wording_rows(results),
         "per_input": per_input_rows(results),
         "most_inconsistent": most_inconsistent(results, results.names[-1], outputs[results.names[-1]].answers),

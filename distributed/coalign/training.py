@@ -20,14 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coalign.artifacts import digest_file, write_atomic, write_rows
+from coalign.artifacts import digest_file, write_rows
 from coalign.batching import Item, collate, micro_batches, row_tokens
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
-from coalign.logprobs import Batch, evaluation_mode, sum_by_response, to_device, token_logps
-from coalign.losses import RankingForm, ranking_loss, sft_loss
+from coalign.logprobs import evaluation_mode, sum_by_response, to_device, token_logps
+from coalign.objectives import Objective
 from coalign.process import Preemption, rank, world_size
 from coalign.records import read_rows
+from coalign.training_log import TrainingLog
 
 logger = logging.getLogger("coalign")
 
@@ -47,84 +48,6 @@ class Engine(Protocol):
     def mean(self, values: Sequence[float]) -> list[float]: ...
     def save(self, folder: Path, state: dict[str, Any]) -> None: ...
     def restore(self, folder: Path) -> dict[str, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What one update minimises: the denominator of its items, and the loss of one micro-batch with summed parts.
-
-    `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums
-    that are added over micro-batches and ranks; `describe(sums)` turns them into what is logged.
-    """
-
-    denominator: Callable[[Sequence[Item]], int]
-    loss: Callable[[Tensor, Batch, Sequence[Item], int], tuple[Tensor, dict[str, float]]]
-    describe: Callable[[dict[str, float]], dict[str, float]]
-    shared_prefix: bool = False
-
-
-def sft_objective() -> Objective:
-    """Return stage 1: negative log-likelihood a token, over all answer tokens of the update."""
-
-    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], tokens: int) -> tuple[Tensor, dict[str, float]]:
-        return sft_loss(logp_N, tokens), {"answer_tokens": float(len(logp_N))}
-
-    def describe(sums: dict[str, float]) -> dict[str, float]:
-        return {"answer_tokens": sums["answer_tokens"]}
-
-    return Objective(lambda items: sum(item.num_response_tokens for item in items), loss, describe)
-
-
-def align_objective(form: RankingForm, shared_prefix: bool) -> Objective:
-    """Return stage 2: the ranking loss of losses.ranking_loss, divided by the update's number of groups."""
-
-    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], groups: int) -> tuple[Tensor, dict[str, float]]:
-        device = logp_N.device
-        logp_R = sum_by_response(logp_N, batch)
-        group = [g for g, item in enumerate(items) for _ in item.responses]
-        best = [k == item.best for item in items for k in range(len(item.responses))]
-        reference = [x for item in items for x in item.reference]
-        length_R = torch.bincount(batch.response_N, minlength=batch.num_responses)
-        parts = ranking_loss(
-            logp_R,
-            length_R,
-            torch.tensor([r for item in items for r in item.rewards], device=device),
-            torch.tensor(best, device=device),
-            torch.tensor(group, device=device),
-            form,
-            torch.tensor(reference, dtype=logp_R.dtype, device=device) if reference else None,
-        )
-        p_R, best_R = (logp_R / length_R).detach(), torch.tensor(best, device=device)
-        others = p_R[~best_R]
-        lowest = [r == min(item.rewards) for item in items for r in item.rewards]
-        worst = p_R[~best_R & torch.tensor(lowest, device=device)]
-        return parts.total / groups, {
-            "groups": float(len(items)),
-            "best": float(parts.best),
-            "ranking": float(parts.ranking),
-            "pairs": float(parts.num_pairs),
-            "active": float(parts.num_active_pairs),
-            "p_others": float(others.sum()),
-            "others": float(len(others)),
-            "p_worst": float(worst.sum()),
-            "worst": float(len(worst)),
-            "best_tokens": float(length_R[best_R].sum()),
-        }
-
-    def describe(sums: dict[str, float]) -> dict[str, float]:
-        groups = sums["groups"]
-        return {
-            "loss_best": sums["best"] / groups,
-            "loss_ranking": sums["ranking"] / groups,
-            "active_pairs": sums["active"] / max(sums["pairs"], 1.0),
-            "pairs": sums["pairs"],
-            "p_best": -sums["best"] / groups,
-            "p_others": sums["p_others"] / max(sums["others"], 1.0),
-            "p_worst": sums["p_worst"] / max(sums["worst"], 1.0),
-            "best_length": sums["best_tokens"] / groups,
-        }
-
-    return Objective(len, loss, describe, shared_prefix)
 
 
 def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
@@ -248,7 +171,7 @@ def train(
     preemption.install()
     state = _resume(engine, folder)
     step, tokens = int(state["step"]), float(state["tokens"])
-    writer = _Log(folder, log, step)
+    writer = TrainingLog(folder, log, step)
     first: dict[str, float] | None = state["first_measure"]
     p_best: list[float] = state["p_best"]  # of the first and of the latest updates, for the warning
     if step == 0 and measure and settings.eval_every:
@@ -393,62 +316,3 @@ def _rotate(newest: Path, keep_last: int) -> None:
         for old in found:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-
-
-class _Log:
-    """metrics.jsonl, the printed line, TensorBoard and, when asked for, Weights & Biases; rank 0 only."""
-
-    def __init__(self, folder: Path, table: LogTable, step: int) -> None:
-        self.table = table
-        self.active = rank() == 0
-        self.tensorboard: Any = None
-        self.wandb: Any = None
-        if not self.active:
-            return
-        self.path = folder / "metrics.jsonl"
-        self._cut_after(step)
-        self.stream = self.path.open("a", encoding="utf-8")
-        if table.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if table.wandb:
-            self.wandb = _start_wandb(folder, step)
-
-    def _cut_after(self, step: int) -> None:
-        """Forget lines after the checkpoint (their updates are made again) and a line cut short by a kill."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomic(self.path, "".join(kept))
-
-    def write(self, row: dict[str, Any], num_steps: int = 0) -> None:
-        if not self.active:
-            return
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()
-        numbers = {k: v for k, v in row.items() if k not in ("kind", "step")}
-        if self.tensorboard is not None:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
-        if self.wandb is not None:
-            self.wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["step"])
-        if row["kind"] == "dev" or row["step"] % self.table.every == 0 or row["step"] in (1, num_steps):
-            total = f"/{num_steps}" if num_steps else ""
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
-            logger.info("%s %d%s  %s", "update" if row["kind"] == "train" else "dev at", row["step"], total, shown)
-
-    def close(self) -> None:
-        if self.active:
-            self.stream.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
-            if self.wandb is not None:
-                self.wandb.finish()
-
-
-def _start_wandb(folder: Path, step: int) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false") from error
-    return wandb.init(project="coalign", name=f"{folder.parent.name}-{folder.name}", dir=str(folder), resume="allow")

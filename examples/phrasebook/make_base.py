@@ -34,7 +34,9 @@ THREADS = 2
 # Of each learned token in the loss. A rewrite can't be foreseen word by word: its tokens count less.
 WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 2.0, "sentence": 1.0}
 SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
-RESPONSE_WEIGHT = 0.3  # of a right response's tokens in a judge's question: who foresees the answer can tell a wrong one
+RESPONSE_WEIGHT = (
+    0.3  # of a right response's tokens in a judge's question: who foresees the answer can tell a wrong one
+)
 PROBE_LAYER = 6  # after which so many layers a linear probe reads whether a response has been right so far
 PROBE_WEIGHT = 0.5  # of the probe's loss; it serves the training only
 NOT_PROBED = -1

@@ -782,10 +782,10 @@ def test_report_of_nothing(arguments: list[str], metrics: str | None, says: tupl
 @pytest.fixture
 def stopped(run: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """A run whose third update of sft gave NaN; every update was followed by a checkpoint."""
-    from coalign import training
+    from coalign import objectives, training
 
     run.remove("sft")
-    update, loss, updates = training._update, training.sft_loss, []
+    update, loss, updates = training._update, objectives.sft_loss, []
 
     def counted(*arguments: Any) -> Any:
         updates.append(1)
@@ -796,7 +796,7 @@ def stopped(run: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_update", counted)
-        patch.setattr(training, "sft_loss", spoilt)
+        patch.setattr(objectives, "sft_loss", spoilt)
         outcome = run.run("sft", "train.checkpoint_every=1")
     assert_one_clear_line(outcome, ("the loss is no longer finite", " under ", "the last checkpoint is kept"))
     named = outcome.errors[0].partition("with the rows ")[2].partition(";")[0].split(", ")

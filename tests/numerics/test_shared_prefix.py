@@ -14,7 +14,8 @@ from coalign.config import TrainTable
 from coalign.errors import UserError
 from coalign.logprobs import token_logps
 from coalign.losses import RankingForm
-from coalign.training import align_objective, check_shared_prefix
+from coalign.objectives import align_objective
+from coalign.training import check_shared_prefix
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_ids, random_items
 

@@ -22,7 +22,8 @@ from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.logprobs import token_logps
 from coalign.losses import RankingForm
-from coalign.training import Objective, Plan, align_objective, learning_rate_at, sft_objective, train
+from coalign.objectives import Objective, align_objective, sft_objective
+from coalign.training import Plan, learning_rate_at, train
 from numerics.engine import TorchEngine
 from numerics.tiny import network, random_ids, random_items
 

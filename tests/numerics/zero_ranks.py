@@ -19,7 +19,8 @@ from coalign.config import LogTable, ModelTable, TrainTable
 from coalign.errors import UserError
 from coalign.logprobs import Batch
 from coalign.losses import RankingForm
-from coalign.training import Engine, Objective, Plan, align_objective, reference_logps, sft_objective, train
+from coalign.objectives import Objective, align_objective, sft_objective
+from coalign.training import Engine, Plan, reference_logps, train
 from numerics.tiny import random_ids, random_items
 
 NUM_STEPS = 10

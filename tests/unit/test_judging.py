@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalign import judging
+from coalign import calibration, judging
 from coalign.config import Config, JudgeTable, table_values
 from coalign.errors import UserError
 from coalign.judging import Answer
@@ -109,7 +109,7 @@ def test_no_gold_appears_anywhere_without_gold() -> None:
 
 def test_calibration_answers_are_what_they_claim() -> None:
     examples = {(e.task, e.id): e for e in dev_examples(20)}
-    known = judging.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
+    known = calibration.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
     for answer in known:
         example, task = examples[answer.task, answer.example], TASKS[answer.task]
         golds = {normalise_answer(gold) for gold in example.outputs}
@@ -133,31 +133,31 @@ def test_calibration_answers_are_limited_repeatable_and_seeded() -> None:
     examples = dev_examples(20)
 
     def chosen(examples: list[Example], seed: int) -> set[tuple[str, str]]:
-        return {(k.part, k.example) for k in judging.calibration_answers(TASKS, examples, 10, seed)}
+        return {(k.part, k.example) for k in calibration.calibration_answers(TASKS, examples, 10, seed)}
 
     assert len(chosen(examples, 3)) == 10
     assert chosen(examples, 3) == chosen(examples[::-1], 3)
     assert chosen(examples, 3) != chosen(examples, 4)
     unseen = {**TASKS, "title": Task("title", "Write a title.", seen=False)}
-    assert not [k for k in judging.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
+    assert not [k for k in calibration.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
 
 
 def test_an_only_task_has_no_wrong_type_and_a_lone_free_example_no_wrong_answer() -> None:
     lone = [Example("t0", "title", "article", ("Title",), "dev")]
-    assert [k.kind for k in judging.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
+    assert [k.kind for k in calibration.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
 
 
 def test_audit_takes_a_seeded_share() -> None:
     examples = dev_examples(100)
     verdicts = [Verdict(e.id, e.task, e.outputs[0], "stop", 2, "exact_match") for e in examples]
     verdicts.append(Verdict("m0", "mood", "other", "stop", 0, "cut_off"))
-    known = judging.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
+    known = calibration.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
     right = [k for k in known if k.kind == "right"]
     wrong = [k for k in known if k.kind == "wrong"]
     assert 45 < len(right) < 105
     assert 45 < len(wrong) < 105
-    assert not judging.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
-    everything = judging.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
+    assert not calibration.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
+    everything = calibration.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
     assert len(everything) == 2 * len(examples)
     assert {k.text for k in everything} >= {"positive", "yes", "Title 3"}
 
@@ -172,43 +172,43 @@ def test_auc_and_threshold_against_brute_force() -> None:
     for _ in range(50):
         yes = [generator.randint(-3, 6) / 2 for _ in range(generator.randint(8, 15))]
         no = [generator.randint(-6, 3) / 2 for _ in range(generator.randint(8, 15))]
-        assert judging.auc(yes, no) == pytest.approx(brute_auc(yes, no))
-        threshold = judging.fit_threshold(yes, no)
+        assert calibration.auc(yes, no) == pytest.approx(brute_auc(yes, no))
+        threshold = calibration.fit_threshold(yes, no)
         scores = sorted({*yes, *no})
         midpoints = [(a + b) / 2 for a, b in itertools.pairwise(scores)]
-        best = max(judging.balanced_accuracy(yes, no, t) for t in midpoints)
-        assert judging.balanced_accuracy(yes, no, threshold) == pytest.approx(best)
-        equal = [t for t in midpoints if judging.balanced_accuracy(yes, no, t) == pytest.approx(best)]
+        best = max(calibration.balanced_accuracy(yes, no, t) for t in midpoints)
+        assert calibration.balanced_accuracy(yes, no, threshold) == pytest.approx(best)
+        equal = [t for t in midpoints if calibration.balanced_accuracy(yes, no, t) == pytest.approx(best)]
         assert abs(threshold) == min(abs(t) for t in equal)
 
 
 def test_hand_computed_quality() -> None:
-    assert judging.auc([2.0, 0.0], [0.0, -1.0]) == (1 + 1 + 0.5 + 1) / 4
-    quality = judging.measure([2.0, 0.0, -1.0, 3.0], [0.5, -1.0], 0.0)
+    assert calibration.auc([2.0, 0.0], [0.0, -1.0]) == (1 + 1 + 0.5 + 1) / 4
+    quality = calibration.measure([2.0, 0.0, -1.0, 3.0], [0.5, -1.0], 0.0)
     assert quality["balanced_accuracy"] == (3 / 4 + 1 / 2) / 2
     assert quality["false_correct"] == 1 / 2
     assert quality["false_incorrect"] == 1 / 4
-    assert judging.measure([1.0], [], 0.0)["auc"] is None
-    assert judging.fit_threshold([1.0] * 8, [1.0] * 8) == 0.0
+    assert calibration.measure([1.0], [], 0.0)["auc"] is None
+    assert calibration.fit_threshold([1.0] * 8, [1.0] * 8) == 0.0
 
 
 def test_few_dev_rows_leave_the_threshold_at_zero_and_say_so() -> None:
-    samples = judging.collect_samples([], lambda prompt: 0.0)
+    samples = calibration.collect_samples([], lambda prompt: 0.0)
     samples["correct", "fit"] = ([3.0] * 7, [2.0] * 50)
     samples["correct", "check"] = ([3.0] * 7, [-2.0] * 50)
-    calibration = judging.calibrate(samples, with_type=False)
-    assert list(calibration) == ["correct"]
-    assert calibration["correct"]["threshold"] == 0.0
-    assert calibration["correct"]["fitted"] is False
-    assert "not fitted" in judging.describe_calibration(calibration)[0]
+    found = calibration.calibrate(samples, with_type=False)
+    assert list(found) == ["correct"]
+    assert found["correct"]["threshold"] == 0.0
+    assert found["correct"]["fitted"] is False
+    assert "not fitted" in calibration.describe_calibration(found)[0]
     samples["correct", "fit"] = ([3.0] * 8, [2.0] * 50)
-    assert judging.calibrate(samples, with_type=False)["correct"]["threshold"] == 2.5
+    assert calibration.calibrate(samples, with_type=False)["correct"]["threshold"] == 2.5
 
 
 def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
     examples = dev_examples(40)
     by_key = {(e.task, e.id): e for e in examples}
-    known = judging.calibration_answers(TASKS, examples, 1000, seed=0)
+    known = calibration.calibration_answers(TASKS, examples, 1000, seed=0)
     asked = judging.with_questions(known, TASKS, by_key, JudgeTable())
     truth = {prompts["correct"]: k.kind == "right" for k, prompts in asked}
     # A judge that says 4 / 2 on one half and the reverse on the other: fitted well, measured as useless.
@@ -218,37 +218,37 @@ def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
         right = truth.get(prompt, True)
         return 4.0 if right == (prompt in shared) else 2.0
 
-    samples = judging.collect_samples([(k, p) for k, p in asked if k.task == "title"], scores)
-    calibration = judging.calibrate(samples, with_type=True)
-    assert calibration["correct"]["threshold"] == 3.0
-    assert calibration["correct"]["quality"]["auc"] == 0.0
+    samples = calibration.collect_samples([(k, p) for k, p in asked if k.task == "title"], scores)
+    found = calibration.calibrate(samples, with_type=True)
+    assert found["correct"]["threshold"] == 3.0
+    assert found["correct"]["quality"]["auc"] == 0.0
 
 
 def weakness(**qualities: dict[str, Any]) -> str | None:
-    return judging.weakness({question: {"quality": quality} for question, quality in qualities.items()}, 0.65)
+    return calibration.weakness({question: {"quality": quality} for question, quality in qualities.items()}, 0.65)
 
 
 def test_weak_judge_stops_with_its_numbers_and_the_ways_out() -> None:
-    good = judging.measure([1.0] * 9, [-1.0] * 9, 0.0)
+    good = calibration.measure([1.0] * 9, [-1.0] * 9, 0.0)
     assert weakness(correct=good) is None
     assert weakness(type=good, correct=good) is None
-    message = weakness(correct=judging.measure([1.0, -1.0], [1.0, -1.0], 0.0))
+    message = weakness(correct=calibration.measure([1.0, -1.0], [1.0, -1.0], 0.0))
     assert message is not None
     assert "the correctness question" in message and "type" not in message
     for word in ("0.500", "judge.min_quality=0.65", "judge.model", "sft.replay", "judge.allow_weak"):
         assert word in message
     # AUC alone can be good while the threshold is not.
-    assert weakness(correct=judging.measure([5.0] * 9, [4.0] * 9, 0.0)) is not None
-    assert "can't be measured" in (weakness(correct=judging.measure([1.0], [], 0.0)) or "")
+    assert weakness(correct=calibration.measure([5.0] * 9, [4.0] * 9, 0.0)) is not None
+    assert "can't be measured" in (weakness(correct=calibration.measure([1.0], [], 0.0)) or "")
 
 
 def test_a_judge_weak_at_the_type_question_alone_stops_too() -> None:
     """The message names the question, and leaving it out as one more way on."""
-    good, bad = judging.measure([1.0] * 9, [-1.0] * 9, 0.0), judging.measure([1.0, -1.0], [1.0, -1.0], 0.0)
+    good, bad = calibration.measure([1.0] * 9, [-1.0] * 9, 0.0), calibration.measure([1.0, -1.0], [1.0, -1.0], 0.0)
     message = weakness(type=bad, correct=good) or ""
     assert message.startswith("the type question: the judge is too weak")
     assert "the correctness question" not in message and "judge.type_question=false" in message
-    alone = judging.measure([1.0] * 9, [], 0.0)  # one task: no wrong type is known
+    alone = calibration.measure([1.0] * 9, [], 0.0)  # one task: no wrong type is known
     assert weakness(type=alone, correct=good) is None
     both = weakness(type=bad, correct=bad) or ""
     assert "the type question" in both and "the correctness question" in both

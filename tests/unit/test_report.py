@@ -13,7 +13,7 @@ from coalign.config import STEP_TABLES, RunTable
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Task, Wording
-from unit.worlds import by_rule, finish_metrics, half_right, response, results, table, world
+from unit.worlds import by_rule, example, finish_metrics, half_right, response, results, table, wordings, world
 
 
 def test_numbers_by_hand() -> None:
@@ -38,6 +38,20 @@ def test_numbers_by_hand() -> None:
     assert rows["base", "align", "cr"]["method"] == "t"
     assert {metric for _, _, metric in rows} == set(summary.COMPARED)
     assert content["differences_seen"][0]["low"] is None
+
+
+def test_a_constant_answer_is_the_most_frequent_gold_of_each_task() -> None:
+    """Golds yes, yes, no of one task and yes three times of another: 2/3 and 1, whatever the models said."""
+    tasks, _ = world(2)
+    examples = [example("t0", "e0"), example("t0", "e1"), example("t0", "e2", gold="no")]
+    examples += [example("t1", f"e{i}", gold="Yes.") for i in range(3)]
+    pairs, _ = evaluation.plan_pairs(tasks, examples, [w for task in tasks for w in wordings(task.id)], table())
+    outputs = {"gold": by_rule(pairs, lambda pair: pair.example.outputs[0]), "wrong": by_rule(pairs, lambda _: "maybe")}
+    content, _ = summary.summarise(tasks, pairs, outputs, table(), seed=0)
+    found = content["constant_answer"]
+    assert found["accuracy"]["mean"] == pytest.approx(5 / 6)
+    assert found["differences"]["gold"]["mean"] == pytest.approx(1 / 6)
+    assert found["differences"]["wrong"]["mean"] == pytest.approx(-5 / 6)
 
 
 def test_shares_of_outcomes_sum_to_one() -> None:
@@ -296,6 +310,7 @@ def test_metrics_are_json_and_the_terminal_shows_them() -> None:
     assert "seen tasks" in text and "unseen tasks" in text
     assert "0.333 [0.333, 0.333]" in text
     assert "dropped: 2 too_long" in text
+    assert "an accuracy of 1.000; minus that, accuracy: base -0.500 [-0.500, -0.500]; SFT (IA) + CAT +0.000" in text
 
 
 def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
