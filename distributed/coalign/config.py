@@ -124,6 +124,7 @@ class DataTable(Table):
     align_share: Share = _field(0.3, "share of input texts for sampling and stage 2")
     dev_share: Share = _field(0.1, "share of input texts for choices; the rest is test")
     unseen_tasks: list[str] = _field([], "tasks kept out of training, beside the source's own test split")
+    only_tasks: list[str] = _field([], "tasks to take, by name (empty: all)")
     max_tasks: NonNegative = _field(0, "tasks to take, in hash order (0: all)")
     max_sft_inputs: NonNegative = _field(0, "stage-1 inputs a task (0: all)")
     max_align_inputs: NonNegative = _field(0, "stage-2 inputs a task (0: all)")

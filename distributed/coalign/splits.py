@@ -38,11 +38,17 @@ class Prepared:
 def split_instances(tasks: Mapping[str, Task], instances: Iterable[Instance], table: DataTable) -> Prepared:
     """Merge repeats, find labels, split by input text and apply the limits.
 
-    Of an unseen task only the test inputs stay. Raises UserError when data.unseen_tasks names no task.
+    Of an unseen task only the test inputs stay. Raises UserError when data.unseen_tasks or data.only_tasks names no
+    task.
     """
     dropped: list[Dropped] = []
     known = mark_unseen(tasks, table.unseen_tasks)
     merged = merge_repeats(instances, dropped)
+    if table.only_tasks:
+        chosen = find_named(tasks, table.only_tasks, "data.only_tasks")
+        dropped.extend(Dropped("other_task", row.place, row.id) for row in merged if row.task not in chosen)
+        merged = [row for row in merged if row.task in chosen]
+        known = {name: task for name, task in known.items() if name in chosen}
     known = find_labels(known, merged, table.max_labels)
     kept: dict[tuple[str, Split], list[Instance]] = defaultdict(list)
     for instance in merged:
@@ -70,15 +76,23 @@ def split_instances(tasks: Mapping[str, Task], instances: Iterable[Instance], ta
 
 
 def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, Task]:
-    """Return the tasks with those of `unseen` not seen; name also stands for name#2 and so on."""
-    marked = dict(tasks)
+    """Return the tasks with those named not seen, see `find_named`."""
+    named = find_named(tasks, unseen, "data.unseen_tasks")
+    return {name: dataclasses.replace(task, seen=False) if name in named else task for name, task in tasks.items()}
+
+
+def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set[str]:
+    """Return the ids of the tasks that a key of the config names; a name also stands for name#2 and so on.
+
+    Raises UserError for a name that is no task.
+    """
     bases: dict[str, list[str]] = defaultdict(list)
     for name in tasks:
         bases[name].append(name)
         base, mark, number = name.rpartition("#")
         if mark and number.isdigit():
             bases[base].append(name)
-    for name in unseen:
+    for name in names:
         if name not in bases:
             near = difflib.get_close_matches(name, list(bases), n=1)
             hint = (
@@ -86,10 +100,8 @@ def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, T
                 if near
                 else f"the data holds {len(tasks)} tasks, such as {next(iter(tasks))!r}"
             )
-            raise UserError(f"data.unseen_tasks names {name!r}, which is no task of the data; {hint}")
-        for member in bases[name]:
-            marked[member] = dataclasses.replace(marked[member], seen=False)
-    return marked
+            raise UserError(f"{key} names {name!r}, which is no task of the data; {hint}")
+    return {member for name in names for member in bases[name]}
 
 
 def merge_repeats(instances: Iterable[Instance], dropped: list[Dropped]) -> list[Instance]:

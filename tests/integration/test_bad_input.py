@@ -199,6 +199,12 @@ EARLY = [
         ("data.unseen_tasks names 'animla'", "did you mean 'animal'"),
         ('data.unseen_tasks=["animla"]',),
     ),
+    Case(
+        "unknown task asked for",
+        "prepare",
+        ("data.only_tasks names 'animla'", "did you mean 'animal'"),
+        ('data.only_tasks=["animla"]',),
+    ),
 ]
 
 

@@ -303,6 +303,16 @@ def test_unseen_tasks_keep_test_inputs_only() -> None:
     assert len(found.dropped) == 100 - len(unseen)
 
 
+def test_only_the_tasks_named_are_taken() -> None:
+    instances = [make(task, f"text {i}", "x") for task in "abc" for i in range(50)]
+    found = split(instances, only_tasks=["c", "a"])
+    assert {task.id for task in found.tasks} == {example.task for example in found.examples} == {"a", "c"}
+    assert summarise(found)["dropped"] == {"other_task": 50}
+    assert [e for e in split(instances).examples if e.task != "b"] == found.examples
+    with pytest.raises(UserError, match=r"data\.only_tasks names 'd', which is no task of the data"):
+        split(instances, only_tasks=["d"])
+
+
 def test_config_can_make_tasks_unseen() -> None:
     tasks = {name: Task(name, "Do.") for name in ("add", "add#2", "sub")}
     assert [task.seen for task in mark_unseen(tasks, ["add"]).values()] == [False, False, True]
