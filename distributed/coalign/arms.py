@@ -65,7 +65,14 @@ ARMS = {
         Arm("sft_ia_more", "SFT (IA), as many more updates", "sft", ("sft",)),
         Arm("sft_gold", "+ SFT on gold of the align inputs", "align", _RANKED, (("rank.rewards", "gold"),)),
         Arm("cat", "+ CAT (self-reward)", "align", _SAMPLED),
-        Arm("cat_no_gold", "+ CAT, no gold answers", "align", _JUDGED, (("judge.gold", False),)),
+        Arm(
+            "cat_no_gold",
+            "+ CAT, no gold answers",
+            "align",
+            _JUDGED,
+            # Without gold answers a weak judge is part of what is measured, no reason to stop all other arms.
+            (("judge.gold", False), ("judge.allow_weak", True)),
+        ),
         Arm("cat_lambda0", "+ CAT, lambda 0", "align", ("align",), (("align.rank_weight", 0.0),)),
         Arm("cat_permuted", "+ CAT, permuted rewards", "align", _RANKED, (("rank.rewards", "permuted"),)),
         Arm("cat_exact", "+ CAT, exact match only", "align", _RANKED, (("rank.rewards", "exact"),)),

@@ -26,7 +26,7 @@ MAX_SIMILARITY = 0.7  # 3-gram overlap with a held-out wording from which a rewr
 LISTS = ("reverse", "drop_first", "drop_last", "swap_ends", "remove_animal", "double_first")
 # Copying and changing one place takes longer to learn than naming one word.
 FOLLOW_WEIGHT = {"reverse": 2, "drop_first": 2, "drop_last": 2, "swap_ends": 3, "remove_animal": 3, "second_last": 2}
-SHARES = {"follow": 0.28, "rewrite": 0.16, "judge": 0.44, "sentence": 0.12}
+SHARES = {"follow": 0.25, "rewrite": 0.15, "judge": 0.5, "sentence": 0.1}
 _REFERENCE = re.compile(r"<(\w+)>")
 _REPEATED = re.compile(r"\b(\w+) \1\b")
 
@@ -75,6 +75,12 @@ class Grammar:
         weights = [{"THING": 4, "ASK": 3, "WHAT": 2, "DO": 4, "FREE": 3}[name] for name in forms]
         form = rng.choices(forms, weights)[0]
         return tidy(self.expand(task, f"<say_{form.lower()}>", rng))
+
+    def say(self, task: str, rng: random.Random) -> str:
+        """Return words for what the task is about, as they stand in a statement."""
+        if "THING" not in self.tasks[task]:
+            return self.expand(task, "<is_there>", rng)
+        return self.expand(task, f"<{rng.choice(('THING', 'THING', 'ASK', 'WHAT'))}>", rng)
 
 
 def tidy(text: str) -> str:
@@ -222,8 +228,8 @@ class Corpus:
 
     def judge(self) -> Row:
         """Return one of the judge's questions about a right or wrong answer, and the verdict."""
-        asked = self.rng.choices(("correct", "correct without gold", "type"), (0.42, 0.43, 0.15))[0]
-        task, words, gold = self._draw(list(LISTS) if self.rng.random() < 0.4 else None)
+        asked = self.rng.choices(("correct", "correct without gold", "type"), (0.5, 0.37, 0.13))[0]
+        task, words, gold = self._draw(list(LISTS) if self.rng.random() < 0.5 else None)
         wording = self.rng.choice(self.world.known[task][: self.rng.choice((1, FOLLOWED))])
         listed = " ".join(words)
         if asked == "type":
@@ -237,13 +243,10 @@ class Corpus:
     def sentence(self) -> Row:
         """Return a statement about a list in the grammar's words: what they mean, not how to obey them."""
         task, words, gold = self._draw()
-        rules = self.world.grammar.tasks[task]
-        if "THING" in rules:
-            form = self.rng.choice(("THING", "THING", "ASK", "WHAT"))
-            said = self.world.grammar.expand(task, f"<{form}>", self.rng)
-        else:
-            said = self.world.grammar.expand(task, "<is_there>", self.rng)
-        return Row("sentence", "", tidy(f"{' '.join(words)} : {said} ? {gold}"))
+        said = f"{self.world.grammar.say(task, self.rng)} ?"
+        while self.world.held_out.has_like(tidy(said)):
+            said = f"{self.world.grammar.say(task, self.rng)} ?"
+        return Row("sentence", "", tidy(f"{' '.join(words)} : {said} {gold}"))
 
 
 def sample(corpus: Corpus, count: int) -> list[Row]:

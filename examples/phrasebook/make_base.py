@@ -8,6 +8,7 @@ multiplies bfloat16 by itself, matrices are multiplied so: 1.6 times as fast.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import random
@@ -32,13 +33,13 @@ VOCAB_SIZE = 2048
 CONTEXT = 256
 THREADS = 2
 # Of each learned token in the loss. A rewrite can't be foreseen word by word: its tokens count less.
-WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 2.0, "sentence": 1.0}
+WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 3.0, "sentence": 1.0}
 SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
 RESPONSE_WEIGHT = (
     0.3  # of a right response's tokens in a judge's question: who foresees the answer can tell a wrong one
 )
 PROBE_LAYER = 6  # after which so many layers a linear probe reads whether a response has been right so far
-PROBE_WEIGHT = 0.5  # of the probe's loss; it serves the training only
+PROBE_WEIGHT = 1.0  # of the probe's loss; it serves the training only
 NOT_PROBED = -1
 PAD_TO = 8  # widths of batches are multiples of it: every new shape costs memory
 Encoded = tuple[list[int], list[float], list[int]]
@@ -313,6 +314,8 @@ def main() -> None:
     train(model, encoder, corpus, options.steps, options.tokens, options.seed, precision)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    recipe = {"steps": options.steps, "tokens": options.tokens, "seed": options.seed, "precision": precision}
+    (options.out / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
     logger.info("saved to %s", options.out)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from corpus import FOLLOWED, HERE, World, kind_of, wrong_answer
-from make_base import parse_arguments
 from make_world import ANSWERS, draw_input, read_wordings
 
 from coalign.config import GenerationTable, ModelTable, ParaphraseTable
@@ -247,19 +246,24 @@ def main() -> None:
     )
     options = parser.parse_args()
     folder: Path = options.folder
-    path = folder / "scores.json"
+    path = HERE / "base_scores.json" if folder == HERE / "base" else folder.with_name(f"{folder.name}_scores.json")
     model, generation = ModelTable(path=str(folder), init="pretrained"), GenerationTable()
-    scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if options.after else {}
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("weights_sha256") != weights:
+        if options.after:
+            raise SystemExit(
+                f"{path} does not hold the scores of these weights; run score_base.py without --after first"
+            )
+        known = {}
+    scores = known | {"weights_sha256": weights}
     if options.after:
         scores["own answers"] = score_own_answers(options.after, model, generation)
     else:
         greedy = GenerateWorker(str(folder), model, generation, Sampling(max_new_tokens=16), THREADS)
-        arguments = parse_arguments([])
-        scores["made"] = {
-            "parameters": sum(p.numel() for p in greedy.model.parameters()),
-            "steps": arguments.steps,
-            "tokens": arguments.tokens,
-        }
+        parameters = sum(p.numel() for p in greedy.model.parameters())
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        scores["made"] = {"parameters": parameters} | {key: recipe[key] for key in ("steps", "tokens")}
         scores["following"] = score_following(greedy)
         sampling = Sampling(max_new_tokens=32, temperature=1.0, top_p=0.95)
         scores["rewriting"] = score_rewriting(
@@ -268,7 +272,7 @@ def main() -> None:
         scores["judging"] = score_judging(ScoreWorker(str(folder), model, generation, THREADS))
         texts = "".join(f"{task}: {text}\n" for task, text in scores["rewriting"].pop("texts"))
         scores["rewriting"]["texts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
-        (folder / "rewrites.txt").write_text(texts, encoding="utf-8")
+        path.with_name(path.name.replace("scores.json", "rewrites.txt")).write_text(texts, encoding="utf-8")
     path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     reading = HERE / "reading.json"
     text = card(scores, json.loads(reading.read_text(encoding="utf-8")) if reading.exists() else None)

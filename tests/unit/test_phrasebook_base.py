@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import corpus
@@ -37,7 +38,7 @@ def held_out_texts() -> list[str]:
 
 
 def test_nothing_like_a_held_out_wording_can_be_drawn(world: corpus.World) -> None:
-    """Every instruction and every rewrite target comes from these two tables; neither repeats a held-out wording."""
+    """Instructions and rewrite targets come from these two tables; neither repeats a held-out wording."""
     held_out = NearRepeats(corpus.MAX_SIMILARITY, held_out_texts())
     for task, texts in world.rewrites.items():
         assert len(set(texts)) == corpus.REWRITES
@@ -50,6 +51,29 @@ def test_no_row_holds_a_held_out_wording(rows: list[corpus.Row]) -> None:
     seen = "\n".join(normalise_input(f"{row.prompt} {row.answer}") for row in rows)
     found = [text for text in held_out_texts() if normalise_input(text) in seen]
     assert not found
+
+
+def test_no_sentence_is_like_a_held_out_wording(rows: list[corpus.Row]) -> None:
+    held_out = NearRepeats(corpus.MAX_SIMILARITY, held_out_texts())
+    said = {row.answer.partition(" : ")[2].rpartition("? ")[0] for row in rows if row.kind == "sentence"}
+    assert len(said) > 3000
+    assert not [text for text in said if held_out.has_like(text) or held_out.has_like(f"{text}?")]
+
+
+def test_a_sentence_that_the_grammar_makes_like_a_held_out_wording_is_drawn_again(
+    world: corpus.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rules give: half of what they say here is a test wording, and none of it gets through."""
+    test_wordings = [own.test[0].rstrip("?.") for own in make_world.read_wordings().values()]
+    say = corpus.Grammar.say
+
+    def often_held_out(grammar: corpus.Grammar, task: str, rng: random.Random) -> str:
+        return rng.choice(test_wordings) if rng.random() < 0.5 else say(grammar, task, rng)
+
+    monkeypatch.setattr(corpus.Grammar, "say", often_held_out)
+    drawn = corpus.Corpus(world)
+    said = [normalise_input(drawn.sentence().answer) for _ in range(200)]
+    assert not [text for text in said if any(normalise_input(wording) in text for wording in test_wordings)]
 
 
 def test_only_the_first_wordings_are_followed(rows: list[corpus.Row], world: corpus.World) -> None:
