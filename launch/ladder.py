@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import socket
@@ -11,7 +12,17 @@ import time
 from pathlib import Path
 
 from coalign import arms, exhibits, experiment
-from coalign.artifacts import TRAINING_STEPS, RunFolder, read_manifest, write_atomic, write_json
+from coalign.artifacts import (
+    CARD,
+    TRAINING_STEPS,
+    RunFolder,
+    digest_file,
+    digest_model_files,
+    read_manifest,
+    write_atomic,
+    write_json,
+)
+from coalign.cards import fill_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, table_values
 from coalign.errors import UserError
@@ -58,7 +69,10 @@ def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) ->
         config = parse_command_line(run.step, own)
         settings = table_values(config, STEP_TABLES[run.step], with_neutral=False)
         folder = RunFolder(config.run, own)
-        current = arms.is_current(run.folder, settings, folder, config.model, config.eval.models)
+        files = digest_model_files(config.model)
+        if Path(config.sft.replay).is_file():
+            files["sft.replay"] = digest_file(Path(config.sft.replay))
+        current = arms.is_current(run.folder, settings, folder, files, config.eval.models)
         if current and run.step not in ALWAYS_STARTED:
             continue
         todo = [r.step for r in steps[index:] if read_manifest(r.folder) is None]
@@ -89,6 +103,10 @@ def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list
     folder = ladder.home / "ladder"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", result)
+    for number in ladder.seeds:
+        metrics = json.loads((ladder.eval_folder(number) / "metrics.json").read_text(encoding="utf-8"))
+        for name in ladder.arms:
+            fill_card(Path(ladder.model(name, number)) / "model" / CARD, metrics, name)
     lines = exhibits.table_lines(result)
     write_atomic(folder / "table.md", "\n".join(lines) + "\n")
     paths = exhibits.draw(result, folder)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import RunFolder, digest_weights, read_manifest
-from coalign.config import STEP_TABLES, EvalTable, JudgeTable, ModelTable, RankTable, RunTable, SftTable
+from coalign.artifacts import RunFolder, read_manifest
+from coalign.config import STEP_TABLES, EvalTable, JudgeTable, RankTable, RunTable, SftTable
 from coalign.errors import UserError
 
 Settings = dict[str, Any]
@@ -314,21 +314,24 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def is_current(folder: Path, settings: Settings, run: RunFolder, model: ModelTable, models: dict[str, str]) -> bool:
+def is_current(folder: Path, settings: Settings, run: RunFolder, files: dict[str, str], models: dict[str, str]) -> bool:
     """Return whether a step is complete with these settings and with the results that its inputs have now.
 
-    Where it is not, the step itself knows what to do or to say. `models` is eval.models.
+    Where it is not, or where it has read what isn't known here, the step itself knows what to do or to say. `files`
+    holds the digests that files beside the run have now, by the names of artifacts.StepFolder; `models` is eval.models.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest["config"] != json.loads(json.dumps(settings)):
         return False
     for name, digest in manifest["inputs"].items():
-        now = digest
+        now = None
         if name in STEP_TABLES or name == "policy":
             now = (read_manifest(run.policy() if name == "policy" else run.step(name)) or {}).get("digest")
-        elif name == "model.path":
-            now = digest_weights(model.path)
-        elif name.startswith("model ") and models.get(name[6:]) != "base":
+        elif name in files:
+            now = files[name]
+        elif name.startswith("model ") and models.get(name[6:]) == "base":
+            now = files.get("model.path")
+        elif name.startswith("model "):
             now = (read_manifest(Path(models[name[6:]])) or {}).get("outputs", {}).get("model")
         if now != digest:
             return False

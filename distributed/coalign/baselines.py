@@ -18,7 +18,7 @@ from coalign.text import normalise_answer
 
 def constant_accuracy(grid: Grid) -> float:
     """Return the accuracy of a task's best constant answer: its most frequent gold answer, known from hindsight."""
-    answered_I = grid.present.any(axis=1)
+    answered_I: list[bool] = grid.present.any(axis=1).tolist()
     examples = [example for example, answered in zip(grid.examples, answered_I, strict=True) if answered]
     counts = Counter(text for example in examples for text in {normalise_answer(gold) for gold in example.outputs})
     return max(counts.values()) / len(examples)

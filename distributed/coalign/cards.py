@@ -109,12 +109,18 @@ def add_results(run: RunFolder, table: EvalTable, metrics: dict[str, Any]) -> No
         return
     for name, value in table.models.items():
         card = run.step(value) / "model" / CARD if value in STEPS_TO and value not in run.run.inputs else None
-        if card is None or not card.is_file() or not card.resolve().is_relative_to(run.path.resolve()):
-            continue
-        try:
-            write_atomic(card, with_results(card.read_text(encoding="utf-8"), metrics, name))
-        except OSError as error:
-            logger.warning("%s could not be written: %s", card, error)
+        if card is not None and card.resolve().is_relative_to(run.path.resolve()):
+            fill_card(card, metrics, name)
+
+
+def fill_card(card: Path, metrics: dict[str, Any], name: str) -> None:
+    """Write the results of an evaluation into `name`'s card, if it is there; a failure is only warned of."""
+    if not card.is_file():
+        return
+    try:
+        write_atomic(card, with_results(card.read_text(encoding="utf-8"), metrics, name))
+    except OSError as error:
+        logger.warning("%s could not be written: %s", card, error)
 
 
 def with_results(text: str, metrics: dict[str, Any], name: str) -> str:

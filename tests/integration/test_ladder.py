@@ -64,6 +64,9 @@ def test_a_ladder_runs_shared_steps_once_and_goes_on_where_it_stopped(tmp_path: 
     assert all(f"\n| {name}: " in table for name in ARMS)
     assert (home / "ladder/figure.svg").exists() and (home / "ladder/figure.png").exists()
 
+    card = (home / "seed1/cat/align/model/README.md").read_text("utf-8")
+    assert "model-index" in card and "(this model)" in card
+
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if "ladder" not in path.parts[-2:]}
     again = ladder(tmp_path, *words)
     assert [line.partition(" (")[0] for line in again.stdout.splitlines() if line.startswith("== ")] == [

@@ -42,7 +42,7 @@ def complete(folder: Path, **counts: int) -> None:
         "sft_ia": {},
         "sft_gold": {"rank.rewards": "gold"},
         "cat": {},
-        "cat_no_gold": {"judge.gold": False},
+        "cat_no_gold": {"judge.gold": False, "judge.allow_weak": True},
         "cat_lambda0": {"align.rank_weight": 0.0},
         "cat_permuted": {"rank.rewards": "permuted"},
         "cat_exact": {"rank.rewards": "exact"},
@@ -83,7 +83,7 @@ def test_a_control_has_the_inputs_wordings_and_start_of_cat(arm: str) -> None:
     shared = [place for place in mine if place in theirs]
     assert ("cat", "sample") in shared and ("sft_ia", "sft") in shared and ("sft_ia", "paraphrase") in shared
     assert {step for name, step in mine if name == arm} == set(ARMS[arm].own)
-    assert len(ARMS[arm].settings) == 1
+    assert [key for key, _ in ARMS[arm].settings if key != "judge.allow_weak"] == [ARMS[arm].settings[0][0]]
     assert ARMS[arm].settings[0][0].partition(".")[0] == ARMS[arm].own[0] or arm == "sft_gold"
 
 
@@ -200,7 +200,7 @@ def test_a_step_is_passed_over_only_with_the_same_settings_and_inputs(tmp_path: 
     run = RunFolder(config.run, words)
 
     def current(values: dict[str, Any] = settings) -> bool:
-        return arms.is_current(run.step("rank"), values, run, config.model, {})
+        return arms.is_current(run.step("rank"), values, run, {"sft.replay": "as it is now"}, {})
 
     assert not current()
     complete(run.step("judge"))
@@ -210,8 +210,11 @@ def test_a_step_is_passed_over_only_with_the_same_settings_and_inputs(tmp_path: 
     write_json(path, manifest | {"inputs": {"judge": str(run.step("judge"))}})
     assert current()
     assert not current(settings | {"rank.pool": "own"})
-    write_json(path, manifest | {"inputs": {"judge": "of another judge step"}})
-    assert not current()
+    for inputs in ({"judge": "of another judge step"}, {"sft.replay": "as it was"}, {"something": "unknown here"}):
+        write_json(path, manifest | {"inputs": inputs})
+        assert not current()
+    write_json(path, manifest | {"inputs": {"sft.replay": "as it is now"}})
+    assert current()
 
 
 def test_the_time_left_goes_by_steps_of_the_same_name() -> None:
