@@ -1,6 +1,6 @@
 """What a model that always says the same would score: the accuracy that says nothing about a model.
 
-Used by summary.py. Knows no model and no file. Shape suffixes: I inputs, T tasks.
+Used by summary.py. Knows no model and no file. Shape suffixes: I inputs, W wordings, T tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coalign.text import normalise_answer
 
 def constant_accuracy(grid: Grid) -> float:
     """Return the accuracy of a task's best constant answer: its most frequent gold answer, known from hindsight."""
-    answered_I: list[bool] = grid.present.any(axis=1).tolist()
+    answered_I = [bool(present_W.any()) for present_W in grid.present]
     examples = [example for example, answered in zip(grid.examples, answered_I, strict=True) if answered]
     counts = Counter(text for example in examples for text in {normalise_answer(gold) for gold in example.outputs})
     return max(counts.values()) / len(examples)
