@@ -192,19 +192,36 @@ def headline_sentence(metrics: Metrics) -> str:
 
 
 def last_stage_sentence(metrics: Metrics) -> str:
-    """Return what the last of several stages did by itself, "" where the models are no stages or fewer than three."""
-    pairs = figures.model_pairs(metrics)
-    return f"{moved_sentence(metrics, *pairs[-1])}." if len(pairs) > 1 and pairs[0][1] == pairs[1][0] else ""
+    """Return what the last stage did by itself, "" where that isn't known or is what the headline says."""
+    names = list(metrics["models"])
+    pair = figures.main_pair(metrics)
+    return "" if pair == (names[0], names[-1]) else f"{moved_sentence(metrics, *pair)}."
 
 
 def moved_sentence(metrics: Metrics, before: str, after: str) -> str:
     """Return how consistency and accuracy moved from one model to another."""
-    paired = {row["metric"]: row for row in metrics["differences"] if (row["a"], row["b"]) == (before, after)}
+    paired = _paired(metrics, before, after)
     parts = [
         _moved(name, metrics["models"][before][key]["mean"], metrics["models"][after][key]["mean"], paired.get(key))
         for key, name in (("cr", "consistency (CR)"), ("accuracy", "accuracy"))
     ]
     return f"From {label(dict(metrics), before)} to {label(dict(metrics), after)}, {' and '.join(parts)}"
+
+
+def _paired(metrics: Metrics, before: str, after: str) -> dict[str, Mapping[str, Any]]:
+    """Return the paired differences by metric; metrics.json has each pair in the order of the models."""
+    found = {}
+    for row in metrics["differences"]:
+        if (row["a"], row["b"]) == (before, after):
+            found[row["metric"]] = row
+        elif (row["b"], row["a"]) == (before, after):
+            low, high = (None if row[key] is None else -row[key] for key in ("high", "low"))
+            found[row["metric"]] = row | {
+                "mean": None if row["mean"] is None else -row["mean"],
+                "low": low,
+                "high": high,
+            }
+    return found
 
 
 def _moved(name: str, before: float | None, after: float | None, paired: Mapping[str, Any] | None) -> str:

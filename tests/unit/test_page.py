@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from coalign import cases, charts, comparison, history, page, summary
+from coalign import cases, charts, comparison, figures, history, page, summary
+from coalign.arms import ARMS
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Response, Task
 from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world
@@ -133,6 +134,51 @@ def test_one_model_and_many(names: tuple[str, ...]) -> None:
         assert "→" not in text.partition("</style>")[2].partition("<script")[0].replace("→</", "")
     else:
         assert text.count("Of 8 tasks") == 2 * 4  # the first against four others, in caption and alternative text
+
+
+def arms_of_a_ladder(*names: str) -> dict[str, Any]:
+    """Return the metrics of these arms as a ladder evaluates them together: every model a path, titles as labels."""
+    tasks, pairs = world(8)
+    rules = {"base": half_right, "sft": half_right, "sft_ia": half_right}
+    outputs = {name: by_rule(pairs, rules.get(name, lambda pair: "yes")) for name in names}
+    sources = {name: f"runs/x/seed0/{name}/{ARMS[name].result}" if ARMS[name].result else "base" for name in names}
+    labels = {name: ARMS[name].title for name in names}
+    return summarised(outputs, tasks, pairs) | {"sources": sources, "labels": labels}
+
+
+def test_arms_are_compared_as_the_ladder_compares_them() -> None:
+    """Each with the arm that it differs from, stage 2 as the main pair; not the first model with four others."""
+    metrics = arms_of_a_ladder("base", "sft", "sft_ia", "sft_ia_more", "sft_gold", "cat", "cat_no_gold")
+    pairs = [("sft", "sft_ia"), ("sft_ia", "cat"), ("sft_ia_more", "cat"), ("sft_gold", "cat")]
+    assert figures.model_pairs(metrics) == pairs
+    assert figures.main_pair(metrics) == ("sft_ia", "cat")
+    assert [figure.title for figure in figures.task_figures(metrics)][:2] == [
+        "SFT, original wordings → SFT (IA)",
+        "SFT (IA) → + CAT (self-reward)",
+    ]
+    assert [figure.title.partition(", ")[2] for figure in figures.wording_figures(metrics)] == [
+        "SFT (IA)",
+        "+ CAT (self-reward)",
+    ]
+    sentence = page.last_stage_sentence(metrics)
+    assert sentence.startswith(
+        "From SFT (IA) to + CAT (self-reward), consistency (CR) rose from 0.333 to 1.000, by +0.667"
+    )
+    backwards = arms_of_a_ladder("cat", "sft_ia", "base")
+    assert page.last_stage_sentence(backwards) == sentence
+    check_page(page.render_page(metrics))
+
+
+def test_models_that_are_neither_stages_nor_arms_are_compared_with_the_first() -> None:
+    names = list("abcdef")
+    metrics = {"models": dict.fromkeys(names), "sources": dict.fromkeys(names, "some/where")}
+    assert figures.model_pairs(metrics) == [("a", "b"), ("a", "c"), ("a", "d"), ("a", "f")]
+    assert figures.main_pair(metrics) == ("a", "f")
+    stages = {"models": dict.fromkeys(("base", "sft", "align")), "sources": {n: n for n in ("base", "sft", "align")}}
+    assert figures.model_pairs(stages) == [("base", "sft"), ("sft", "align")]
+    assert figures.main_pair(stages) == ("sft", "align")
+    alone = {"models": {"base": 0, "sft_ia": 0}, "sources": {"base": "base", "sft_ia": "x/sft_ia/sft"}}
+    assert figures.model_pairs(alone) == [("base", "sft_ia")] == [figures.main_pair(alone)]
 
 
 def test_few_tasks_and_few_wordings() -> None:
