@@ -53,7 +53,6 @@ OUTCOME_NAMES = {
     "m": "agree, some right",
     "n": "too few wordings",
 }
-CHOSEN = {"change": "largest change", "inconsistent": "least consistent", "sample": "in hash order"}
 
 Metrics = Mapping[str, Any]
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -85,13 +84,36 @@ def render_page(metrics: dict[str, Any], steps: Sequence[Step] = (), missing: Se
     for scale in SCALES:
         page = template.render(
             **values,
-            cases=values["all_cases"][: max(1, int(len(values["all_cases"]) * scale))],
+            cases=scaled_cases(values["all_cases"], scale),
             tasks=metrics["per_task"][: max(1, int(MAX_TASKS * scale))],
             wordings=metrics["per_wording"][: max(1, int(MAX_WORDINGS * scale))],
         )
         if len(page.encode()) <= MAX_BYTES:
             break
     return page
+
+
+def scaled_cases(cases: Sequence[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
+    """Return a share of the inputs: of each kind that was chosen, the first of them."""
+    kinds = Counter(case["chosen"] for case in cases)
+    left = {kind: max(1, int(count * scale)) for kind, count in kinds.items()}
+    shown = []
+    for case in cases:
+        left[case["chosen"]] -= 1
+        if left[case["chosen"]] >= 0:
+            shown.append(case)
+    return shown
+
+
+def chosen_words(cases: Sequence[Mapping[str, Any]], first: str, last: str) -> str:
+    """Return which inputs are shown one by one, in order, as far as there are any of a kind."""
+    kinds = {case["chosen"] for case in cases}
+    words = {
+        "change": f"those that changed most from {first} to {last}",
+        "inconsistent": f"those on which {last} is least consistent",
+        "sample": "others in hash order, a task after another",
+    }
+    return ", then ".join(text for kind, text in words.items() if kind in kinds)
 
 
 def environment() -> jinja2.Environment:
@@ -153,7 +175,7 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "kinds": {key: name for key, (name, _) in figures.KIND_PARTS.items()},
         "all_cases": case_values(metrics),
         "outcome_names": OUTCOME_NAMES,
-        "chosen": CHOSEN,
+        "chosen": chosen_words(metrics.get("cases", []), label(metrics, names[0]), label(metrics, names[-1])),
         "stories": data_stories(steps),
         "training": [
             (step_title(step), figures.training_figures(step)) for step in steps if step.name in TRAINING_STEPS

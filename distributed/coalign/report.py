@@ -117,12 +117,15 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])
-    return [*lines, "", constant_sentence(metrics)]
+    constant = constant_sentence(metrics)
+    return [*lines, "", constant] if constant else lines
 
 
 def constant_sentence(metrics: dict[str, Any]) -> str:
-    """Return how far the models are above always giving a task's most frequent answer."""
-    found = metrics["constant_answer"]
+    """Return how far the models are above always giving a task's most frequent answer, "" where eval didn't say."""
+    found = metrics.get("constant_answer")
+    if not found:
+        return ""
     above = "; ".join(
         f"{label(metrics, name)} {with_interval(one, signed=True)}" for name, one in found["differences"].items()
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coalign import cases, charts, comparison, figures, history, page, summary
+from coalign import cases, charts, comparison, figures, history, page, report, summary
 from coalign.arms import ARMS
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Response, Task
@@ -258,6 +258,37 @@ def test_a_large_run_stays_under_the_limit() -> None:
     assert 20 <= shown < cases.NUM_CASES
     assert f"{shown} of 1680 inputs" in text
     assert re.search(r"the first \d+ of 420", text) and re.search(r"The first \d+ of 2520 wordings", text)
+
+
+def test_a_smaller_page_keeps_some_of_every_kind_of_input() -> None:
+    kinds = ["change"] * 80 + ["inconsistent"] * 80 + ["sample"] * 5
+    found = [{"chosen": kind, "place": place} for place, kind in enumerate(kinds)]
+    assert page.scaled_cases(found, 1.0) == found
+    shown = page.scaled_cases(found, 0.1)
+    assert [case["place"] for case in shown] == [*range(8), *range(80, 88), 160]
+    assert len(page.scaled_cases(found, 0.001)) == 3 and page.scaled_cases([], 0.5) == []
+    words = page.chosen_words(found[:81], "base", "SFT (IA)")
+    assert words == ("those that changed most from base to SFT (IA), then those on which SFT (IA) is least consistent")
+    assert page.chosen_words(found[-1:], "a", "b").startswith("others in hash order")
+
+
+def test_models_are_called_by_their_labels_everywhere() -> None:
+    """In titles of pictures, above the inputs, beside the answers on a phone; and metrics by readable names."""
+    text = page.render_page(results())
+    assert "base → SFT (IA) + CAT</b>" in text and "changed most from base to SFT (IA) + CAT" in text
+    assert '.answers td[data-m="1"]::before { content: "SFT (IA) \\2b  CAT"; }' in text
+    assert "<b>constant answer</b>" in text and "constant_answer" not in text
+    assert "The worst wording and the comparison with a constant answer always go by t" in text
+
+
+def test_older_metrics_know_no_constant_answer() -> None:
+    metrics = results()
+    assert "One constant answer a task" in page.render_page(metrics)
+    del metrics["constant_answer"]
+    text = page.render_page(metrics)
+    check_page(text)
+    assert "One constant answer a task" not in text
+    assert report.constant_sentence(metrics) == "" and report.headline_lines(metrics)[-1] != ""
 
 
 def answer(text: str, finish: Any = "stop", canonical: str | None = "same") -> Response:
