@@ -186,6 +186,7 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "times": history.times(steps, metrics),
         "digests": history.digests(steps),
         "missing": missing,
+        "elsewhere": history.made_elsewhere(metrics),
     }
 
 
