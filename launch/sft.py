@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         step.write_output("dropped.jsonl", dropped)
         counts = totals | {"rows": len(stream), "dropped": len(dropped), "inputs": len(rows)}
         write_card(step, run, counts, codec.end_of_turn)
-        step.commit(counts | {"cores": world_size() * torch.get_num_threads()})
+        step.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from coalign.arms import ARMS
 from coalign.artifacts import CARD, RunFolder, StepFolder, installed_versions, read_manifest, write_atomic
 from coalign.config import EvalTable, differing_values
 from coalign.process import world_size
@@ -90,13 +91,23 @@ def stage_label(stage: str, sft: dict[str, Any]) -> str:
 
 
 def model_labels(run: RunFolder, models: dict[str, str]) -> dict[str, str]:
-    """Return what to call each model of eval.models: the paper's name of a stage of this run, else its own name."""
+    """Return what to call each model of eval.models: the paper's name of a stage of this run, the title of an arm.
+
+    Any other has its own name.
+    """
     sft = (read_manifest(run.step("sft")) or {}).get("config", {})
     labels = {}
     for name, value in models.items():
         known = stage_label(value, sft) + (f", round {run.run.round}" if value == "align" and run.run.round > 1 else "")
-        labels[name] = known if name == value else f"{name}: {known}" if value in STEPS_TO else name
+        own = ARMS[name].title if _is_arm(name, value) else name
+        labels[name] = known if name == value else f"{name}: {known}" if value in STEPS_TO else own
     return labels
+
+
+def _is_arm(name: str, value: str) -> bool:
+    """Return whether a path lies where a ladder puts the model of the arm of that name."""
+    arm, path = ARMS.get(name), Path(value)
+    return arm is not None and bool(arm.result) and path.name == arm.result and (arm.run or name) in path.parts
 
 
 def add_results(run: RunFolder, table: EvalTable, metrics: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coalign import charts, history
+from coalign.arms import ARMS, COMPARISONS
 from coalign.charts import GREY, MAX_ROWS, SERIES, Arrow, Curve, Dot
 from coalign.report import MORE, label, number
 
@@ -29,6 +30,7 @@ REWARD_PARTS = {
     "0": ("0: wrong type, cut off or empty", GREY),
 }
 MAX_PAIRS = 4
+MAIN_ARMS = ("sft_ia", "cat")
 _STAGES = ("base", "sft", "align")
 
 
@@ -104,12 +106,33 @@ def outcome_figure(metrics: Metrics) -> Figure | None:
 
 
 def model_pairs(metrics: Metrics) -> list[tuple[str, str]]:
-    """Return which models are set against each other: stage after stage, or the first against every other one."""
+    """Return which models are set against each other, before and after, MAX_PAIRS at most.
+
+    Stage after stage; the arms of an experiment as arms.py compares them; else the first against others and the last.
+    """
     names = list(metrics["models"])
-    sources = [metrics.get("sources", {}).get(name) for name in names]
-    if all(source in _STAGES for source in sources) and sources == sorted(sources, key=_STAGES.index):
+    if _are_stages(metrics):
         return list(itertools.pairwise(names))
-    return [(names[0], other) for other in names[1:]][:MAX_PAIRS]
+    if sum(name in ARMS for name in names) > 1:
+        compared = [(a, b) for b, a, _ in COMPARISONS if {a, b} <= {*names}]
+        if compared:
+            return compared[:MAX_PAIRS]
+    others = names[1:]
+    return [(names[0], other) for other in (*others[: MAX_PAIRS - 1], *others[MAX_PAIRS - 1 :][-1:])]
+
+
+def main_pair(metrics: Metrics) -> tuple[str, str]:
+    """Return the two models to show where there is room for one pair: what the last stage did, if that is known."""
+    names = list(metrics["models"])
+    pairs = model_pairs(metrics)
+    if MAIN_ARMS in pairs:
+        return MAIN_ARMS
+    return pairs[-1] if pairs and _are_stages(metrics) else (names[0], names[-1])
+
+
+def _are_stages(metrics: Metrics) -> bool:
+    sources = [metrics.get("sources", {}).get(name) for name in metrics["models"]]
+    return all(source in _STAGES for source in sources) and sources == sorted(sources, key=_STAGES.index)
 
 
 def task_figures(metrics: Metrics) -> list[Figure]:
@@ -128,14 +151,17 @@ def task_figures(metrics: Metrics) -> list[Figure]:
         said = (
             f"Of {len(moves)} tasks {up} became more consistent and {down} less; {right} more accurate and {left} less."
         )
-        svg = charts.arrows(moves, ("accuracy", "CR"), f"CR against accuracy by task, {before} to {after}. {said}")
-        found.append(Figure(f"{before} → {after}", f"{said} Solid blue: CR rose; dashed orange: it fell.", svg))
+        start_label, end_label = (label(dict(metrics), name) for name in (before, after))
+        alt = f"CR against accuracy by task, {start_label} to {end_label}. {said}"
+        svg = charts.arrows(moves, ("accuracy", "CR"), alt)
+        caption = f"{said} Solid blue: CR rose; dashed orange: it fell."
+        found.append(Figure(f"{start_label} → {end_label}", caption, svg))
     return found
 
 
 def wording_figures(metrics: Metrics) -> list[Figure]:
-    """Return each wording's accuracy before and after the last step, a row a task, the widest spread after first."""
-    names = model_pairs(metrics)[-1] if len(metrics["models"]) > 1 else list(metrics["models"])
+    """Return each wording's accuracy under both models of the main pair, a row a task, the widest spread first."""
+    names = main_pair(metrics) if len(metrics["models"]) > 1 else list(metrics["models"])
     values: dict[str, list[dict[str, Any]]] = {}
     for row in metrics["per_wording"]:
         values.setdefault(row["task"], []).append(row["models"])

@@ -83,6 +83,13 @@ def _order(label: str) -> tuple[str, int]:
     return part, list(STEP_TABLES).index(name) if name in STEP_TABLES else len(STEP_TABLES)
 
 
+def made_elsewhere(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return {model: folder} of the models that were read from the training steps of other runs."""
+    sources: dict[str, str] = metrics.get("sources", {})
+    paths = {name: value for name, value in sources.items() if value not in TRAINING_STEPS}
+    return {name: value for name, value in paths.items() if Path(value).name in TRAINING_STEPS}
+
+
 def of_step(steps: Sequence[Step], name: str) -> list[Step]:
     """Return the steps of one name, of every round."""
     return [step for step in steps if step.name == name]
@@ -193,13 +200,16 @@ def commands(steps: Sequence[Step], settings: Sequence[Setting], metrics: Mappin
     """Return the command of every step, to be given the settings as run.toml; steps of other runs are named."""
     borrowed = metrics["settings"].get("run.inputs", {})
     last_round = metrics["settings"].get("run.round", 1)
+    ranks = {step.label: step.counts.get("ranks") for step in steps}
     lines = []
     for label in [*(step.label for step in steps), f"round{last_round}/eval" if last_round > 1 else "eval"]:
         part, _, name = label.rpartition("/")
         if name in borrowed:
             lines.append(f"# {label} was taken from the run {borrowed[name]}")
             continue
-        words = ["deepspeed" if name in TRAINING_STEPS else "python", f"launch/{name}.py", "run.toml"]
+        launcher = ["deepspeed"] if name in TRAINING_STEPS else ["python"]
+        launcher += ["--num_gpus", str(ranks[label])] if name in TRAINING_STEPS and ranks[label] else []
+        words = [*launcher, f"launch/{name}.py", "run.toml"]
         words += [f"run.round={part[5:]}"] if part else []
         here = "eval" if name == "eval" else label
         for setting in settings:

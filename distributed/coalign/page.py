@@ -53,7 +53,6 @@ OUTCOME_NAMES = {
     "m": "agree, some right",
     "n": "too few wordings",
 }
-CHOSEN = {"change": "largest change", "inconsistent": "least consistent", "sample": "in hash order"}
 
 Metrics = Mapping[str, Any]
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -85,13 +84,36 @@ def render_page(metrics: dict[str, Any], steps: Sequence[Step] = (), missing: Se
     for scale in SCALES:
         page = template.render(
             **values,
-            cases=values["all_cases"][: max(1, int(len(values["all_cases"]) * scale))],
+            cases=scaled_cases(values["all_cases"], scale),
             tasks=metrics["per_task"][: max(1, int(MAX_TASKS * scale))],
             wordings=metrics["per_wording"][: max(1, int(MAX_WORDINGS * scale))],
         )
         if len(page.encode()) <= MAX_BYTES:
             break
     return page
+
+
+def scaled_cases(cases: Sequence[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
+    """Return a share of the inputs: of each kind that was chosen, the first of them."""
+    kinds = Counter(case["chosen"] for case in cases)
+    left = {kind: max(1, int(count * scale)) for kind, count in kinds.items()}
+    shown = []
+    for case in cases:
+        left[case["chosen"]] -= 1
+        if left[case["chosen"]] >= 0:
+            shown.append(case)
+    return shown
+
+
+def chosen_words(cases: Sequence[Mapping[str, Any]], first: str, last: str) -> str:
+    """Return which inputs are shown one by one, in order, as far as there are any of a kind."""
+    kinds = {case["chosen"] for case in cases}
+    words = {
+        "change": f"those that changed most from {first} to {last}",
+        "inconsistent": f"those on which {last} is least consistent",
+        "sample": "others in hash order, a task after another",
+    }
+    return ", then ".join(text for kind, text in words.items() if kind in kinds)
 
 
 def environment() -> jinja2.Environment:
@@ -153,7 +175,7 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "kinds": {key: name for key, (name, _) in figures.KIND_PARTS.items()},
         "all_cases": case_values(metrics),
         "outcome_names": OUTCOME_NAMES,
-        "chosen": CHOSEN,
+        "chosen": chosen_words(metrics.get("cases", []), label(metrics, names[0]), label(metrics, names[-1])),
         "stories": data_stories(steps),
         "training": [
             (step_title(step), figures.training_figures(step)) for step in steps if step.name in TRAINING_STEPS
@@ -164,6 +186,7 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "times": history.times(steps, metrics),
         "digests": history.digests(steps),
         "missing": missing,
+        "elsewhere": history.made_elsewhere(metrics),
     }
 
 
@@ -192,19 +215,36 @@ def headline_sentence(metrics: Metrics) -> str:
 
 
 def last_stage_sentence(metrics: Metrics) -> str:
-    """Return what the last of several stages did by itself, "" where the models are no stages or fewer than three."""
-    pairs = figures.model_pairs(metrics)
-    return f"{moved_sentence(metrics, *pairs[-1])}." if len(pairs) > 1 and pairs[0][1] == pairs[1][0] else ""
+    """Return what the last stage did by itself, "" where that isn't known or is what the headline says."""
+    names = list(metrics["models"])
+    pair = figures.main_pair(metrics)
+    return "" if pair == (names[0], names[-1]) else f"{moved_sentence(metrics, *pair)}."
 
 
 def moved_sentence(metrics: Metrics, before: str, after: str) -> str:
     """Return how consistency and accuracy moved from one model to another."""
-    paired = {row["metric"]: row for row in metrics["differences"] if (row["a"], row["b"]) == (before, after)}
+    paired = _paired(metrics, before, after)
     parts = [
         _moved(name, metrics["models"][before][key]["mean"], metrics["models"][after][key]["mean"], paired.get(key))
         for key, name in (("cr", "consistency (CR)"), ("accuracy", "accuracy"))
     ]
     return f"From {label(dict(metrics), before)} to {label(dict(metrics), after)}, {' and '.join(parts)}"
+
+
+def _paired(metrics: Metrics, before: str, after: str) -> dict[str, Mapping[str, Any]]:
+    """Return the paired differences by metric; metrics.json has each pair in the order of the models."""
+    found = {}
+    for row in metrics["differences"]:
+        if (row["a"], row["b"]) == (before, after):
+            found[row["metric"]] = row
+        elif (row["b"], row["a"]) == (before, after):
+            low, high = (None if row[key] is None else -row[key] for key in ("high", "low"))
+            found[row["metric"]] = row | {
+                "mean": None if row["mean"] is None else -row["mean"],
+                "low": low,
+                "high": high,
+            }
+    return found
 
 
 def _moved(name: str, before: float | None, after: float | None, paired: Mapping[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ Used by page.py, comparison.py and launch/report.py. Knows no model and computes
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,15 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])
-    return [*lines, "", constant_sentence(metrics)]
+    constant = constant_sentence(metrics)
+    return [*lines, "", constant] if constant else lines
 
 
 def constant_sentence(metrics: dict[str, Any]) -> str:
-    """Return how far the models are above always giving a task's most frequent answer."""
-    found = metrics["constant_answer"]
+    """Return how far the models are above always giving a task's most frequent answer, "" where eval didn't say."""
+    found = metrics.get("constant_answer")
+    if not found:
+        return ""
     above = "; ".join(
         f"{label(metrics, name)} {with_interval(one, signed=True)}" for name, one in found["differences"].items()
     )
@@ -220,9 +224,26 @@ def read_metrics(folder: Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(metrics, dict) or "models" not in metrics:
                 raise UserError(f"{path} was not written by eval; name a run whose eval step is complete")
             return place, metrics
+    if together := _evaluated_together(folder.resolve()):
+        raise UserError(
+            f"{folder} has no eval of its own; this arm was evaluated together with the others:"
+            f" {shlex.join(['python', 'launch/report.py', str(together)])}"
+        )
     raise UserError(
         f"{folder} holds neither eval/{METRICS} nor {METRICS}; run its eval step first: python launch/eval.py"
     )
+
+
+def _evaluated_together(folder: Path) -> Path | None:
+    """Return the eval folder beside a run that has a model of the run's name, the smallest name first."""
+    for path in sorted(folder.parent.glob(f"eval*/{METRICS}")):
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(metrics, dict) and folder.name in metrics.get("models", ()):
+            return path.parent
+    return None
 
 
 def compare_lines(runs: dict[str, dict[str, Any]]) -> list[str]:

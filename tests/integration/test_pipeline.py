@@ -30,6 +30,7 @@ def test_the_pipeline_leaves_what_it_promises(finished: Run) -> None:
     counts = {step: finished.manifest(step)["counts"] for step in STEPS}
     assert counts["sample"]["responses"] >= 500
     assert counts["align"]["updates"] == 60
+    assert counts["sft"]["ranks"] == counts["align"]["ranks"] == 2
     for step in ("sft", "align"):
         folder = finished.path / step / "model"
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -50,6 +51,7 @@ def test_the_pipeline_leaves_what_it_promises(finished: Run) -> None:
         assert row["mean"] == pytest.approx(expected)
     page = (finished.path / "eval" / "report.html").read_text("utf-8")
     assert "align" in page and "</html>" in page
+    assert "deepspeed --num_gpus 2 launch/sft.py run.toml" in page
 
 
 def test_model_cards_hold_the_results_and_their_code_runs(finished: Run) -> None:

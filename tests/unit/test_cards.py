@@ -199,3 +199,18 @@ def test_models_are_called_by_the_papers_names(run: RunFolder) -> None:
     assert cards.model_labels(run, models) == labels | {"other": "other"}
     second = RunFolder(run.run.model_copy(update={"round": 2}), [])
     assert cards.model_labels(second, {"align": "align"}) == {"align": "SFT (IA) + CAT, round 2"}
+
+
+def test_arms_are_called_by_their_titles(run: RunFolder) -> None:
+    """A path where a ladder puts an arm's model; not the same name for any other folder."""
+    models = {
+        "base": "base",
+        "sft": "runs/x/seed0/sft/sft",
+        "cat": "runs/x/seed0/cat/align",
+        "cat_round2": "runs/x/seed0/cat/round2/align",
+        "sft_ia": "runs/y/sft",
+        "cat_own": "runs/x/seed0/cat_own/sft",
+        "sft_gold": "some-org/sft_gold",
+    }
+    titles = {"sft": "SFT, original wordings", "cat": "+ CAT (self-reward)", "cat_round2": "+ CAT, second round"}
+    assert cards.model_labels(run, models) == {name: titles.get(name, name) for name in models}

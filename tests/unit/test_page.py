@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from coalign import cases, charts, comparison, history, page, summary
+from coalign import cases, charts, comparison, figures, history, page, report, summary
+from coalign.arms import ARMS
+from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Response, Task
-from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world
+from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world, write_rows
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('&')</script><img src=x onerror=alert(1)> $x_1$ 中文 عربي \u0007"
@@ -135,6 +137,56 @@ def test_one_model_and_many(names: tuple[str, ...]) -> None:
         assert text.count("Of 8 tasks") == 2 * 4  # the first against four others, in caption and alternative text
 
 
+def arms_of_a_ladder(*names: str) -> dict[str, Any]:
+    """Return the metrics of these arms as a ladder evaluates them together: every model a path, titles as labels."""
+    tasks, pairs = world(8)
+    rules = {"base": half_right, "sft": half_right, "sft_ia": half_right}
+    outputs = {name: by_rule(pairs, rules.get(name, lambda pair: "yes")) for name in names}
+    sources = {name: f"runs/x/seed0/{name}/{ARMS[name].result}" if ARMS[name].result else "base" for name in names}
+    labels = {name: ARMS[name].title for name in names}
+    return summarised(outputs, tasks, pairs) | {"sources": sources, "labels": labels}
+
+
+def test_arms_are_compared_as_the_ladder_compares_them() -> None:
+    """Each with the arm that it differs from, stage 2 as the main pair; not the first model with four others."""
+    metrics = arms_of_a_ladder("base", "sft", "sft_ia", "sft_ia_more", "sft_gold", "cat", "cat_no_gold")
+    pairs = [("sft", "sft_ia"), ("sft_ia", "cat"), ("sft_ia_more", "cat"), ("sft_gold", "cat")]
+    assert figures.model_pairs(metrics) == pairs
+    assert figures.main_pair(metrics) == ("sft_ia", "cat")
+    assert [figure.title for figure in figures.task_figures(metrics)][:2] == [
+        "SFT, original wordings → SFT (IA)",
+        "SFT (IA) → + CAT (self-reward)",
+    ]
+    assert [figure.title.partition(", ")[2] for figure in figures.wording_figures(metrics)] == [
+        "SFT (IA)",
+        "+ CAT (self-reward)",
+    ]
+    sentence = page.last_stage_sentence(metrics)
+    assert sentence.startswith(
+        "From SFT (IA) to + CAT (self-reward), consistency (CR) rose from 0.333 to 1.000, by +0.667"
+    )
+    backwards = arms_of_a_ladder("cat", "sft_ia", "base")
+    assert page.last_stage_sentence(backwards) == sentence
+    text = page.render_page(metrics)
+    check_page(text)
+    assert (
+        "found in their own folders: SFT, original wordings in <code>runs/x/seed0/sft/sft</code>; SFT (IA) in" in text
+    )
+    assert "in their own folders" not in page.render_page(results())
+
+
+def test_models_that_are_neither_stages_nor_arms_are_compared_with_the_first() -> None:
+    names = list("abcdef")
+    metrics = {"models": dict.fromkeys(names), "sources": dict.fromkeys(names, "some/where")}
+    assert figures.model_pairs(metrics) == [("a", "b"), ("a", "c"), ("a", "d"), ("a", "f")]
+    assert figures.main_pair(metrics) == ("a", "f")
+    stages = {"models": dict.fromkeys(("base", "sft", "align")), "sources": {n: n for n in ("base", "sft", "align")}}
+    assert figures.model_pairs(stages) == [("base", "sft"), ("sft", "align")]
+    assert figures.main_pair(stages) == ("sft", "align")
+    alone = {"models": {"base": 0, "sft_ia": 0}, "sources": {"base": "base", "sft_ia": "x/sft_ia/sft"}}
+    assert figures.model_pairs(alone) == [("base", "sft_ia")] == [figures.main_pair(alone)]
+
+
 def test_few_tasks_and_few_wordings() -> None:
     """No interval under six tasks, no CR under four wordings: said, not shown as numbers."""
     tasks, pairs = world(3)
@@ -212,6 +264,37 @@ def test_a_large_run_stays_under_the_limit() -> None:
     assert 20 <= shown < cases.NUM_CASES
     assert f"{shown} of 1680 inputs" in text
     assert re.search(r"the first \d+ of 420", text) and re.search(r"The first \d+ of 2520 wordings", text)
+
+
+def test_a_smaller_page_keeps_some_of_every_kind_of_input() -> None:
+    kinds = ["change"] * 80 + ["inconsistent"] * 80 + ["sample"] * 5
+    found = [{"chosen": kind, "place": place} for place, kind in enumerate(kinds)]
+    assert page.scaled_cases(found, 1.0) == found
+    shown = page.scaled_cases(found, 0.1)
+    assert [case["place"] for case in shown] == [*range(8), *range(80, 88), 160]
+    assert len(page.scaled_cases(found, 0.001)) == 3 and page.scaled_cases([], 0.5) == []
+    words = page.chosen_words(found[:81], "base", "SFT (IA)")
+    assert words == ("those that changed most from base to SFT (IA), then those on which SFT (IA) is least consistent")
+    assert page.chosen_words(found[-1:], "a", "b").startswith("others in hash order")
+
+
+def test_models_are_called_by_their_labels_everywhere() -> None:
+    """In titles of pictures, above the inputs, beside the answers on a phone; and metrics by readable names."""
+    text = page.render_page(results())
+    assert "base → SFT (IA) + CAT</b>" in text and "changed most from base to SFT (IA) + CAT" in text
+    assert '.answers td[data-m="1"]::before { content: "SFT (IA) \\2b  CAT"; }' in text
+    assert "<b>constant answer</b>" in text and "constant_answer" not in text
+    assert "The worst wording and the comparison with a constant answer always go by t" in text
+
+
+def test_older_metrics_know_no_constant_answer() -> None:
+    metrics = results()
+    assert "One constant answer a task" in page.render_page(metrics)
+    del metrics["constant_answer"]
+    text = page.render_page(metrics)
+    check_page(text)
+    assert "One constant answer a task" not in text
+    assert report.constant_sentence(metrics) == "" and report.headline_lines(metrics)[-1] != ""
 
 
 def answer(text: str, finish: Any = "stop", canonical: str | None = "same") -> Response:
@@ -304,6 +387,8 @@ def test_settings_can_be_run_again(tmp_path: Path) -> None:
     assert lines[0] == "python launch/prepare.py run.toml"
     assert lines[2] == "deepspeed launch/sft.py run.toml run.seed=3"
     assert lines[-1] == "python launch/eval.py run.toml"
+    steps[2].counts["ranks"] = 4
+    assert history.commands(steps, settings, metrics)[2] == "deepspeed --num_gpus 4 launch/sft.py run.toml run.seed=3"
     borrowed = metrics | {"settings": {"run.inputs": {"sft": "runs/A"}, "run.round": 2}}
     lines = history.commands(steps, settings, borrowed)
     assert lines[2] == "# sft was taken from the run runs/A" and lines[-1].endswith("run.toml run.round=2")
@@ -367,6 +452,19 @@ def test_mistakes_are_one_clear_line(words: tuple[str, ...], says: str) -> None:
     assert "usage" in run_report("--help").stdout
 
 
+def test_an_arm_names_the_eval_that_it_is_part_of(tmp_path: Path) -> None:
+    (tmp_path / "cat" / "align").mkdir(parents=True)
+    for name, content in (("eval", "{"), ("eval_base-cat", json.dumps({"models": {"base": {}, "cat": {}}}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(content, "utf-8")
+    command = f"evaluated together with the others: python launch/report.py {tmp_path / 'eval_base-cat'}"
+    with pytest.raises(UserError, match=re.escape(command)):
+        report.read_metrics(tmp_path / "cat")
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(UserError, match="run its eval step first"):
+        report.read_metrics(tmp_path / "sft")
+
+
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return comparison.compare_pair(comparison.Run("a", Path("a"), a), comparison.Run("b", Path("b"), b))
 
@@ -385,12 +483,73 @@ def test_runs_are_paired_on_the_same_items_only() -> None:
     assert "no task in common" in compare(first, apart)["why_not"]
     renamed = {**second, "models": {"z": second["models"]["align"]}}
     renamed["per_task"] = [{**row, "models": {"z": row["models"]["align"]}} for row in second["per_task"]]
-    assert compare(first, renamed)["models"][0]["name"] == "z − align"
+    assert compare(first, renamed)["models"][0]["name"] == "z − SFT (IA) + CAT"
     tasks, pairs = world(8)
     assert (
         summarised({"m": by_rule(pairs, half_right)}, tasks, pairs)["per_task"][0]["items"]
         == (first["per_task"][0]["items"])
     )
+
+
+def test_models_of_two_runs_are_called_by_their_labels() -> None:
+    """One name that means the same in both runs by its label, one that doesn't by both."""
+    first, second = results(), results()
+    second = second | {"labels": second["labels"] | {"align": "SFT + CAT"}}
+    pair = compare(first, second)
+    assert [model["name"] for model in pair["models"]] == ["base", "SFT + CAT − SFT (IA) + CAT"]
+    assert pair["last"] == "SFT + CAT − SFT (IA) + CAT"
+    text = comparison.render_comparison([comparison.Run("a", Path("a"), first), comparison.Run("b", Path("b"), second)])
+    assert "a · SFT (IA) + CAT" in text and "a · align" not in text
+    assert "95 % intervals: t intervals on task means (none under 6 tasks); bold" in text
+
+
+def test_differences_of_many_tasks_have_the_interval_that_one_eval_gives_them(tmp_path: Path) -> None:
+    """The same bootstrap for models of two runs as for models of one; t without the scores of every input."""
+    tasks, pairs = world(22)
+
+    def varied(pair: Any) -> str:
+        wrong = int(pair.example.task[1:]) % 3 == 0 or pair.key[1:] == ("e1", "w2")
+        return "no" if wrong else "yes"
+
+    a, b = by_rule(pairs, varied), by_rule(pairs, half_right)
+    runs = []
+    for name, output in (("one", a), ("two", b)):
+        metrics = summarised({"m": output}, tasks, pairs)
+        rows = metrics.pop("per_input")
+        folder = make_run(tmp_path / name, metrics | {"run": name})
+        write_rows(folder / "scores.jsonl", rows)
+        runs.append(comparison.Run(name, folder, json.loads((folder / "metrics.json").read_text())))
+    pair = comparison.compare_pair(*runs)
+    together = summarised({"a": a, "b": b}, tasks, pairs)["differences"]
+    assert pair["method"].startswith("a bootstrap over tasks, then inputs")
+    for key, found in pair["models"][0]["estimates"].items():
+        expected = next(row for row in together if row["metric"] == key)
+        assert found["method"] == expected["method"] == ("t" if key == "worst_wording" else "bootstrap")
+        assert found["low"] < found["high"]
+        assert [found[k] for k in ("mean", "low", "high")] == pytest.approx(
+            [expected[k] for k in ("mean", "low", "high")]
+        )
+    (runs[1].folder / "scores.jsonl").unlink()
+    pair = comparison.compare_pair(*runs)
+    assert {one["method"] for one in pair["models"][0]["estimates"].values()} == {"t"}
+    assert "needs scores.jsonl" in pair["method"]
+
+
+def test_settings_of_steps_that_are_gone_are_unknown(tmp_path: Path) -> None:
+    """Not the default, and with the reason; what eval or another step has recorded is known."""
+    runs = []
+    for name, margin in (("one", 0.5), ("two", 0.25)):
+        config = {"align": {"align.margin": margin}, "sft": {"sft.epochs": 7.0}, "sample": {"sample.samples": 3}}
+        folder = make_run(tmp_path / name, results() | {"run": name}, config if name == "one" else None)
+        runs.append(comparison.Run(name, folder, json.loads((folder / "metrics.json").read_text())))
+    (tmp_path / "two" / "align").rename(tmp_path / "gone")
+    rows = dict(comparison.setting_rows(runs))
+    assert rows["align.margin"] == ["0.5", "unknown"]
+    assert rows["sft.epochs"][0] == "7.0" and rows["sft.epochs"][1] not in ("unknown", "7.0")
+    text = comparison.render_comparison(runs)
+    check_page(text)
+    assert "two: align: its folder is not here. A setting that no other step has recorded is unknown" in text
+    assert '<td class="text" style="min-width:6rem">unknown</td>' in text
 
 
 def test_runs_of_one_name_are_called_by_their_paths() -> None:

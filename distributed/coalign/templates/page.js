@@ -18,6 +18,18 @@
     try { localStorage.setItem("coalign-theme", next); } catch (error) { /* the choice lasts for this page */ }
   });
 
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    const cases = Array.from(document.querySelectorAll("details.case:not([hidden])")).slice(0, 30);
+    const others = Array.from(document.querySelectorAll("details:not(.case)"));
+    opened = opened.concat([...others, ...cases].filter((one) => !one.open));
+    for (const one of opened) { one.open = true; }
+  });
+  window.addEventListener("afterprint", () => {
+    for (const one of opened) { one.open = false; }
+    opened = [];
+  });
+
   const list = document.getElementById("cases");
   if (!list) { return; }
   const form = document.getElementById("filter");
