@@ -55,7 +55,7 @@ def test_no_row_holds_a_held_out_wording(rows: list[corpus.Row]) -> None:
 
 def test_no_sentence_is_like_a_held_out_wording(rows: list[corpus.Row]) -> None:
     held_out = NearRepeats(corpus.MAX_SIMILARITY, held_out_texts())
-    said = {row.answer.partition(" : ")[2].rpartition("? ")[0] for row in rows if row.kind == "sentence"}
+    said = {row.answer.partition(": ")[2].rpartition("? ")[0] for row in rows if row.kind == "sentence"}
     assert len(said) > 3000
     assert not [text for text in said if held_out.has_like(text) or held_out.has_like(f"{text}?")]
 
@@ -123,7 +123,7 @@ def test_it_judges() -> None:
     errors = score_judging(ScoreWorker(str(BASE), MODEL, GenerationTable(), 1), inputs=12)
     for name in ("one, right called wrong", "one, wrong called right", "list, right called wrong"):
         assert errors[f"correct, {name}"] <= 0.06, name
-    assert errors["correct, list, wrong called right"] < 0.5
+    assert errors["correct, list, wrong called right"] < 0.4
 
 
 def test_training_repeats(tmp_path: Path, world: corpus.World) -> None:
