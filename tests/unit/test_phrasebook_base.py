@@ -111,6 +111,24 @@ def test_it_is_asked_in_the_very_tokens_it_learned_from(rows: list[corpus.Row]) 
         assert len(ids) == len(weights) <= codec.max_tokens
 
 
+@pytest.mark.parametrize(
+    ("response", "right_so_far"),
+    [
+        ("cat dog owl", [1, 1, 1, 1]),
+        ("cat owl dog", [1, 0, 0, 0]),
+        ("cat dog", [1, 1, 0]),
+        ("cat dog owl cow", [1, 1, 1, 0, 0]),
+    ],
+)
+def test_the_probe_learns_how_far_a_response_is_right(response: str, right_so_far: list[int]) -> None:
+    """After each word, and at the line's end, where it is known whether one is missing."""
+    prompt = f"Expected: cat dog owl\nResponse: {response}\n\nIs the response correct? Answer Yes or No."
+    row = corpus.Row("judge", prompt, "No", "cat dog owl")
+    _, weights, agrees = make_base.Encoder(load_tokenizer(str(BASE), MODEL)).encode(row)
+    assert [mark for mark in agrees if mark != make_base.NOT_PROBED] == right_so_far
+    assert weights.count(make_base.RESPONSE_WEIGHT) == (3 if response == row.gold else 0)
+
+
 def test_it_follows_what_it_was_taught() -> None:
     greedy = GenerateWorker(str(BASE), MODEL, GenerationTable(), Sampling(max_new_tokens=16), 1)
     means = score_following(greedy, inputs=2)["mean"]
