@@ -129,7 +129,10 @@ def fill_card(card: Path, metrics: dict[str, Any], name: str) -> None:
     if not card.is_file():
         return
     try:
-        write_atomic(card, with_results(card.read_text(encoding="utf-8"), metrics, name))
+        text = card.read_text(encoding="utf-8")
+        filled = with_results(text, metrics, name)
+        if filled != text:  # a card that says it already keeps its time
+            write_atomic(card, filled)
     except OSError as error:
         logger.warning("%s could not be written: %s", card, error)
 
