@@ -175,7 +175,7 @@ def with_results(text: str, metrics: dict[str, Any], name: str) -> str:
 
 def results_lines(metrics: dict[str, Any], name: str) -> list[str]:
     """Return the tables of results: every model, and how the one of this card differs from those before it."""
-    labels = {key: placeless(metrics["labels"].get(key, key)) for key in metrics["models"]}
+    labels = {key: placeless(metrics.get("labels", {}).get(key, key)) for key in metrics["models"]}
     both = 0 < metrics["num_seen_tasks"] < metrics["num_tasks"]
     lines = []
     for which, words in SETS.items() if both else [("", SETS[""])]:
