@@ -80,9 +80,9 @@ def main(argv: list[str]) -> None:
         key = places[prompt]
         return None if key is None else log_odds[key]
 
-    def ask(items: list[judging.Item], name: str) -> list[tuple[judging.Item, dict[str, str]]]:
+    def ask(items: list[judging.Item], name: str) -> list[tuple[judging.Item, judging.Asked]]:
         asked = judging.with_questions(items, tasks, examples, table)
-        prompts = [prompt for _, questions in asked for prompt in questions.values()]
+        prompts = [prompt for _, by_question in asked for prompt in judging.all_prompts(by_question)]
         requests = judging.plan_requests(prompts, codec.encode_prompt, verdict_ids, codec.max_tokens, places)
         if config.model.too_long == "error":
             judging.require_short(asked, places, codec.max_tokens)
@@ -102,13 +102,14 @@ def main(argv: list[str]) -> None:
         logger.warning("going on with judge.allow_weak: %s", weak)
     num_known = len(log_odds)
     thresholds = {question: values["threshold"] for question, values in quality.items()}
-    judged, too_long = judging.decide_by_judge(ask(undecided, "responses"), scores, thresholds)
+    asked = ask(undecided, "responses")
+    judged, too_long = judging.decide_by_judge(asked, scores, thresholds)
     decided |= judged
     dropped += too_long
 
     step.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
     step.write_output("dropped.jsonl", dropped)
-    counts = judging.count_judging(responses, undecided, decided, dropped, len(thresholds), len(log_odds) - num_known)
+    counts = judging.count_judging(responses, asked, decided, dropped, len(thresholds), len(log_odds) - num_known)
     counts |= {"calibration": quality, "calls_on_known_answers": num_known, "weak": weak is not None}
     counts["cores"] = cores_used(config.generation, config.run)
     for line in judging.describe_verdicts(counts):

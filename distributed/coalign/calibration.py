@@ -179,12 +179,25 @@ def measure(yes: Sequence[float], no: Sequence[float], threshold: float) -> dict
     }
 
 
-def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, str]]], scores: Scores) -> Samples:
-    """Sort the scores of known answers by question, part and truth; prompts that are too long are passed over."""
+def lowest_score(prompts: Iterable[str], scores: Scores) -> float | None:
+    """Return the score of a question that is asked of each item of an answer: one wrong item makes it wrong.
+
+    None when one of the prompts is too long.
+    """
+    found = [scores(prompt) for prompt in prompts]
+    known = [score for score in found if score is not None]
+    return min(known) if len(known) == len(found) else None
+
+
+def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str]]]], scores: Scores) -> Samples:
+    """Sort the scores of known answers by question, part and truth; prompts that are too long are passed over.
+
+    A question that the model is not asked, since the number of items decides it, tells nothing about the model.
+    """
     samples: Samples = defaultdict(lambda: ([], []))
     for answer, asked in known:
-        for question, prompt in asked.items():
-            truth, score = answer.truth(question), scores(prompt)
+        for question, prompts in asked.items():
+            truth, score = answer.truth(question), lowest_score(prompts, scores)
             if truth is not None and score is not None:
                 samples[question, answer.part][0 if truth else 1].append(score)
     return samples

@@ -280,6 +280,7 @@ class JudgeTable(Table):
 
     model: str = _field("sft", '"sft", "base" or a model folder')
     gold: bool = _field(True, "false: align inputs are unlabelled; the judge and the agreement over wordings decide")
+    item_separator: str = _field("", "what parts the items of list answers, judged one by one with gold (empty: whole)")
     type_question: bool = _field(True, "ask whether the response is of the right type (false: a control arm)")
     allow_weak: bool = _field(False, "go on when balanced accuracy or AUC is below judge.min_quality", neutral=True)
     min_quality: Share = _field(0.65, "balanced accuracy and AUC below which the step stops", neutral=True)
@@ -294,6 +295,7 @@ class RankTable(Table):
         "judge", "exact, permuted (among an input's responses) and gold (the gold answer alone) are control arms"
     )
     pool: Literal["all", "own"] = _field("all", "own: only responses written under the group's wording (control arm)")
+    min_agreement: Share = _field(0.5, "without gold: share of an input's wordings that must have said the best answer")
     max_candidates: Annotated[int, Field(ge=2)] = _field(8, "responses a group, best and gold kept, then by reward")
     wordings_per_input: NonNegative = _field(0, "groups an input (0: every wording it was sampled under)")
 

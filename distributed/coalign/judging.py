@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from coalign.calibration import KnownAnswer, Scores
+from coalign.calibration import KnownAnswer, Scores, lowest_score
 from coalign.config import JudgeTable
 from coalign.errors import UserError
 from coalign.prompts import correct_question, type_question
@@ -21,6 +22,7 @@ from coalign.text import normalise_answer
 
 ExampleKey = tuple[str, str]  # (task, example)
 Item = TypeVar("Item", "Answer", KnownAnswer)
+Asked = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one for each item of a list
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,10 +78,15 @@ def decide_by_rule(answer: Answer, golds: Sequence[str]) -> Verdict | None:
 
 
 def decide_by_scores(answer: Answer, scores: Mapping[str, float]) -> Verdict:
-    """Return the verdict from scores above thresholds: type below 0 gives 0, else correct gives 1 or 2."""
-    type_score, correct_score = scores.get("type"), scores["correct"]
+    """Return the verdict from scores above thresholds: type below 0 gives 0, else correct gives 1 or 2.
+
+    Without a score for correct the answer has another number of items than the gold answer: 1 at most.
+    """
+    type_score, correct_score = scores.get("type"), scores.get("correct")
     if type_score is not None and type_score < 0:
         return _verdict(answer, 0, "type", type_score, correct_score)
+    if correct_score is None:
+        return _verdict(answer, 1, "item_count", type_score)
     return _verdict(answer, 2 if correct_score >= 0 else 1, "correct", type_score, correct_score)
 
 
@@ -89,35 +96,51 @@ def _verdict(
     return Verdict(answer.example, answer.task, answer.text, answer.finish, reward, rule, type_score, correct_score)
 
 
-def questions(task: Task, example: Example, text: str, table: JudgeTable) -> dict[str, str]:
-    """Return {question: prompt} for one answer; the task's original wording stands in all of them."""
+def questions(task: Task, example: Example, text: str, table: JudgeTable) -> Asked:
+    """Return {question: prompts} for one answer; without gold the task's original wording stands in all of them.
+
+    With gold and `item_separator` the answer is compared with the gold one item by item. Another number of items is
+    not correct, and nothing is asked about it.
+    """
     gold = example.outputs[0] if table.gold else None
-    asked = {"correct": correct_question(task.instruction, example.input, text, gold)}
+    asked: dict[str, tuple[str, ...]] = {}
+    if gold is None or not table.item_separator:
+        asked["correct"] = (correct_question(task.instruction, example.input, text, gold),)
+    else:
+        said, expected = (split_items(whole, table.item_separator) for whole in (text, gold))
+        if len(said) == len(expected):
+            pairs = zip(said, expected, strict=True)
+            asked["correct"] = tuple(correct_question(task.instruction, example.input, *pair) for pair in pairs)
     if table.type_question:
-        asked["type"] = type_question(task.instruction, example.input, text)
+        asked["type"] = (type_question(task.instruction, example.input, text),)
     return asked
+
+
+def split_items(text: str, separator: str) -> list[str]:
+    """Return the items of a list answer without the blanks around them; a text without any item is one itself."""
+    return [item.strip() for item in text.split(separator) if item.strip()] or [text]
 
 
 def with_questions(
     items: Iterable[Item], tasks: Mapping[str, Task], examples: Mapping[ExampleKey, Example], table: JudgeTable
-) -> list[tuple[Item, dict[str, str]]]:
+) -> list[tuple[Item, Asked]]:
     """Return each answer with the prompts to ask about it."""
     return [(item, questions(tasks[item.task], examples[item.task, item.example], item.text, table)) for item in items]
 
 
 def decide_by_judge(
-    asked: Iterable[tuple[Answer, Mapping[str, str]]], scores: Scores, thresholds: Mapping[str, float]
+    asked: Iterable[tuple[Answer, Asked]], scores: Scores, thresholds: Mapping[str, float]
 ) -> tuple[dict[Answer, Verdict], list[dict[str, Any]]]:
     """Return the verdicts from the judge's scores, and rows of the answers with a prompt that was too long."""
     decided: dict[Answer, Verdict] = {}
     dropped = []
-    for answer, prompts in asked:
+    for answer, by_question in asked:
         above = {}
-        for question, prompt in prompts.items():
-            score = scores(prompt)
+        for question, prompts in by_question.items():
+            score = lowest_score(prompts, scores)
             if score is not None:
                 above[question] = score - thresholds[question]
-        if len(above) == len(prompts):
+        if len(above) == len(by_question):
             decided[answer] = decide_by_scores(answer, above)
         else:
             dropped.append({"reason": "too_long", **dataclasses.asdict(answer)})
@@ -157,12 +180,15 @@ def plan_requests(
     return requests
 
 
-def require_short(
-    asked: Iterable[tuple[Item, Mapping[str, str]]], places: Mapping[str, str | None], max_tokens: int
-) -> None:
+def all_prompts(by_question: Asked) -> Iterable[str]:
+    """Return the prompts of all questions about one answer."""
+    return itertools.chain.from_iterable(by_question.values())
+
+
+def require_short(asked: Iterable[tuple[Item, Asked]], places: Mapping[str, str | None], max_tokens: int) -> None:
     """Raise UserError for the first answer with a prompt that does not fit (model.too_long = "error")."""
-    for item, prompts in asked:
-        if any(places[prompt] is None for prompt in prompts.values()):
+    for item, by_question in asked:
+        if any(places[prompt] is None for prompt in all_prompts(by_question)):
             raise UserError(
                 f"task {item.task!r}, example {item.example!r}: the judge's prompt is longer than its context of"
                 f' {max_tokens} tokens; set model.too_long="drop" to leave such responses out, or use a judge with a'
@@ -191,7 +217,7 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, Any]:
 
 def count_judging(
     responses: Sequence[Response],
-    undecided: Sequence[Answer],
+    asked: Sequence[tuple[Answer, Asked]],
     decided: Mapping[Answer, Verdict],
     dropped: Iterable[Mapping[str, Any]],
     num_questions: int,
@@ -199,9 +225,12 @@ def count_judging(
 ) -> dict[str, Any]:
     """Return the step's counts.
 
-    With q questions a response, asked + saved by duplicates + saved by rules = q x comparable responses; prompts that
-    are too long count among the duplicates' savings. Calls on known answers are not in here.
+    With q questions a response, asked + saved by duplicates + saved by rules = q x comparable responses, where a
+    question put to each of n items counts n times; prompts that are too long count among the duplicates' savings.
+    Calls on known answers are not in here.
     """
+    num_prompts = sum(len(list(all_prompts(by_question))) for _, by_question in asked)
+    num_open = sum(len(by_question) for _, by_question in asked)
     comparable = [r for r in responses if r.canonical is not None]
     distinct = len({(r.task, r.example, r.canonical, r.finish) for r in comparable})
     return {
@@ -210,8 +239,8 @@ def count_judging(
         "dropped": dict(sorted(Counter(str(row["reason"]) for row in dropped).items())),
         "calls": {
             "asked": num_requests,
-            "saved_by_duplicates": (len(comparable) - distinct + len(undecided)) * num_questions - num_requests,
-            "saved_by_rules": (distinct - len(undecided)) * num_questions,
+            "saved_by_duplicates": (len(comparable) - distinct) * num_questions + num_prompts - num_requests,
+            "saved_by_rules": distinct * num_questions - num_open,
         },
         **count_verdicts(decided.values()),
     }

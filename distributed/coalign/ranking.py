@@ -233,6 +233,9 @@ def make_groups(
         if best is None:
             dropped.append({"reason": "no_correct_response", "task": example.task, "example": example.id})
             continue
+        if not gold and len(best.wordings) < table.min_agreement * len({r.wording for r in theirs}):
+            dropped.append({"reason": "too_little_agreement", "task": example.task, "example": example.id})
+            continue
         losers = foreign_losers(theirs) if table.rewards != "gold" else {}
         for wording_id in choose_wordings(theirs, key, table.wordings_per_input):
             wording = wordings[example.task, wording_id]
@@ -299,7 +302,8 @@ def explain_no_groups(counts: Mapping[str, Any]) -> str:
     reasons = ", ".join(f"{reason}: {number}" for reason, number in counts["dropped"].items()) or "nothing was sampled"
     return (
         f"no group came out of {counts['inputs']} inputs ({reasons}); sample more (sample.samples,"
-        " sample.wordings_per_input), train stage 1 longer, or judge with gold answers (judge.gold=true)"
+        " sample.wordings_per_input), train stage 1 longer, judge with gold answers (judge.gold=true), or without them"
+        " ask for less agreement (rank.min_agreement)"
     )
 
 

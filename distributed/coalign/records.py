@@ -85,7 +85,8 @@ class Verdict:
     """The reward of one distinct response to one input: 0 wrong type, cut off or empty; 1 incorrect; 2 correct.
 
     `type_score` and `correct_score` are log P(yes) - log P(no) minus the fitted threshold (None: not asked).
-    `rule` says what decided: "empty", "cut_off", "exact_match", "type" or "correct".
+    `rule` says what decided: "empty", "cut_off", "exact_match", "type", "item_count" (a list that is longer or shorter
+    than the gold one) or "correct".
     """
 
     example: str

@@ -12,16 +12,17 @@ import hashlib
 import json
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from corpus import FOLLOWED, HERE, World, kind_of, wrong_answer
 from make_world import ANSWERS, draw_input, read_wordings
 
-from coalign.config import GenerationTable, ModelTable, ParaphraseTable
+from coalign.config import GenerationTable, JudgeTable, ModelTable, ParaphraseTable
 from coalign.filtering import check_rewrite
 from coalign.generation import GenerateWorker, Sampling, ScoreWorker
-from coalign.judging import distinct_answers
+from coalign.judging import all_prompts, decide_by_judge, distinct_answers, questions, with_questions
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, parse_paraphrase, type_question
 from coalign.records import Example, Response, Task, read_records
 from coalign.text import normalise_answer, normalise_input
@@ -92,17 +93,29 @@ def score_rewriting(worker: GenerateWorker, world: World) -> dict[str, Any]:
     return {"count": len(texts), "reasons": dict(reasons), "texts": texts}
 
 
-def score_judging(worker: ScoreWorker, inputs: int = 3 * INPUTS) -> dict[str, float]:
-    """Return error rates at the threshold 0: right answers called wrong, hard wrong ones called right."""
+def ask_all(worker: ScoreWorker, prompts: Iterable[str]) -> dict[str, float]:
+    """Return {prompt: log P(Yes) - log P(No)}."""
+    texts = list(dict.fromkeys(prompts))
     yes_no = [worker.codec.encode_plain(YES), worker.codec.encode_plain(NO)]
+    rows = [{"prompt_ids": worker.codec.encode_prompt(text), "continuations": yes_no} for text in texts]
+    scored = [row["logps"] for row in worker(rows)]
+    return {text: yes - no for text, (yes, no) in zip(texts, scored, strict=True)}
+
+
+def score_judging(worker: ScoreWorker, inputs: int = 3 * INPUTS) -> dict[str, float]:
+    """Return error rates at the threshold 0: right answers called wrong, hard wrong ones called right.
+
+    "correct by items" is the question put to each word of a list, as the quickstart does (judge.item_separator).
+    """
     rng = random.Random("score judge")
-    rows, asked = [], []
+    asked: list[tuple[str, str, tuple[str, ...], bool]] = []
+    by_items = JudgeTable(item_separator=" ", type_question=False)
 
     def ask(question: str, kind: str, prompt: str, truth: bool) -> None:
-        rows.append({"prompt_ids": worker.codec.encode_prompt(prompt), "continuations": yes_no})
-        asked.append((question, kind, truth))
+        asked.append((question, kind, (prompt,), truth))
 
     for task, own in read_wordings().items():
+        task_record = Task(task, own.train[0])
         for words in draw_inputs(task, inputs, "judge"):
             gold, listed = ANSWERS[task](words), " ".join(words)
             kind = "list" if kind_of(gold) == "words" else "one"
@@ -110,19 +123,24 @@ def score_judging(worker: ScoreWorker, inputs: int = 3 * INPUTS) -> dict[str, fl
             for answer in (gold, wrong):
                 ask("correct", kind, correct_question(own.train[0], listed, answer, gold), answer == gold)
                 ask("correct without gold", kind, correct_question(own.train[0], listed, answer, None), answer == gold)
+                if kind == "list":
+                    example = Example("drawn", task, listed, (gold,), "dev")
+                    prompts = questions(task_record, example, answer, by_items).get("correct", ())
+                    asked.append(("correct by items", kind, prompts, answer == gold))
             other = wrong_answer(task, words, gold, rng, hard=0.0)
             for answer in (gold, other):
                 ask("type", kind, type_question(own.train[0], listed, answer), kind_of(answer) == kind_of(gold))
+    log_odds = ask_all(worker, (prompt for _, _, prompts, _ in asked for prompt in prompts))
     errors: dict[str, list[bool]] = defaultdict(list)
-    for (question, kind, truth), row in zip(asked, worker(rows), strict=True):
-        said_yes = row["logps"][0] >= row["logps"][1]
+    for question, kind, prompts, truth in asked:
+        said_yes = bool(prompts) and all(log_odds[prompt] >= 0 for prompt in prompts)
         name = "right called wrong" if truth else "wrong called right"
         errors[f"{question}, {kind}, {name}"].append(said_yes != truth)
     return {name: share(flags) for name, flags in sorted(errors.items())}
 
 
 def score_own_answers(run: Path, model: ModelTable, generation: GenerationTable) -> dict[str, Any]:
-    """Return the error rates of a stage-1 model on its own distinct answers, gold shown, thresholds as fitted there.
+    """Return the error rates of a stage-1 model on its own distinct answers, gold shown, judged as in the run.
 
     An answer is right when it is the gold one: in this world there is no other.
     """
@@ -131,16 +149,14 @@ def score_own_answers(run: Path, model: ModelTable, generation: GenerationTable)
     answers, _ = distinct_answers(read_records(Response, run / "sample" / "responses.jsonl"))
     manifest = json.loads((run / "judge" / "manifest.json").read_text(encoding="utf-8"))
     threshold = manifest["counts"]["calibration"]["correct"]["threshold"]
+    table = JudgeTable(item_separator=manifest["config"]["judge.item_separator"], type_question=False)
+    whole = [answer for answer in answers if answer.text.strip() and answer.finish == "stop"]
+    asked = with_questions(whole, tasks, examples, table)
     worker = ScoreWorker(str(run / "sft" / "model"), model, generation, THREADS)
-    yes_no = [worker.codec.encode_plain(YES), worker.codec.encode_plain(NO)]
-    rows, truths = [], []
-    for answer in answers:
-        if answer.text.strip() and answer.finish == "stop":
-            example, task = examples[answer.task, answer.example], tasks[answer.task]
-            question = correct_question(task.instruction, example.input, answer.text, example.outputs[0])
-            rows.append({"prompt_ids": worker.codec.encode_prompt(question), "continuations": yes_no})
-            truths.append(normalise_answer(answer.text) == normalise_answer(example.outputs[0]))
-    said = [row["logps"][0] - row["logps"][1] >= threshold for row in worker(rows)]
+    log_odds = ask_all(worker, (prompt for _, by_question in asked for prompt in all_prompts(by_question)))
+    verdicts, _ = decide_by_judge(asked, log_odds.__getitem__, {"correct": threshold})
+    truths = [normalise_answer(a.text) == normalise_answer(examples[a.task, a.example].outputs[0]) for a in whole]
+    said = [verdicts[answer].reward == 2 for answer in whole]
     false_correct = [yes for yes, truth in zip(said, truths, strict=True) if not truth]
     false_incorrect = [not yes for yes, truth in zip(said, truths, strict=True) if truth]
     return {
@@ -182,7 +198,8 @@ are held out.
 we wrote, {kept} % pass coalign's filters ({reasons}), {trained} % of the texts occur in its training.{reading}
 
 **Judging**, log P(Yes) - log P(No) at threshold 0, share of errors, %. Wrong answers are hard ones: of the right type,
-another task's answer to the same list or the right one with one place changed.
+another task's answer to the same list or the right one with one place changed. "By items" puts the question to each
+word of the answer beside the word in the same place of the gold answer; the quickstart judges so.
 
 | question | answer | right called wrong | wrong called right |
 |---|---|---|---|
@@ -202,8 +219,9 @@ def card(scores: dict[str, Any], reading: dict[str, Any] | None) -> str:
         f"| {question} | {'several words' if kind == 'list' else 'one word'} |"
         f" {100 * errors[f'{question}, {kind}, right called wrong']:.1f} |"
         f" {100 * errors[f'{question}, {kind}, wrong called right']:.1f} |"
-        for question in ("correct", "correct without gold", "type")
+        for question in ("correct", "correct by items", "correct without gold", "type")
         for kind in ("one", "list")
+        if f"{question}, {kind}, right called wrong" in errors
     ]
     rewriting, counts = scores["rewriting"], scores["rewriting"]["reasons"]
     dropped = [

@@ -98,13 +98,57 @@ def test_no_gold_appears_anywhere_without_gold() -> None:
     other = Answer("mood", "e1", "bad", "stop")
     ((_, prompts),) = judging.with_questions([other], TASKS, examples, table)
     assert set(prompts) == {"type", "correct"}
-    assert not any("GOLDWORD" in prompt for prompt in prompts.values())
-    assert all(LABELS.instruction in prompt for prompt in prompts.values())
+    assert not any("GOLDWORD" in prompt for prompt in judging.all_prompts(prompts))
+    assert all(LABELS.instruction in prompt for prompt in judging.all_prompts(prompts))
     ((_, with_gold),) = judging.with_questions([other], TASKS, examples, JudgeTable())
-    assert "GOLDWORD" in with_gold["correct"]
-    assert "GOLDWORD" not in with_gold["type"]
+    assert "GOLDWORD" in with_gold["correct"][0]
+    assert "GOLDWORD" not in with_gold["type"][0]
     ((_, control),) = judging.with_questions([other], TASKS, examples, JudgeTable(type_question=False))
     assert set(control) == {"correct"}
+
+
+LISTS = JudgeTable(item_separator=",")
+FRUIT = {("title", "e1"): Example("e1", "title", "Which?", ("fig, plum",), "align")}
+
+
+@pytest.mark.parametrize(
+    ("text", "scores", "reward", "rule"),
+    [
+        ("fig,plum", {}, 2, "correct"),
+        ("fig, pear", {"Expected: plum\nResponse: pear": -2.0}, 1, "correct"),
+        ("pear, plum", {"Expected: fig\nResponse: pear": -2.0}, 1, "correct"),
+        ("plum, fig", {"Expected: fig\nResponse: plum": -9.0, "Expected: plum\nResponse: fig": 3.0}, 1, "correct"),
+        ("fig", {}, 1, "item_count"),
+        ("fig, plum, pear", {}, 1, "item_count"),
+        ("fig, plum, pear", {"Is the response the kind": -1.0}, 0, "type"),
+        (", ,", {}, 1, "item_count"),
+    ],
+)
+def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], reward: int, rule: str) -> None:
+    """`scores` are those below 1, by what stands in the prompt."""
+    asked = judging.with_questions([Answer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
+
+    def score(prompt: str) -> float:
+        return next((value for part, value in scores.items() if part in prompt), 1.0)
+
+    ((_, by_question),) = asked
+    assert "fig, plum" not in "".join(judging.all_prompts(by_question)) or text in by_question["type"][0]
+    decided, _ = judging.decide_by_judge(asked, score, {"type": 0.0, "correct": 0.0})
+    assert [(v.reward, v.rule) for v in decided.values()] == [(reward, rule)]
+
+
+def test_without_gold_there_is_nothing_to_compare_item_by_item() -> None:
+    table = LISTS.model_copy(update={"gold": False})
+    ((_, by_question),) = judging.with_questions([Answer("title", "e1", "fig", "stop")], TASKS, FRUIT, table)
+    assert [len(prompts) for prompts in by_question.values()] == [1, 1]
+    assert "Response: fig" in by_question["correct"][0]
+
+
+def test_an_answer_that_the_number_of_items_decides_does_not_measure_the_judge() -> None:
+    known = [calibration.KnownAnswer("title", "e1", text, "wrong", "fit") for text in ("fig", "fig, pear")]
+    asked = judging.with_questions(known, TASKS, FRUIT, JudgeTable(item_separator=",", type_question=False))
+    samples = calibration.collect_samples(asked, lambda prompt: -3.0 if "pear" in prompt else 2.0)
+    assert samples == {("correct", "fit"): ([], [-3.0])}
 
 
 def test_calibration_answers_are_what_they_claim() -> None:
@@ -210,9 +254,9 @@ def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
     by_key = {(e.task, e.id): e for e in examples}
     known = calibration.calibration_answers(TASKS, examples, 1000, seed=0)
     asked = judging.with_questions(known, TASKS, by_key, JudgeTable())
-    truth = {prompts["correct"]: k.kind == "right" for k, prompts in asked}
+    truth = {by_question["correct"][0]: k.kind == "right" for k, by_question in asked}
     # A judge that says 4 / 2 on one half and the reverse on the other: fitted well, measured as useless.
-    shared = {p for k, prompts in asked for p in prompts.values() if k.part == "fit"}
+    shared = {p for k, by_question in asked for p in judging.all_prompts(by_question) if k.part == "fit"}
 
     def scores(prompt: str) -> float:
         right = truth.get(prompt, True)
@@ -280,7 +324,7 @@ def test_requests_hold_each_prompt_once_over_several_calls() -> None:
 
 def test_too_long_prompts_leave_the_response_out_or_stop() -> None:
     answers = [Answer("mood", "e1", "fine", "stop"), Answer("mood", "e2", "long", "stop")]
-    asked = [(a, {"type": f"type {a.text}", "correct": f"correct {a.text}"}) for a in answers]
+    asked = [(a, {"type": (f"type {a.text}",), "correct": (f"correct {a.text}",)}) for a in answers]
     scores = {"type fine": 3.0, "correct fine": 1.0, "type long": 1.0, "correct long": None}
     decided, dropped = judging.decide_by_judge(asked, scores.__getitem__, {"type": 1.0, "correct": 2.0})
     verdict = decided[answers[0]]
@@ -301,12 +345,16 @@ def test_counts_add_up() -> None:
     decided, undecided = judging.decide_by_rules(answers, examples, gold=True)
     asked = judging.with_questions(undecided, TASKS, examples, JudgeTable())
     requests = judging.plan_requests(
-        [p for _, prompts in asked for p in prompts.values()], lambda p: [*p.encode()], [[1], [2]], 10_000, {}
+        [p for _, by_question in asked for p in judging.all_prompts(by_question)],
+        lambda p: [*p.encode()],
+        [[1], [2]],
+        10_000,
+        {},
     )
     # Both inputs read "x" and have the same gold: their prompts are the same, two questions in all.
     assert len(requests) == 2
     judged, _ = judging.decide_by_judge(asked, lambda prompt: -1.0, {"type": -2.0, "correct": 0.0})
-    counts = judging.count_judging(responses, undecided, decided | judged, dropped, 2, len(requests))
+    counts = judging.count_judging(responses, asked, decided | judged, dropped, 2, len(requests))
     assert counts["calls"] == {"asked": 2, "saved_by_duplicates": 4, "saved_by_rules": 4}
     assert counts["rewards"] == {"0": 1, "1": 2, "2": 1}
     assert counts["rules"] == {"correct": 2, "empty": 1, "exact_match": 1}

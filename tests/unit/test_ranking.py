@@ -177,6 +177,17 @@ def test_without_gold_an_input_without_a_correct_response_is_dropped() -> None:
     assert "no_correct_response: 1" in ranking.explain_no_groups(counts)
 
 
+def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
+    responses = [said("plain", "positive"), said("other", "negative"), said("mapped", "negative")]
+    verdicts = [verdict("positive", 2), verdict("negative", 1)]  # one of three wordings said what the judge calls right
+    groups, dropped, counts = groups_of(responses, verdicts, gold=False)
+    assert not groups
+    assert dropped == [{"reason": "too_little_agreement", "task": "mood", "example": "e1"}]
+    assert "min_agreement" in ranking.explain_no_groups(counts)
+    assert groups_of(responses, verdicts, gold=False, min_agreement=1 / 3)[0]
+    assert groups_of(responses, verdicts, gold=True)[0]  # with gold nothing has to agree
+
+
 def test_without_gold_agreement_decides_and_not_the_gold_answer() -> None:
     responses = [said("plain", "positive"), said("plain", "negative"), said("other", "negative")]
     verdicts = [verdict("positive", 2), verdict("negative", 2)]
