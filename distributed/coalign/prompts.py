@@ -90,12 +90,14 @@ def _bare(line: str) -> str:
             return line
 
 
+# The response stands last, so that all questions about one input begin alike and that beginning is computed once.
+
+
 def type_question(instruction: str, input_text: str, response: str) -> str:
     """Return the judge's first question: is the response of the type that the instruction asks for?"""
     return (
-        f"{_asked(instruction, input_text)}\nResponse: {response}\n\n"
         "Is the response the kind of answer that the instruction asks for, right or wrong?"
-        f" Answer {YES} or {NO}."
+        f" Answer {YES} or {NO}.\n\n{_asked(instruction, input_text)}\nResponse: {response}"
     )
 
 
@@ -105,9 +107,8 @@ def correct_question(instruction: str, input_text: str, response: str, gold: str
     With `gold` it is short, and expected answer and response stand next to each other: small models compare better
     without the instruction and the input between them.
     """
-    if gold is not None:
-        return f"Expected: {gold}\nResponse: {response}\n\nIs the response correct? Answer {YES} or {NO}."
-    return f"{_asked(instruction, input_text)}\nResponse: {response}\n\nIs the response correct? Answer {YES} or {NO}."
+    known = _asked(instruction, input_text) if gold is None else f"Expected: {gold}"
+    return f"Is the response correct? Answer {YES} or {NO}.\n\n{known}\nResponse: {response}"
 
 
 def _asked(instruction: str, input_text: str) -> str:

@@ -10,11 +10,11 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from make_world import ANSWERS, CATEGORY, VOCABULARY, WORDS, draw_input, read_wordings
+from make_world import ANSWERS, CATEGORY, VOCABULARY, WORDS, Wordings, draw_input, read_wordings
 
 from coalign.filtering import NearRepeats
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
@@ -26,7 +26,9 @@ MAX_SIMILARITY = 0.7  # 3-gram overlap with a held-out wording from which a rewr
 LISTS = ("reverse", "drop_first", "drop_last", "swap_ends", "remove_animal", "double_first")
 # Copying and changing one place takes longer to learn than naming one word.
 FOLLOW_WEIGHT = {"reverse": 2, "drop_first": 2, "drop_last": 2, "swap_ends": 3, "remove_animal": 3, "second_last": 2}
-SHARES = {"follow": 0.25, "rewrite": 0.15, "judge": 0.5, "sentence": 0.1}
+SHARES = {"follow": 0.34, "rewrite": 0.14, "judge": 0.3, "sentence": 0.22}
+# Of the judge's questions: about one item beside the gold one, the whole answer beside it, without gold, the type.
+QUESTIONS = {"item": 0.25, "correct": 0.1, "correct without gold": 0.4, "type": 0.25}
 _REFERENCE = re.compile(r"<(\w+)>")
 _REPEATED = re.compile(r"\b(\w+) \1\b")
 
@@ -35,14 +37,13 @@ _REPEATED = re.compile(r"\b(\w+) \1\b")
 class Row:
     """One piece of training text: what stands before the learned part, and the learned part; "" before a sentence.
 
-    `gold` is the right answer to what a judge's question is about: the model is taught to see, word by word, how far
-    the response quoted there agrees with it.
+    `right` says that a judge's question ends with the right response: its words are learned a little as well.
     """
 
     kind: str
     prompt: str
     answer: str
-    gold: str = ""
+    right: bool = False
 
 
 class Grammar:
@@ -93,6 +94,24 @@ def tidy(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+class HeldOut:
+    """The wordings that the base model must not see: dev and test, of all tasks."""
+
+    def __init__(self, wordings: Iterable[Wordings]) -> None:
+        texts = [text for own in wordings for text in (*own.dev, *own.test)]
+        self.near = NearRepeats(MAX_SIMILARITY, texts)
+        self._bare = re.compile("|".join(re.escape(bare(text)) for text in texts))
+
+    def shows_in(self, text: str) -> bool:
+        """Return whether a text nearly repeats one of them, or contains one, whatever the punctuation."""
+        return self.near.has_like(text) or bool(self._bare.search(bare(text)))
+
+
+def bare(text: str) -> str:
+    """Return the words of a text in lower case between blanks, without punctuation."""
+    return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
+
+
 class World:
     """The wordings that the base model may see, by task."""
 
@@ -100,8 +119,7 @@ class World:
         self.grammar = Grammar()
         wordings = read_wordings()
         self.known = {task: own.train for task, own in wordings.items()}
-        held_out = [text for own in wordings.values() for text in (*own.dev, *own.test)]
-        self.held_out = NearRepeats(MAX_SIMILARITY, held_out)
+        self.held_out = HeldOut(wordings.values())
         self.rewrites = {task: self._rewrites(task, seed) for task in ANSWERS}
 
     def _rewrites(self, task: str, seed: int) -> list[str]:
@@ -110,7 +128,7 @@ class World:
         found: dict[str, None] = {}
         for _ in range(40 * REWRITES):
             text = self.grammar.rewrite(task, rng)
-            if 3 <= len(text.split()) <= 22 and not self.held_out.has_like(text):
+            if 3 <= len(text.split()) <= 22 and not self.held_out.shows_in(text):
                 found.setdefault(text)
                 if len(found) == REWRITES:
                     return list(found)
@@ -228,23 +246,30 @@ class Corpus:
 
     def judge(self) -> Row:
         """Return one of the judge's questions about a right or wrong answer, and the verdict."""
-        asked = self.rng.choices(("correct", "correct without gold", "type"), (0.5, 0.37, 0.13))[0]
+        asked = self.rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0]
         task, words, gold = self._draw(list(LISTS) if self.rng.random() < 0.5 else None)
-        wording = self.rng.choice(self.world.known[task][: self.rng.choice((1, FOLLOWED))])
+        wording = self.rng.choice(self.world.known[task][: self.rng.choice((1, 1, FOLLOWED))])
         listed = " ".join(words)
         if asked == "type":
             answer = wrong_answer(task, words, gold, self.rng, hard=0.3) if self.rng.random() < 0.7 else gold
             verdict = kind_of(answer) == kind_of(gold)
-            return Row("judge", type_question(wording, listed, answer), YES if verdict else NO, gold)
-        answer = gold if self.rng.random() < 0.5 else wrong_answer(task, words, gold, self.rng)
-        question = correct_question(wording, listed, answer, gold if asked == "correct" else None)
-        return Row("judge", question, YES if answer == gold else NO, gold)
+            return Row(
+                "judge", type_question(wording, listed, answer), YES if verdict else NO, verdict and answer == gold
+            )
+        right = self.rng.random() < 0.5
+        if asked == "item" and task in LISTS:
+            gold = self.rng.choice(gold.split())
+            answer = gold if right else self.rng.choice([w for w in (*words, *VOCABULARY[:: len(words)]) if w != gold])
+        else:
+            answer = gold if right else wrong_answer(task, words, gold, self.rng)
+        question = correct_question(wording, listed, answer, None if asked == "correct without gold" else gold)
+        return Row("judge", question, YES if right else NO, right)
 
     def sentence(self) -> Row:
         """Return a statement about a list in the grammar's words: what they mean, not how to obey them."""
         task, words, gold = self._draw()
         said = f"{self.world.grammar.say(task, self.rng)} ?"
-        while self.world.held_out.has_like(tidy(said)):
+        while self.world.held_out.shows_in(tidy(said)):
             said = f"{self.world.grammar.say(task, self.rng)} ?"
         return Row("sentence", "", tidy(f"{' '.join(words)} : {said} {gold}"))
 

@@ -1,13 +1,13 @@
 """Train the phrasebook's base model from nothing: `make base`, half an hour on two CPU cores, always the same weights.
 
 Tokenizer, Llama of 4.2 million parameters, Muon on the matrices and AdamW on the rest, loss on what is learned only.
-The result is a plain Hugging Face folder; score_base.py measures it and writes its model card. Where the processor
-multiplies bfloat16 by itself, matrices are multiplied so: 1.6 times as fast.
+The result is a plain Hugging Face folder; score_base.py measures it and writes its model card.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -35,14 +35,11 @@ THREADS = 2
 # Of each learned token in the loss. A rewrite can't be foreseen word by word: its tokens count less.
 WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 3.0, "sentence": 1.0}
 SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
-RESPONSE_WEIGHT = (
-    0.3  # of a right response's tokens in a judge's question: who foresees the answer can tell a wrong one
-)
-PROBE_LAYER = 6  # after which so many layers a linear probe reads whether a response has been right so far
-PROBE_WEIGHT = 1.0  # of the probe's loss; it serves the training only
-NOT_PROBED = -1
+# Of a right response's tokens at the end of a judge's question: who foresees the answer can tell a wrong one.
+RESPONSE_WEIGHT = 0.5
+PARTS = 3  # batches an update
 PAD_TO = 8  # widths of batches are multiples of it: every new shape costs memory
-Encoded = tuple[list[int], list[float], list[int]]
+Encoded = tuple[list[int], list[float]]
 
 
 def make_tokenizer(texts: Iterable[str]) -> Any:
@@ -99,38 +96,21 @@ class Encoder:
 
     def _prompt(self, row: Row) -> Encoded:
         """Return the encoding of a text of several lines, whose ids are those of its lines and line ends in turn."""
-        ids: list[int] = []
-        weights: list[float] = []
-        agrees: list[int] = []
-        after_response = False
-        for piece in re.split(r"(\n+)", row.prompt):
-            new = self._ids(piece)
-            weight, agreement = [0.0] * len(new), [NOT_PROBED] * len(new)
-            if row.gold and piece.startswith("Response: "):
-                gold = self._ids(f"Response: {row.gold}")
-                agreement[2:] = [int(new[: place + 1] == gold[: place + 1]) for place in range(2, len(new))]
-                if new == gold:
-                    weight[2:] = [RESPONSE_WEIGHT] * (len(new) - 2)
-                after_response = True
-            elif after_response:
-                agreement[0] = int(weights[-1] > 0)  # at the line's end it is known whether anything is missing
-                after_response = False
-            ids, weights, agrees = ids + new, weights + weight, agrees + agreement
-        return ids, weights, agrees
+        lines = [self._ids(piece) for piece in re.split(r"(\n+)", row.prompt)]
+        ids = [token for line in lines for token in line]
+        learned = len(lines[-1]) - 2 if row.right else 0  # "Response" and ":" stand before it
+        return ids, [0.0] * (len(ids) - learned) + [RESPONSE_WEIGHT] * learned
 
     def encode(self, row: Row) -> Encoded:
-        """Return token ids, the weight of each in the loss, and what the probe should read there (1, 0, NOT_PROBED)."""
+        """Return token ids and the weight of each in the loss."""
         weight = WEIGHTS[row.kind]
         if row.kind == "sentence":
             said, _, answer = row.answer.rpartition("? ")
             before, after = [BOS, *self._ids(f"{said}?")], [*self._ids(answer), END]
-            ids = before + after
-            return ids, [SENTENCE_WEIGHT] * len(before) + [weight] * len(after), [NOT_PROBED] * len(ids)
-        prompt, weights, agrees = self._prompt(row)
+            return before + after, [SENTENCE_WEIGHT] * len(before) + [weight] * len(after)
+        prompt, weights = self._prompt(row)
         answer = [*self._ids(row.answer), END]
-        ids = [BOS, USER, *prompt, ASSISTANT, *answer]
-        unprobed = [NOT_PROBED] * (1 + len(answer))
-        return ids, [0.0, 0.0, *weights, 0.0, *([weight] * len(answer))], [NOT_PROBED, NOT_PROBED, *agrees, *unprobed]
+        return [BOS, USER, *prompt, ASSISTANT, *answer], [0.0, 0.0, *weights, 0.0, *([weight] * len(answer))]
 
 
 def padded(length: int) -> int:
@@ -151,40 +131,24 @@ def batches(corpus: Corpus, encoder: Encoder, tokens: int, rng: random.Random) -
         yield from made
 
 
-def tensors(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids, loss weights and what to probe, each (rows, width), padded on the right."""
-    width = padded(max(len(ids) for ids, _, _ in batch))
+def tensors(batch: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and loss weights, each (rows, width), padded on the right."""
+    width = padded(max(len(ids) for ids, _ in batch))
     ids_BT = torch.full((len(batch), width), PAD)
     weights_BT = torch.zeros(len(batch), width)
-    agrees_BT = torch.full((len(batch), width), NOT_PROBED)
-    for index, (ids, weights, agrees) in enumerate(batch):
+    for index, (ids, weights) in enumerate(batch):
         ids_BT[index, : len(ids)] = torch.tensor(ids)
         weights_BT[index, : len(ids)] = torch.tensor(weights)
-        agrees_BT[index, : len(ids)] = torch.tensor(agrees)
-    return ids_BT, weights_BT, agrees_BT
+    return ids_BT, weights_BT
 
 
-def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weighted mean of -log P(token) over learned tokens, and what the probe reads from.
-
-    Logits are made only where a learned token follows. The second, (rows, width, hidden), is the residual stream after
-    PROBE_LAYER layers.
-    """
-    output = model.model(input_ids=ids_BT, output_hidden_states=True)
+def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum of -log P(token) over learned tokens; logits are made only where one follows."""
+    hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
     learned = weights_BT[:, 1:] > 0
-    logits_NV = model.lm_head(output.last_hidden_state[:, :-1][learned])
-    losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), ids_BT[:, 1:][learned], reduction="none")
-    weights_N = weights_BT[:, 1:][learned]
-    return (losses_N * weights_N).sum() / weights_N.sum(), output.hidden_states[PROBE_LAYER]
-
-
-def probe_loss(probe: torch.nn.Linear, stream_BTD: torch.Tensor, agrees_BT: torch.Tensor) -> torch.Tensor:
-    """Return the mean of -log P(agreement so far) over the tokens that are asked about, 0 where there are none."""
-    asked = agrees_BT != NOT_PROBED
-    if not asked.any():
-        return stream_BTD.new_zeros(())
-    read_N = probe(torch.nn.functional.rms_norm(stream_BTD[asked], stream_BTD.shape[-1:])).squeeze(-1)
-    return torch.nn.functional.binary_cross_entropy_with_logits(read_N.float(), agrees_BT[asked].float())
+    logits_NV = model.lm_head(hidden_BTD[:, :-1][learned])
+    losses_N = torch.nn.functional.cross_entropy(logits_NV, ids_BT[:, 1:][learned], reduction="none")
+    return (losses_N * weights_BT[:, 1:][learned]).sum()
 
 
 def make_model(vocab_size: int, seed: int) -> Any:
@@ -211,13 +175,48 @@ def make_model(vocab_size: int, seed: int) -> Any:
     return model
 
 
-def optimizers(model: Any, probe: torch.nn.Linear) -> list[tuple[torch.optim.Optimizer, float]]:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
+
+    torch.optim.Muon iterates in bfloat16, which takes most of the time where the processor does not multiply it. Here
+    it is float32, and matrices of one shape go through together.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix once."""
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                same = [p for p in group["params"] if p.shape == shape]
+                gradient_MRC = torch.stack([p.grad for p in same])
+                average_MRC = self.state[same[0]].setdefault("momentum", torch.zeros_like(gradient_MRC))
+                average_MRC.lerp_(gradient_MRC, 1 - group["momentum"])
+                directions = orthogonal(gradient_MRC.lerp(average_MRC, group["momentum"]))
+                rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+                for parameter, direction in zip(same, directions, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["decay"]).add_(direction, alpha=-rate)
+
+
+def orthogonal(matrices_MRC: torch.Tensor) -> torch.Tensor:
+    """Return matrices of the same shape with singular values near 1: five Newton-Schulz steps."""
+    if matrices_MRC.shape[1] > matrices_MRC.shape[2]:
+        return orthogonal(matrices_MRC.mT).mT
+    x = matrices_MRC / matrices_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+def optimizers(model: Any) -> list[tuple[torch.optim.Optimizer, float]]:
     """Return (optimizer, highest learning rate): Muon for the matrices of the layers, AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
-    others += probe.parameters()
     return [
-        (torch.optim.Muon(matrices, lr=1e-2, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"), 1e-2),
+        (Muon(matrices, lr=1e-2), 1e-2),
         (torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True), 3e-3),
     ]
 
@@ -228,41 +227,36 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
-def train(
-    model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int, seed: int, precision: str = "float32"
-) -> None:
-    """Train in place."""
-    rng = random.Random(f"batches {seed}")
-    probe = torch.nn.Linear(model.config.hidden_size, 1)
-    sets = optimizers(model, probe)
-    started, seen, averages = time.monotonic(), 0, {}
+def train(model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int, seed: int) -> None:
+    """Train in place. An update takes PARTS batches, so that it sees rows of several lengths and so of all kinds."""
+    parts = batches(corpus, encoder, tokens // PARTS, random.Random(f"batches {seed}"))
+    sets = optimizers(model)
+    started, seen, average = time.monotonic(), 0, 0.0
     model.train()
-    for step, batch in enumerate(batches(corpus, encoder, tokens, rng)):
-        if step == steps:
-            break
+    for step in range(steps):
         for optimizer, highest in sets:
             for group in optimizer.param_groups:
                 group["lr"] = highest * learning_rate(step, steps)
-        ids_BT, weights_BT, agrees_BT = tensors(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, stream_BTD = loss_of(model, ids_BT, weights_BT)
-            probed = probe_loss(probe, stream_BTD, agrees_BT)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss.item()} at step {step}")
-        (loss + PROBE_WEIGHT * probed).backward()
+        update = [tensors(batch) for batch in itertools.islice(parts, PARTS)]
+        total = sum(float(weights_BT[:, 1:].sum()) for _, weights_BT in update)
+        loss = 0.0
+        for ids_BT, weights_BT in update:
+            share = loss_of(model, ids_BT, weights_BT) / total
+            share.backward()
+            loss += share.item()
+            seen += ids_BT.numel()
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} at step {step}")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in sets:
             optimizer.step()
             optimizer.zero_grad()
-        seen += ids_BT.numel()
-        for name, value in (("loss", loss.item()), ("probe", probed.item())):
-            averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
-        if step % 100 == 99:
-            rate = seen / (time.monotonic() - started)
-            left = (steps - step - 1) * (time.monotonic() - started) / (step + 1)
+        average = 0.98 * average + 0.02 * loss if step else loss
+        if step % 50 == 49:
+            spent = time.monotonic() - started
             logger.info(
-                "step %d/%d  loss %.3f  probe %.3f  %.1fM tokens  %.0f tokens/s  %.0f s left",
-                step + 1, steps, averages["loss"], averages["probe"], seen / 1e6, rate, left,
+                "step %d/%d  loss %.3f  %.1fM tokens  %.0f tokens/s  %.0f s left",
+                step + 1, steps, average, seen / 1e6, seen / spent, (steps - step - 1) * spent / (step + 1),
             )  # fmt: skip
 
 
@@ -270,11 +264,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the model")
-    parser.add_argument("--steps", type=int, default=3200, help="updates")
+    parser.add_argument("--steps", type=int, default=1200, help="updates")
     parser.add_argument("--tokens", type=int, default=6144, help="tokens an update")
-    parser.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matrix products"
-    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     return parser.parse_args(arguments)
 
@@ -283,16 +274,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def mean_loss(model: Any, encoder: Encoder, corpus: Corpus, rows: int = 256) -> float:
     """Return the loss on the next rows of a corpus."""
     model.eval()
-    ids_BT, weights_BT, _ = tensors([encoder.encode(row) for row in sample(corpus, rows)])
-    return float(loss_of(model, ids_BT, weights_BT)[0])
-
-
-def pick_precision(asked: str) -> str:
-    """Return the precision to multiply in; "auto" looks for a processor with bfloat16 instructions."""
-    if asked != "auto":
-        return asked
-    info = Path("/proc/cpuinfo")
-    return "bfloat16" if info.exists() and "avx512_bf16" in info.read_text(encoding="utf-8") else "float32"
+    ids_BT, weights_BT = tensors([encoder.encode(row) for row in sample(corpus, rows)])
+    return float(loss_of(model, ids_BT, weights_BT) / weights_BT[:, 1:].sum())
 
 
 def main() -> None:
@@ -308,13 +291,12 @@ def main() -> None:
     model = make_model(len(tokenizer), options.seed)
     size = sum(p.numel() for p in model.parameters())
     logger.info("%d parameters, %d tokens in the vocabulary", size, len(tokenizer))
-    precision = pick_precision(options.precision)
-    logger.info("%d updates of %d tokens, products in %s", options.steps, options.tokens, precision)
+    logger.info("%d updates of %d tokens", options.steps, options.tokens)
     encoder, corpus = Encoder(tokenizer), Corpus(world, options.seed)
-    train(model, encoder, corpus, options.steps, options.tokens, options.seed, precision)
+    train(model, encoder, corpus, options.steps, options.tokens, options.seed)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    recipe = {"steps": options.steps, "tokens": options.tokens, "seed": options.seed, "precision": precision}
+    recipe = {"steps": options.steps, "tokens": options.tokens, "seed": options.seed}
     (options.out / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
     logger.info("saved to %s", options.out)
 

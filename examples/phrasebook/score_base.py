@@ -85,7 +85,7 @@ def score_rewriting(worker: GenerateWorker, world: World) -> dict[str, Any]:
         for answer in row["answers"]:
             text = parse_paraphrase(answer["text"])
             reason = "cut_off" if answer["finish"] != "stop" else None
-            reason = reason or check_rewrite(known[0], text, labels, [], world.held_out, ParaphraseTable())
+            reason = reason or check_rewrite(known[0], text, labels, [], world.held_out.near, ParaphraseTable())
             verbatim = normalise_input(text) in seen
             reasons["verbatim" if verbatim else reason or "kept"] += 1
             reasons["also in the training set"] += normalise_input(text) in trained

@@ -17,7 +17,6 @@ from coalign.filtering import NearRepeats
 from coalign.generation import GenerateWorker, Sampling, ScoreWorker
 from coalign.models import load_tokenizer
 from coalign.prompts import NO, YES
-from coalign.text import normalise_input
 
 BASE = make_base.HERE / "base"
 MODEL = ModelTable(path=str(BASE), init="pretrained")
@@ -38,19 +37,35 @@ def held_out_texts() -> list[str]:
 
 
 def test_nothing_like_a_held_out_wording_can_be_drawn(world: corpus.World) -> None:
-    """Instructions and rewrite targets come from these two tables; neither repeats a held-out wording."""
+    """Instructions and rewrite targets come from these two tables: nothing in them repeats or holds such a wording."""
     held_out = NearRepeats(corpus.MAX_SIMILARITY, held_out_texts())
+    inside = [corpus.bare(text) for text in held_out_texts()]
     for task, texts in world.rewrites.items():
         assert len(set(texts)) == corpus.REWRITES
         assert not [text for text in texts if held_out.has_like(text)], task
-    normal = {normalise_input(text) for text in held_out_texts()}
-    assert not normal & {normalise_input(text) for texts in world.known.values() for text in texts}
+    for text in [text for table in (world.rewrites, world.known) for texts in table.values() for text in texts]:
+        words = corpus.bare(text)
+        assert not [wording for wording in inside if wording in words], text
 
 
 def test_no_row_holds_a_held_out_wording(rows: list[corpus.Row]) -> None:
-    seen = "\n".join(normalise_input(f"{row.prompt} {row.answer}") for row in rows)
-    found = [text for text in held_out_texts() if normalise_input(text) in seen]
+    """Whatever stands before or after it, and whatever the punctuation."""
+    seen = "|".join(corpus.bare(f"{row.prompt} {row.answer}") for row in rows)
+    found = [text for text in held_out_texts() if corpus.bare(text) in seen]
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "shows"),
+    [
+        ("Delete the creature.", True),
+        ("What comes out when you delete the creature?", True),
+        ("What comes out when you delete the creatures?", False),
+        ("Write the first word of the list.", False),
+    ],
+)
+def test_a_held_out_wording_is_found_in_any_sentence(world: corpus.World, text: str, shows: bool) -> None:
+    assert world.held_out.shows_in(text) is shows
 
 
 def test_no_sentence_is_like_a_held_out_wording(rows: list[corpus.Row]) -> None:
@@ -72,8 +87,8 @@ def test_a_sentence_that_the_grammar_makes_like_a_held_out_wording_is_drawn_agai
 
     monkeypatch.setattr(corpus.Grammar, "say", often_held_out)
     drawn = corpus.Corpus(world)
-    said = [normalise_input(drawn.sentence().answer) for _ in range(200)]
-    assert not [text for text in said if any(normalise_input(wording) in text for wording in test_wordings)]
+    said = [corpus.bare(drawn.sentence().answer) for _ in range(200)]
+    assert not [text for text in said if any(corpus.bare(wording) in text for wording in test_wordings)]
 
 
 def test_only_the_first_wordings_are_followed(rows: list[corpus.Row], world: corpus.World) -> None:
@@ -85,9 +100,10 @@ def test_only_the_first_wordings_are_followed(rows: list[corpus.Row], world: cor
 
 def test_verdicts_are_right(rows: list[corpus.Row]) -> None:
     """With the gold answer shown, the verdict is yes exactly when both texts are the same; about half are."""
-    checked = [row for row in rows if row.prompt.startswith("Expected: ")]
+    checked = [row for row in rows if "\nExpected: " in row.prompt]
+    assert len(checked) > 3000
     for row in checked:
-        gold, response = (line.partition(": ")[2] for line in row.prompt.splitlines()[:2])
+        gold, response = (line.partition(": ")[2] for line in row.prompt.splitlines()[-2:])
         assert row.answer == (YES if gold == response else NO)
     assert 0.4 < sum(row.answer == YES for row in checked) / len(checked) < 0.6
 
@@ -106,27 +122,22 @@ def test_it_is_asked_in_the_very_tokens_it_learned_from(rows: list[corpus.Row]) 
     tokenizer = load_tokenizer(str(BASE), MODEL)
     codec, encoder = Codec(tokenizer, MODEL), make_base.Encoder(tokenizer)
     for row in [row for row in rows[:2000] if row.kind != "sentence"]:
-        ids, weights, _ = encoder.encode(row)
+        ids, weights = encoder.encode(row)
         assert ids == [*codec.encode_prompt(row.prompt), *codec.encode_answer(row.answer)]
         assert len(ids) == len(weights) <= codec.max_tokens
 
 
-@pytest.mark.parametrize(
-    ("response", "right_so_far"),
-    [
-        ("cat dog owl", [1, 1, 1, 1]),
-        ("cat owl dog", [1, 0, 0, 0]),
-        ("cat dog", [1, 1, 0]),
-        ("cat dog owl cow", [1, 1, 1, 0, 0]),
-    ],
-)
-def test_the_probe_learns_how_far_a_response_is_right(response: str, right_so_far: list[int]) -> None:
-    """After each word, and at the line's end, where it is known whether one is missing."""
-    prompt = f"Expected: cat dog owl\nResponse: {response}\n\nIs the response correct? Answer Yes or No."
-    row = corpus.Row("judge", prompt, "No", "cat dog owl")
-    _, weights, agrees = make_base.Encoder(load_tokenizer(str(BASE), MODEL)).encode(row)
-    assert [mark for mark in agrees if mark != make_base.NOT_PROBED] == right_so_far
-    assert weights.count(make_base.RESPONSE_WEIGHT) == (3 if response == row.gold else 0)
+def test_a_right_response_in_a_question_is_learned_as_well() -> None:
+    """Its words alone, less than the verdict; a wrong one is only read."""
+    encoder = make_base.Encoder(load_tokenizer(str(BASE), MODEL))
+    question = "Is the response correct? Answer Yes or No.\n\nExpected: cat dog owl\nResponse: "
+    verdict = [make_base.WEIGHTS["judge"]] * 2
+    _, right = encoder.encode(corpus.Row("judge", f"{question}cat dog owl", "Yes", right=True))
+    assert right[-6:] == [*[make_base.RESPONSE_WEIGHT] * 3, 0.0, *verdict]
+    assert not any(right[:-6])
+    _, wrong = encoder.encode(corpus.Row("judge", f"{question}cat owl dog", "No"))
+    assert wrong[-2:] == verdict
+    assert not any(wrong[:-2])
 
 
 def test_it_follows_what_it_was_taught() -> None:
@@ -137,11 +148,11 @@ def test_it_follows_what_it_was_taught() -> None:
 
 
 def test_it_judges() -> None:
-    """With the gold answer shown. One changed place in a list of words it notices more often than not, no more."""
+    """With the gold answer shown, item by item as the quickstart asks: the target is 10 % of either error."""
     errors = score_judging(ScoreWorker(str(BASE), MODEL, GenerationTable(), 1), inputs=12)
-    for name in ("one, right called wrong", "one, wrong called right", "list, right called wrong"):
-        assert errors[f"correct, {name}"] <= 0.06, name
-    assert errors["correct, list, wrong called right"] < 0.4
+    for question in ("correct, one", "correct by items, list", "type, one", "type, list"):
+        for error in ("right called wrong", "wrong called right"):
+            assert errors[f"{question}, {error}"] <= 0.1, (question, error)
 
 
 def test_training_repeats(tmp_path: Path, world: corpus.World) -> None:

@@ -69,13 +69,13 @@ def test_parse_paraphrase_of_its_own_result_changes_nothing(text: str) -> None:
 
 def test_correct_question_with_gold_is_short() -> None:
     question = correct_question("Add.", "1 2", "4", "3")
-    assert "Expected: 3\nResponse: 4\n" in question
+    assert question.endswith("Expected: 3\nResponse: 4")
     assert "Add." not in question
     assert "1 2" not in question
 
 
 def test_questions_without_gold_hold_everything() -> None:
     for question in (correct_question("Add.", "1 2", "4", None), type_question("Add.", "1 2", "4")):
-        assert "Instruction: Add.\nInput: 1 2\nResponse: 4\n" in question
-        assert question.endswith(f"Answer {YES} or {NO}.")
+        assert question.endswith("Instruction: Add.\nInput: 1 2\nResponse: 4")
+        assert f"Answer {YES} or {NO}." in question
     assert "Input" not in type_question("Tell a joke.", "", "ha")
