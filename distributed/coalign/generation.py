@@ -5,62 +5,21 @@ Used by the recipes through pool.py (one worker an actor). Knows no files but th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Answer, Sampling, decode, left_pad
+from coalign.decoding import Answer, Sampling, decode
 from coalign.encoding import Codec
 from coalign.errors import UserError
+from coalign.likelihoods import score
 from coalign.models import load_model, load_tokenizer, pick_device, pick_dtype
 from coalign.slots import has_plain_cache
 
 __all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
 
 Row = dict[str, Any]
-
-
-@torch.inference_mode()
-def score_batch(model: Any, requests: Sequence[Row], codec: Codec) -> list[list[float]]:
-    """Return log P(continuation given prompt), summed over its tokens, for every continuation of every request.
-
-    A continuation's last token is never an input, so continuations of one token share a single row.
-    """
-    index: dict[tuple[int, ...], int] = {}
-    for request in requests:
-        for continuation in request["continuations"]:
-            index.setdefault((*request["prompt_ids"], *continuation[:-1]), len(index))
-    batch = left_pad(list(index), codec.pad_id, model.device)
-    longest = max(len(c) for request in requests for c in request["continuations"])
-    logits_BTV = model(**batch, use_cache=False, logits_to_keep=longest).logits
-    logp_BTV = torch.log_softmax(logits_BTV.float(), dim=-1).cpu()
-    results = []
-    for request in requests:
-        scores = []
-        for continuation in request["continuations"]:
-            row = logp_BTV[index[(*request["prompt_ids"], *continuation[:-1])]]
-            picked = row[len(row) - len(continuation) :].gather(1, torch.tensor(continuation).unsqueeze(1))
-            scores.append(float(picked.double().sum()))
-        results.append(scores)
-    return results
-
-
-def _batches(sizes: Sequence[int], widths: Sequence[int], max_tokens: int, exact: bool) -> Iterator[list[int]]:
-    """Yield indices of requests computed together: longest first under the token budget, or one by one if exact."""
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    batch: list[int] = []
-    width = rows = 0
-    for i in order:
-        grown_width, grown_rows = max(width, sizes[i]), rows + widths[i]
-        if batch and (exact or grown_width * grown_rows > max_tokens):
-            yield batch
-            batch, grown_width, grown_rows = [], sizes[i], widths[i]
-        batch.append(i)
-        width, rows = grown_width, grown_rows
-    if batch:
-        yield batch
 
 
 class _Worker:
@@ -117,12 +76,14 @@ class ScoreWorker(_Worker):
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with "logps": one float a continuation, in nats."""
-        sizes = [len(row["prompt_ids"]) + max(len(c) for c in row["continuations"]) for row in rows]
-        widths = [len({tuple(c[:-1]) for c in row["continuations"]}) for row in rows]
-        results: list[Row] = [{} for _ in rows]
-        for batch in _batches(sizes, widths, self.max_tokens, self.exact):
-            for i, logps in zip(batch, score_batch(self.model, [rows[i] for i in batch], self.codec), strict=True):
-                results[i] = {k: v for k, v in rows[i].items() if k not in ("prompt_ids", "continuations")} | {
-                    "logps": logps
-                }
-        return results
+        parts = [[row] for row in rows] if self.exact else [rows]
+        return [scored for part in parts for scored in self._score(part)]
+
+    def _score(self, rows: list[Row]) -> list[Row]:
+        # What shares a beginning is rounded together, which in exact mode no two requests may be.
+        share = not self.exact and has_plain_cache(self.model)
+        found = score(self.model, rows, self.codec, self.max_tokens, share)
+        return [
+            {k: v for k, v in row.items() if k not in ("prompt_ids", "continuations")} | {"logps": logps}
+            for row, logps in zip(rows, found, strict=True)
+        ]

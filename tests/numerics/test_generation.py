@@ -1,4 +1,4 @@
-"""generation, decoding: greedy against transformers, drawing against brute force, scores against one row at a time."""
+"""generation, decoding: greedy against transformers, drawing against brute force, what is computed how often."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from coalign.config import GenerationTable, ModelTable, RandomTable
 from coalign.decoding import Sampling, decode, greedy_in_step, pick_tokens
-from coalign.generation import GenerateWorker, ScoreWorker, score_batch
+from coalign.generation import GenerateWorker, ScoreWorker
 from coalign.models import make_random_model
 from coalign.process import derive_seed
 from coalign.slots import has_plain_cache
-from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
+from numerics.tiny import FAMILIES, network, random_ids
 
 
 class FakeCodec:
@@ -251,31 +251,6 @@ def test_finish_reason_and_token_count(folder: str) -> None:
     assert [a["num_tokens"] for a in counted["answers"]] == ends and any(a.finished for a in drawn)
 
 
-def slow_score(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> float:
-    """Return log P(continuation given prompt), one row, every position."""
-    with torch.no_grad():
-        logp = model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0].double().log_softmax(-1)
-    return sum(float(logp[len(prompt) - 1 + k, t]) for k, t in enumerate(continuation))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_one_row_at_a_time(family: str) -> None:
-    """Sums over continuations of one and several tokens, with common beginnings, in a padded batch."""
-    model = network(family, torch.float32)
-    source = random.Random(4)
-    rows = []
-    for prompt in prompts_of(5, seed=5):
-        start = random_ids(source, 2)
-        continuations = [[9], [8], list(start), [*start[:1], 11], [*start, *random_ids(source, 3)]]
-        rows.append({"prompt_ids": prompt, "continuations": continuations})
-    codec: Any = FakeCodec(2)
-    found = score_batch(model, rows, codec)
-    expected = [[slow_score(model, r["prompt_ids"], c) for c in r["continuations"]] for r in rows]
-    for a, b in zip(found, expected, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-    assert max(max(s) - min(s) for s in expected) > 1
-
-
 def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
     """Rows come back in their order with what they carried, in exact mode whatever the neighbours."""
     rows = [{"prompt_ids": p, "continuations": [[5], [6, 7]], "id": n} for n, p in enumerate(prompts_of(8, seed=6))]
@@ -284,13 +259,3 @@ def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
     assert [set(row) for row in whole] == [{"id", "logps"}] * 8 and [row["id"] for row in whole] == list(range(8))
     assert whole == [worker([row])[0] for row in rows]
     assert all(sum(math.exp(x) for x in row["logps"]) < 1 for row in whole)
-
-
-def test_scores_of_all_single_tokens_sum_to_one() -> None:
-    """A distribution over the whole vocabulary has mass one."""
-    model = network("gpt2", torch.float32)
-    codec: Any = FakeCodec(2)
-    ((*scores,),) = score_batch(
-        model, [{"prompt_ids": [4, 5], "continuations": [[t] for t in range(VOCABULARY)]}], codec
-    )
-    assert sum(math.exp(s) for s in scores) == pytest.approx(1.0, abs=1e-5)
