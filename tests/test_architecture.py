@@ -26,8 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "engine", "pool"),
     ("items", "cluster"),
     ("generation", "vllm", "objectives"),
-    ("batching",),
-    ("encoding", "attention", "logprobs", "models", "losses", "data", "splits", "training_log"),
+    ("likelihoods",),
+    ("batching", "decoding"),
+    ("encoding", "attention", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
     ("comparison",),
     ("page",),
     ("figures",),
@@ -50,7 +51,7 @@ ENGINES = {
     "safetensors": "models",
 }
 # Pure text and numbers: these modules answer at once, on a machine without any engine.
-PURE = {name for row in LAYERS[6:] for name in row}
+PURE = {name for row in LAYERS[7:] for name in row}
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
 LAZY = {"process", "charts", "exhibits"}  # torch, matplotlib: imported within the function that needs them
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}

@@ -13,8 +13,8 @@ import torch
 
 from coalign.batching import Item, collate
 from coalign.config import TrainTable
+from coalign.decoding import greedy_in_step
 from coalign.encoding import Codec
-from coalign.generation import greedy_in_step
 from coalign.items import Encoder
 from coalign.logprobs import evaluation_mode, to_device, token_logps
 from coalign.process import rank, world_size

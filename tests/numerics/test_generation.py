@@ -1,4 +1,4 @@
-"""generation: greedy against transformers, drawing against brute force, scores against one row at a time."""
+"""generation, decoding: greedy against transformers, drawing against brute force, what is computed how often."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import pytest
 import torch
 
 from coalign.config import GenerationTable, ModelTable, RandomTable
-from coalign.generation import (
-    GenerateWorker,
-    Sampling,
-    ScoreWorker,
-    decode_batch,
-    greedy_in_step,
-    pick_tokens,
-    score_batch,
-)
+from coalign.decoding import Sampling, decode, greedy_in_step, pick_tokens
+from coalign.generation import GenerateWorker, ScoreWorker
 from coalign.models import make_random_model
 from coalign.process import derive_seed
-from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
+from coalign.slots import has_plain_cache
+from numerics.tiny import FAMILIES, network, random_ids
 
 
 class FakeCodec:
@@ -50,15 +44,17 @@ def greedy_by_transformers(model: Any, prompt: Sequence[int], limit: int, *stop:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(family: str) -> None:
-    """Greedy answers of a left-padded batch equal `generate` on each prompt alone, stop tokens included."""
+@pytest.mark.parametrize("max_tokens", [20, 60, 8192])  # rows together: one, two or three, all
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mpt"])
+def test_greedy_equals_transformers(family: str, max_tokens: int) -> None:
+    """Greedy answers of rows that come and go equal `generate` on each prompt alone, stop tokens included."""
     model = network(family, torch.float32)
+    assert has_plain_cache(model)
     prompts = prompts_of(7)
     # a token that some answers contain, so that rows leave the batch at different times
     stop = greedy_by_transformers(model, prompts[0], 12, 2)[3]
     codec: Any = FakeCodec(stop, 2)
-    found = decode_batch(model, prompts, [[0]] * len(prompts), Sampling(12), codec)
+    found = decode(model, prompts, [[0]] * len(prompts), Sampling(12), codec, max_tokens)
     ends = []
     for prompt, (answer,) in zip(prompts, found, strict=True):
         expected = greedy_by_transformers(model, prompt, 12, stop, 2)
@@ -69,21 +65,54 @@ def test_greedy_equals_transformers(family: str) -> None:
     assert greedy_in_step(model, prompts, 12, codec, lambda flag: flag) == [answers[0] for answers in found]
 
 
-def test_greedy_with_a_sliding_window() -> None:
-    """A cache that forgets gives what transformers gives."""
-    model = network("mistral", torch.float32, sliding_window=4)
+@pytest.mark.parametrize("max_tokens", [60, 8192])
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),  # one layer of two
+    ],
+)
+def test_greedy_with_a_sliding_window(family: str, changed: dict[str, Any], max_tokens: int) -> None:
+    """Layers that forget give what transformers gives."""
+    model = network(family, torch.float32, **changed)
     codec: Any = FakeCodec(2)
     prompts = prompts_of(4)
-    found = decode_batch(model, prompts, [[0, 1]] * 4, Sampling(10), codec)
+    found = decode(model, prompts, [[0, 1]] * 4, Sampling(10), codec, max_tokens)
     for prompt, answers in zip(prompts, found, strict=True):
         expected = greedy_by_transformers(model, prompt, 10, 2)
         assert all([*a.ids, *([2] if a.finished else [])] == expected for a in answers)
 
 
+def test_prompts_are_computed_once_and_rows_refilled() -> None:
+    """Six prompts of three samples under a budget of two: one pass a prompt, and no step with more rows than fit."""
+    model = network("llama", torch.float32)
+    source = random.Random(7)
+    prompts = [list(random_ids(source, 10)) for _ in range(6)]
+    shapes: list[tuple[int, int]] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _module, arguments, _output: shapes.append(tuple(arguments[0].shape))
+    )
+    seeds = [[derive_seed("refill", n, k) for k in range(3)] for n in range(6)]
+    codec: Any = FakeCodec(*range(2, 6))  # ends early now and then
+    found = decode(model, prompts, seeds, Sampling(12, 1.5), codec, max_tokens=6 * 22)
+    handle.remove()
+    lengths = [len(a.ids) + a.finished for answers in found for a in answers]
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    steps = [rows for rows, width in shapes if width == 1]
+    assert sum(rows * width for rows, width in prefills) == 60 and len(prefills) > 2
+    assert max(steps) <= 6 and sum(steps) == sum(lengths) - 18  # each first token comes from the prompt's pass
+    assert len({n for n in lengths}) > 3 and any(a.finished for answers in found for a in answers)
+    between = [i for i, shape in enumerate(shapes) if shape[1] > 1][1]
+    assert shapes[between - 1][1] == 1 and shapes[between + 1][0] > shapes[between][0] * 3  # others lived on
+
+
 def slow_pick(logits: Sequence[float], uniform: float, sampling: Sampling) -> int:
-    """Sort, cut to top-k, then to the fewest tokens that reach top-p, and walk along the rest."""
+    """Cut to top-k, sorted, then to the fewest tokens that reach top-p, and walk along the rest."""
     scaled = [x / sampling.temperature for x in logits]
-    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    order = list(range(len(scaled)))
+    if sampling.top_k or sampling.top_p < 1:
+        order.sort(key=lambda i: (-scaled[i], i))
     order = order[: sampling.top_k] if sampling.top_k else order
     top = max(scaled)
     weights = [math.exp(scaled[i] - top) for i in order]
@@ -138,7 +167,7 @@ def test_a_sampled_continuation_follows_the_model() -> None:
     codec: Any = FakeCodec(5)
     prompt = [3, 4, 3]
     seeds = [derive_seed("draw", n) for n in range(4000)]
-    (answers,) = decode_batch(model, [prompt], [seeds], Sampling(2, 1.0), codec)
+    (answers,) = decode(model, [prompt], [seeds], Sampling(2, 1.0), codec, 8192)
     seen = [(*a.ids, *([5] if a.finished else [])) for a in answers]
     with torch.no_grad():
         first = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
@@ -216,35 +245,10 @@ def test_finish_reason_and_token_count(folder: str) -> None:
     assert all((a["num_tokens"] == 60) if a["finish"] == "length" else (a["num_tokens"] <= 60) for a in answers)
     assert not any("<|end|>" in a["text"] for a in answers)
     codec: Any = worker.codec
-    (drawn,) = decode_batch(worker.model, [rows[0]["prompt_ids"]], [list(range(40))], worker.sampling, codec)
+    (drawn,) = decode(worker.model, [rows[0]["prompt_ids"]], [list(range(40))], worker.sampling, codec, 8192)
     (counted,) = worker([{"prompt_ids": rows[0]["prompt_ids"], "seeds": list(range(40))}])
     ends = [len(a.ids) + (1 if a.finished else 0) for a in drawn]
     assert [a["num_tokens"] for a in counted["answers"]] == ends and any(a.finished for a in drawn)
-
-
-def slow_score(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> float:
-    """Return log P(continuation given prompt), one row, every position."""
-    with torch.no_grad():
-        logp = model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0].double().log_softmax(-1)
-    return sum(float(logp[len(prompt) - 1 + k, t]) for k, t in enumerate(continuation))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_one_row_at_a_time(family: str) -> None:
-    """Sums over continuations of one and several tokens, with common beginnings, in a padded batch."""
-    model = network(family, torch.float32)
-    source = random.Random(4)
-    rows = []
-    for prompt in prompts_of(5, seed=5):
-        start = random_ids(source, 2)
-        continuations = [[9], [8], list(start), [*start[:1], 11], [*start, *random_ids(source, 3)]]
-        rows.append({"prompt_ids": prompt, "continuations": continuations})
-    codec: Any = FakeCodec(2)
-    found = score_batch(model, rows, codec)
-    expected = [[slow_score(model, r["prompt_ids"], c) for c in r["continuations"]] for r in rows]
-    for a, b in zip(found, expected, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-    assert max(max(s) - min(s) for s in expected) > 1
 
 
 def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
@@ -255,13 +259,3 @@ def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
     assert [set(row) for row in whole] == [{"id", "logps"}] * 8 and [row["id"] for row in whole] == list(range(8))
     assert whole == [worker([row])[0] for row in rows]
     assert all(sum(math.exp(x) for x in row["logps"]) < 1 for row in whole)
-
-
-def test_scores_of_all_single_tokens_sum_to_one() -> None:
-    """A distribution over the whole vocabulary has mass one."""
-    model = network("gpt2", torch.float32)
-    codec: Any = FakeCodec(2)
-    ((*scores,),) = score_batch(
-        model, [{"prompt_ids": [4, 5], "continuations": [[t] for t in range(VOCABULARY)]}], codec
-    )
-    assert sum(math.exp(s) for s in scores) == pytest.approx(1.0, abs=1e-5)

@@ -1,0 +1,264 @@
+"""Sampling with continuous refill: a prompt is computed once for its samples, finished rows make room for waiting ones.
+
+Used by generation, and by training for its dev measurement. Token ids in, token ids out; knows no files and no text.
+Shape suffixes: B prompts, T tokens, V vocabulary, R live rows, N samples of a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from coalign.slots import SlotCache
+
+# Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
+REFILL_SHARE = 8
+
+
+class TokenIds(Protocol):
+    """What decoding reads of a codec."""
+
+    pad_id: int
+    stop_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw a token: greedy at temperature 0, else top-k, then top-p of the tempered distribution."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Generated ids without the stop token; `finished` is False when the limit cut them off."""
+
+    ids: list[int]
+    finished: bool
+
+
+def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
+    """Return a token id for each row by inverting the cumulative distribution at `uniform_B` in [0, 1).
+
+    Logits are float32. A row's token depends on its own logits and number alone. The distribution is summed up in the
+    order of the vocabulary; with top-k or top-p, which need it, from the most likely token down.
+    """
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    scores_BV, order_BV = logits_BV.float() / sampling.temperature, None
+    if sampling.top_k or sampling.top_p < 1.0:
+        scores_BV, order_BV = scores_BV.sort(dim=-1, descending=True, stable=True)
+    if order_BV is not None and sampling.top_k:
+        scores_BV, order_BV = scores_BV[:, : sampling.top_k], order_BV[:, : sampling.top_k]
+    mass_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
+    if sampling.top_p < 1.0:
+        # A token stays when the mass before it is below top_p, so at least one always stays.
+        before_BV = torch.nn.functional.pad(mass_BV, (1, 0))[:, :-1]
+        last_B = ((before_BV < sampling.top_p).sum(dim=-1) - 1).unsqueeze(1)
+    else:
+        last_B = torch.full((len(mass_BV), 1), mass_BV.shape[1] - 1, device=mass_BV.device)
+    threshold_B = uniform_B.double().unsqueeze(1) * mass_BV.gather(1, last_B)
+    index_B = torch.searchsorted(mass_BV, threshold_B, right=True).minimum(last_B)
+    return (index_B if order_BV is None else order_BV.gather(1, index_B)).squeeze(1)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and position_ids (B, T), rows aligned at the right."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """Return one counter-based stream of numbers in [0, 1) a seed: (N, count)."""
+    streams = [np.random.Generator(np.random.Philox(key=seed)).random(count) for seed in seeds]
+    return torch.from_numpy(np.stack(streams))
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    codec: TokenIds,
+    max_tokens: int,
+) -> list[list[Answer]]:
+    """Return, for each prompt, one answer a seed; (prompt + limit) x rows of what is computed together <= max_tokens.
+
+    Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself.
+    """
+    with torch.inference_mode():
+        return _Decoder(model, prompts, seeds, sampling, codec).run(max_tokens)
+
+
+@dataclasses.dataclass
+class _Sample:
+    """One answer in the making; `number` counts the samples of the call, prompt by prompt."""
+
+    number: int
+    prompt: int
+    ids: list[int] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+
+class _Decoder:
+    """The rows of one call of `decode`: those that live, in the order of their slots, and the prompts that wait."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        codec: TokenIds,
+    ) -> None:
+        self.model, self.prompts, self.sampling, self.codec = model, prompts, sampling, codec
+        self.stops = frozenset(codec.stop_ids)
+        owners = [prompt for prompt, group in enumerate(seeds) for _ in group]
+        self.samples = [_Sample(number, prompt) for number, prompt in enumerate(owners)]
+        self.of_prompt: list[list[_Sample]] = [[] for _ in prompts]
+        for sample in self.samples:
+            self.of_prompt[sample.prompt].append(sample)
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        self.live: list[_Sample] = []
+        self.cache = SlotCache(model.device)
+        self.token_R = torch.zeros(0, dtype=torch.long, device=model.device)
+        self.uniform_NT: Tensor | None = None
+        if sampling.temperature:
+            flat = [seed for group in seeds for seed in group]
+            self.uniform_NT = _uniforms(flat, sampling.max_new_tokens).to(model.device)
+
+    def run(self, max_tokens: int) -> list[list[Answer]]:
+        """Work until nothing lives or waits."""
+        while self.live or self.waiting:
+            if entering := self._entering(max_tokens):
+                self._enter(entering, max_tokens)
+            else:
+                self._step()
+        return [[Answer(sample.ids, sample.finished) for sample in group] for group in self.of_prompt]
+
+    def _size(self, prompt: int) -> int:
+        return len(self.prompts[prompt]) + self.sampling.max_new_tokens
+
+    def _entering(self, max_tokens: int) -> list[int]:
+        """Return how the waiting prompts go on: those that enter now, none while too little is free for a pass."""
+        if not self.waiting:
+            return []
+        # Longest first: of all that live and wait, the longest is among those that live.
+        widest = max(map(self._size, [*(sample.prompt for sample in self.live), self.waiting[0]]))
+        rows, count = len(self.live), 0
+        for prompt in self.waiting:
+            if rows and (rows + len(self.of_prompt[prompt])) * widest > max_tokens:
+                break
+            rows, count = rows + len(self.of_prompt[prompt]), count + 1
+        few = (rows - len(self.live)) * REFILL_SHARE * widest < max_tokens
+        return [] if self.live and few and count < len(self.waiting) else self.waiting[:count]
+
+    def _enter(self, entering: list[int], max_tokens: int) -> None:
+        """Compute prompts once, give each of their samples a row and draw its first token."""
+        del self.waiting[: len(entering)]
+        prompts, device = [self.prompts[i] for i in entering], self.model.device
+        prefilled = DynamicCache()
+        batch = left_pad(prompts, self.codec.pad_id, device)
+        logits_BV = self.model(**batch, past_key_values=prefilled, use_cache=True, logits_to_keep=1).logits[:, -1]
+        new = [sample for i in entering for sample in self.of_prompt[i]]
+        source = [b for b, i in enumerate(entering) for _ in self.of_prompt[i]]
+        self.cache.admit(prefilled, [len(p) for p in prompts], source, self._room([*self.live, *new], max_tokens))
+        token_R = self._pick(logits_BV.float()[torch.tensor(source, device=device)], new)
+        self.token_R = torch.cat([self.token_R, token_R])
+        self.live += new
+        self._record(new, token_R)
+
+    def _room(self, samples: list[_Sample], max_tokens: int) -> tuple[int, int]:
+        """Return the slots and columns for these samples, and for as many more as may come."""
+        width = max(self._size(sample.prompt) for sample in samples)
+        if not self.waiting:
+            return len(samples), width
+        # With spare columns, what is in use is moved to the left only now and then.
+        to_come = sum(len(self.of_prompt[prompt]) for prompt in self.waiting)
+        return max(len(samples), min(max_tokens // width, len(samples) + to_come)), width + max(32, width // 4)
+
+    def _step(self) -> None:
+        """Draw the next token of every row that lives."""
+        self.cache.make_room()
+        logits_RV = self.model(
+            input_ids=self.token_R.unsqueeze(1),
+            attention_mask=self.cache.attention_mask(),
+            position_ids=self.cache.position_ids(),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self.cache.advance()
+        self.token_R = self._pick(logits_RV.float(), self.live)
+        self._record(self.live, self.token_R)
+
+    def _pick(self, logits_RV: Tensor, samples: list[_Sample]) -> Tensor:
+        device = logits_RV.device
+        uniform_R = torch.zeros(0, device=device)
+        if self.uniform_NT is not None:
+            place = torch.tensor([[sample.number, len(sample.ids)] for sample in samples], device=device)
+            uniform_R = self.uniform_NT[place[:, 0], place[:, 1]]
+        return pick_tokens(logits_RV, uniform_R, self.sampling)
+
+    def _record(self, samples: list[_Sample], token_R: Tensor) -> None:
+        """Append tokens to the samples; those that are done leave, and the last rows take their places."""
+        done = set()
+        for sample, token in zip(samples, token_R.tolist(), strict=True):
+            if token in self.stops:
+                sample.finished = True
+            else:
+                sample.ids.append(token)
+            if sample.finished or len(sample.ids) == self.sampling.max_new_tokens:
+                done.add(sample.number)
+        if not done:
+            return
+        alive = [sample.number not in done for sample in self.live]
+        order = [row for row, stays in enumerate(alive) if stays]
+        # A row that stays keeps its slot; what the last ones leave open is filled from the end.
+        num_rows = len(order)
+        last = [row for row in order if row >= num_rows]
+        order = [row if alive[row] else last.pop() for row in range(num_rows)]
+        self.cache.keep(order)
+        self.live = [self.live[row] for row in order]
+        self.token_R = self.token_R[torch.tensor(order, dtype=torch.long, device=self.token_R.device)]
+
+
+@torch.no_grad()  # not inference_mode: a sharded model gathers its weights here and keeps them
+def greedy_in_step(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    codec: TokenIds,
+    any_rank: Callable[[bool], bool],
+) -> list[Answer]:
+    """Return greedy answers without a cache, every rank making the same number of forward passes.
+
+    For the dev measurement inside training, where the model may be sharded over the ranks: `any_rank(flag)` tells
+    whether the flag holds on any of them.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    finished = [False] * len(rows)
+    for _ in range(max_new_tokens):
+        batch = left_pad(rows, codec.pad_id, next(model.parameters()).device)
+        token_B = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(dim=-1).tolist()
+        for index, token in enumerate(token_B):
+            finished[index] = finished[index] or token in codec.stop_ids
+            if not finished[index]:
+                rows[index].append(token)
+        if not any_rank(not all(finished)):
+            break
+    return [Answer(row[len(p) :], done) for row, p, done in zip(rows, prompts, finished, strict=True)]
