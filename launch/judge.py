@@ -56,9 +56,8 @@ def main(argv: list[str]) -> None:
     if table.gold:
         sampled = [examples[key] for key in dict.fromkeys((r.task, r.example) for r in responses)]
         known += calibration.audit_answers(tasks, sampled, decided.values(), table.audit_share, config.run.seed)
-    plan = (
-        f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge; {len(known)} known ones"
-    )
+    num_open, num_distinct = len(undecided), len(answers)
+    plan = f"{len(responses)} responses, {num_distinct} distinct, {num_open} for the judge; {len(known)} known ones"
     announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
 
     from coalign.encoding import Codec
