@@ -29,6 +29,10 @@ FOLLOW_WEIGHT = {"reverse": 2, "drop_first": 2, "drop_last": 2, "swap_ends": 3, 
 SHARES = {"follow": 0.34, "rewrite": 0.14, "judge": 0.3, "sentence": 0.22}
 # Of the judge's questions: about one item beside the gold one, the whole answer beside it, without gold, the type.
 QUESTIONS = {"item": 0.25, "correct": 0.1, "correct without gold": 0.4, "type": 0.25}
+# The last updates: comparing answers that are no words of a list, which the first part leaves half learned.
+LAST_SHARES = {"follow": 0.2, "rewrite": 0.1, "judge": 0.7}
+LAST_QUESTIONS = {"short": 0.5, "item": 0.15, "correct without gold": 0.15, "type": 0.2}
+SHORT = ("count_words", "letter_count", "has_animal", "has_food", "first_letter", "category_first")
 _REFERENCE = re.compile(r"<(\w+)>")
 _REPEATED = re.compile(r"\b(\w+) \1\b")
 
@@ -209,9 +213,11 @@ def _near_miss(words: list[str], gold: str, rng: random.Random) -> str:
 class Corpus:
     """Rows without end, drawn by one seed."""
 
-    def __init__(self, world: World, seed: int = 0) -> None:
+    def __init__(self, world: World, seed: int | str = 0, last: bool = False) -> None:
         self.world = world
         self.rng = random.Random(f"corpus {seed}")
+        self._shares = LAST_SHARES if last else SHARES
+        self._questions = LAST_QUESTIONS if last else QUESTIONS
         self._makers: dict[str, Callable[[], Row]] = {
             "follow": self.follow,
             "rewrite": self.rewrite,
@@ -221,7 +227,7 @@ class Corpus:
         self._followed = [task for task in ANSWERS for _ in range(FOLLOW_WEIGHT.get(task, 1))]
 
     def __iter__(self) -> Iterator[Row]:
-        kinds, shares = list(SHARES), list(SHARES.values())
+        kinds, shares = list(self._shares), list(self._shares.values())
         while True:
             yield self._makers[self.rng.choices(kinds, shares)[0]]()
 
@@ -246,8 +252,9 @@ class Corpus:
 
     def judge(self) -> Row:
         """Return one of the judge's questions about a right or wrong answer, and the verdict."""
-        asked = self.rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0]
-        task, words, gold = self._draw(list(LISTS) if self.rng.random() < 0.5 else None)
+        asked = self.rng.choices(list(self._questions), list(self._questions.values()))[0]
+        lists = asked != "short" and self.rng.random() < 0.5
+        task, words, gold = self._draw(list(SHORT) if asked == "short" else list(LISTS) if lists else None)
         wording = self.rng.choice(self.world.known[task][: self.rng.choice((1, 1, FOLLOWED))])
         listed = " ".join(words)
         if asked == "type":

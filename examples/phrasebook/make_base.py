@@ -38,6 +38,7 @@ SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
 # Of a right response's tokens at the end of a judge's question: who foresees the answer can tell a wrong one.
 RESPONSE_WEIGHT = 0.5
 PARTS = 3  # batches an update
+LAST_RATE = 0.25  # of the last updates, as a share of the highest learning rates
 PAD_TO = 8  # widths of batches are multiples of it: every new shape costs memory
 Encoded = tuple[list[int], list[float]]
 
@@ -227,8 +228,11 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
-def train(model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int, seed: int) -> None:
-    """Train in place. An update takes PARTS batches, so that it sees rows of several lengths and so of all kinds."""
+def train(model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int, seed: int, rate: float = 1.0) -> None:
+    """Train in place, at a share of the usual learning rates.
+
+    An update takes PARTS batches, so that it sees rows of several lengths and so of all kinds.
+    """
     parts = batches(corpus, encoder, tokens // PARTS, random.Random(f"batches {seed}"))
     sets = optimizers(model)
     started, seen, average = time.monotonic(), 0, 0.0
@@ -236,7 +240,7 @@ def train(model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int,
     for step in range(steps):
         for optimizer, highest in sets:
             for group in optimizer.param_groups:
-                group["lr"] = highest * learning_rate(step, steps)
+                group["lr"] = rate * highest * learning_rate(step, steps)
         update = [tensors(batch) for batch in itertools.islice(parts, PARTS)]
         total = sum(float(weights_BT[:, 1:].sum()) for _, weights_BT in update)
         loss = 0.0
@@ -260,11 +264,21 @@ def train(model: Any, encoder: Encoder, corpus: Corpus, steps: int, tokens: int,
             )  # fmt: skip
 
 
+def finish(model: Any, encoder: Encoder, world: World, steps: int, tokens: int, seed: int) -> None:
+    """Train a rounded model on the corpus of the last updates; it is in bfloat16 afterwards, as it is saved."""
+    with torch.no_grad():
+        for parameter in model.parameters():  # not model.to: the angles of the positions stay as they are
+            parameter.copy_(parameter.bfloat16())
+    train(model, encoder, Corpus(world, f"{seed} last", last=True), steps, tokens, seed + 1, LAST_RATE)
+    model.to(torch.bfloat16)
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the model")
     parser.add_argument("--steps", type=int, default=1200, help="updates")
+    parser.add_argument("--last-steps", type=int, default=100, help="updates after that, at a lower rate")
     parser.add_argument("--tokens", type=int, default=6144, help="tokens an update")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     return parser.parse_args(arguments)
@@ -294,9 +308,10 @@ def main() -> None:
     logger.info("%d updates of %d tokens", options.steps, options.tokens)
     encoder, corpus = Encoder(tokenizer), Corpus(world, options.seed)
     train(model, encoder, corpus, options.steps, options.tokens, options.seed)
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    finish(model, encoder, world, options.last_steps, options.tokens, options.seed)
+    model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    recipe = {"steps": options.steps, "tokens": options.tokens, "seed": options.seed}
+    recipe = {"steps": options.steps, "last_steps": options.last_steps, "tokens": options.tokens, "seed": options.seed}
     (options.out / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
     logger.info("saved to %s", options.out)
 
