@@ -411,6 +411,26 @@ def test_pictures_follow_the_theme_and_keep_their_text() -> None:
     assert charts.interval_dots([], "empty").startswith("<svg")
 
 
+def test_own_answers_are_those_that_equal_no_gold_answer(tmp_path: Path) -> None:
+    """Of 20 distinct answers 7 equal a gold answer, 3 needed no judge; the other ones with reward 2 are counted."""
+    counts = {"rules": {"correct": 6, "type": 3, "item_count": 1, "exact_match": 7, "empty": 3}}
+    counts["rewards"] = {"0": 6, "1": 3, "2": 11}
+    for gold, expected in ((True, {"judged": 10, "correct": 4}), (False, None)):
+        manifest = {"config": {"judge.gold": gold}, "counts": counts}
+        assert history.own_answers(history.Step("judge", tmp_path, manifest)) == expected
+
+
+def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
+    """In hash order, so not the first rows; of fewer tasks than examples one each."""
+    make_step(tmp_path, "paraphrase")
+    rows = [{"source": "model", "text": f"{task} {i}", "task": task} for task in "abcde" for i in range(9)]
+    write_rows(tmp_path / "paraphrase" / "wordings.jsonl", [{"source": "original", "text": "x", "task": "z"}, *rows])
+    step = history.Step("paraphrase", tmp_path / "paraphrase", {})
+    kept = history.kept_wordings(step)
+    assert len({row["task"] for row in kept}) == history.NUM_EXAMPLES == len(kept)
+    assert kept == history.kept_wordings(step) and [row["text"] for row in kept] != ["a 0", "b 0", "c 0"]
+
+
 def run_report(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT / "distributed"), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
     command = [sys.executable, str(ROOT / "launch" / "report.py"), *words]
