@@ -431,6 +431,37 @@ def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
     assert kept == history.kept_wordings(step) and [row["text"] for row in kept] != ["a 0", "b 0", "c 0"]
 
 
+def test_pictures_of_many_tasks_and_wordings_show_some() -> None:
+    """The longest moves, quantiles of the wordings; the counts are of all."""
+    rows = []
+    for number in range(400):
+        before, after = {"accuracy": 0.0, "cr": 0.0}, {"accuracy": 0.0, "cr": number / 800}
+        rows.append({"task": f"t{number}", "models": {"a": before, "b": after}})
+    wordings = [{"task": "t", "models": {name: {"accuracy": i / 99} for name in "ab"}} for i in range(100)]
+    metrics = {"models": {"a": {}, "b": {}}, "per_task": rows, "per_wording": wordings}
+    (figure,) = figures.task_figures(metrics)
+    assert "Of 400 tasks 399 became more consistent" in figure.caption
+    assert "300 of 400 tasks are drawn, those that moved furthest" in figure.caption
+    assert re.search(r">t39\d<", figure.svg) and len(figure.svg) < 200_000
+    shown = figures.wording_figures(metrics)[0]
+    assert "Of more than 40 wordings that many quantiles are drawn" in shown.caption
+    assert shown.svg.count("fill-opacity") == charts.MAX_DOTS
+    dots = charts.quantiles([i / 99 for i in range(100)][::-1])
+    assert (len(dots), dots[0], dots[-1]) == (charts.MAX_DOTS, 0.0, 1.0) and dots == sorted(dots)
+    assert charts.quantiles([0.5, 0.1]) == [0.1, 0.5]
+
+
+def test_labels_that_are_cut_alike_are_told_apart() -> None:
+    """Cut in the middle where the ends differ, numbered where they don't; others, and equal ones, stay as they are."""
+    long = "a very long name of a model "
+    labels = charts.told_apart([f"{long}{end}" for end in ("one", "two", "two")] + ["short"], 20)
+    assert list(labels.values()) == ["a very lon…model one", "a very lon…model two", "short"]
+    middle = charts.told_apart([f"{long}{part}{long}" for part in "xy"] + [f"b{long}"], 20)
+    assert list(middle.values()) == ["a very long nam… 1", "a very long nam… 2", "ba very long name o…"]
+    svg = charts.interval_dots([charts.Dot(f"{long}{end}", 0.5) for end in ("one", "two")], "alt")
+    assert "model one" in svg and "model two" in svg
+
+
 def run_report(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT / "distributed"), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
     command = [sys.executable, str(ROOT / "launch" / "report.py"), *words]
