@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     decide = agreement.decider(functools.partial(ask_judge, config, step, judge, dropped))
     result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
     dropped += incomplete
-    result |= evaluation.describe_steps(evaluation.steps_so_far(config.run, argv), step) | {
+    counts = evaluation.count_models(result, outputs, pairs) | {"cores": cores_used(config.generation, config.run)}
+    result |= evaluation.describe_steps(evaluation.steps_so_far(config.run, argv), step, counts) | {
         "run": config.run.name,
         "sources": table.models,
         "labels": model_labels(run, table.models),
@@ -67,9 +68,8 @@ def main(argv: list[str]) -> None:
     step.write_output("dropped.jsonl", dropped)
     step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
     print("\n".join(write_results(step.path, result)), flush=True)
+    step.commit(counts | {"dropped": result["dropped"]})
     add_results(run, table, result)
-    counts = {"pairs": len(pairs), "dropped": result["dropped"], "cores": cores_used(config.generation, config.run)}
-    step.commit(counts | evaluation.count_models(result, outputs))
 
 
 def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:

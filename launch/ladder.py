@@ -105,7 +105,7 @@ def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list
     write_json(folder / "metrics.json", result)
     for number in ladder.seeds:
         metrics = json.loads((ladder.eval_folder(number) / "metrics.json").read_text(encoding="utf-8"))
-        for name in ladder.arms:
+        for name in filter(lambda name: arms.ARMS[name].result, ladder.arms):  # the base model's card is not ours
             fill_card(Path(ladder.model(name, number)) / "model" / CARD, metrics, name)
     lines = exhibits.table_lines(result)
     write_atomic(folder / "table.md", "\n".join(lines) + "\n")

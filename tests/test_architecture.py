@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("encoding", "attention", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
     ("comparison",),
     ("page",),
-    ("figures",),
+    ("figures", "inputs"),
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coalign.artifacts import RunFolder, read_manifest
+from coalign.commandline import toml_value
 from coalign.config import STEP_TABLES, EvalTable, JudgeTable, RankTable, RunTable, SftTable
 from coalign.errors import UserError
 
@@ -305,13 +306,6 @@ def make_ladder(values: Settings, options: Options) -> Ladder:
         batch_items=values["align.batch_groups"],
         learning_rate=values["align.learning_rate"],
     )
-
-
-def toml_value(value: Any) -> str:
-    """Return a value as TOML on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def is_current(folder: Path, settings: Settings, run: RunFolder, files: dict[str, str], models: dict[str, str]) -> bool:

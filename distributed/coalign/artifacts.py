@@ -83,6 +83,12 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_outputs(folder: Path) -> dict[str, str]:
+    """Return the digests of the rows that a step has written, by file; a log of metrics is no output."""
+    paths = sorted(folder.glob("*.jsonl"))
+    return {path.name: digest_file(path) for path in paths if not path.name.startswith((".", "metrics"))}
+
+
 def digest_value(value: Any) -> str:
     """Return the SHA-256 of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
@@ -286,11 +292,7 @@ class StepFolder:
 
     def commit(self, counts: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest, which makes the step complete; shards are removed, their rows are in the outputs."""
-        outputs = {
-            path.name: digest_file(path)
-            for path in sorted(self.path.glob("*.jsonl"))
-            if not path.name.startswith((".", "metrics"))
-        }
+        outputs = digest_outputs(self.path)
         if (self.path / "model").is_dir():
             outputs["model"] = digest_folder(self.path / "model")
         manifest = {

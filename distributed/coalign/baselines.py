@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coalign.intervals import estimate
+from coalign.intervals import SHARE, estimate
 from coalign.scoring import Grid
 from coalign.text import normalise_answer
 
@@ -31,4 +31,4 @@ def against_constant_answers(grids: Sequence[Grid], accuracy: Mapping[str, Seque
     """
     constant_T = np.array([constant_accuracy(grid) for grid in grids])
     differences = {name: estimate(np.array(values_T) - constant_T) for name, values_T in accuracy.items()}
-    return {"accuracy": estimate(constant_T), "differences": differences}
+    return {"accuracy": estimate(constant_T, limits=SHARE), "differences": differences}

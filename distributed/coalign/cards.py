@@ -18,6 +18,7 @@ import jinja2
 
 from coalign.arms import ARMS
 from coalign.artifacts import CARD, RunFolder, StepFolder, installed_versions, read_manifest, write_atomic
+from coalign.commandline import toml_value
 from coalign.config import EvalTable, differing_values
 from coalign.process import world_size
 
@@ -31,6 +32,7 @@ STEPS_TO = {  # whose settings make a model what it is
 METRICS = {"accuracy": "accuracy", "cr": "CR", "corrected_cr": "corrected CR", "mcr": "MCR"}
 SETS = {"": "all tasks", "seen": "tasks seen in training", "unseen": "unseen tasks"}
 FORMATS = {"sni": "Super-NaturalInstructions", "jsonl": "JSONL", "messages": "chat messages", "hf": "Hugging Face"}
+UNSEEN = " under wordings that no training step has seen"
 _ABSOLUTE = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:=\[\]{}]*/)?([^\s"',;:=\[\]{}/]*)""")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -70,7 +72,7 @@ def describe(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_tu
         begin=BEGIN,
         end=END,
         is_random=is_random,
-        settings={key: placeless(json.dumps(value, ensure_ascii=False)) for key, value in settings.items()},
+        settings={key: placeless(toml_value(value)) for key, value in settings.items()},
         command=placeless(shlex.join(["bash", "launch/local.sh", *run.arguments])),
         versions=versions,
         versions_words=", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -126,6 +128,8 @@ def add_results(run: RunFolder, table: EvalTable, metrics: dict[str, Any]) -> No
 
 def fill_card(card: Path, metrics: dict[str, Any], name: str) -> None:
     """Write the results of an evaluation into `name`'s card, if it is there; a failure is only warned of."""
+    from yaml import YAMLError
+
     if not card.is_file():
         return
     try:
@@ -133,8 +137,8 @@ def fill_card(card: Path, metrics: dict[str, Any], name: str) -> None:
         filled = with_results(text, metrics, name)
         if filled != text:  # a card that says it already keeps its time
             write_atomic(card, filled)
-    except OSError as error:
-        logger.warning("%s could not be written: %s", card, error)
+    except (OSError, ValueError, YAMLError) as error:  # somebody may have edited it
+        logger.warning("the results could not be written into %s: %s", card, " ".join(str(error).split()))
 
 
 def with_results(text: str, metrics: dict[str, Any], name: str) -> str:
@@ -147,10 +151,11 @@ def with_results(text: str, metrics: dict[str, Any], name: str) -> str:
     card = ModelCard(text)
     assert isinstance(card.data, ModelCardData)
     dataset = card.data.get("datasets") or [metrics["run"]]
+    wordings = _given_wordings(metrics)
     options = {
         "task_type": "text-generation",
         "dataset_type": dataset[0],
-        "dataset_name": f"held-out inputs and wordings of {', '.join(dataset)}",
+        "dataset_name": f"held-out inputs{'' if wordings else ' and wordings'} of {', '.join(dataset)}{wordings}",
         "dataset_split": metrics["split"],
     }
     estimates = {metric: metrics["models"][name][metric] for metric in METRICS}
@@ -195,8 +200,8 @@ def results_lines(metrics: dict[str, Any], name: str) -> list[str]:
         *lines,
         "",
         f"Greedy answers to {metrics['num_inputs']} {metrics['split']} inputs of {metrics['num_tasks']} tasks"
-        f" ({metrics['num_tasks_in_cr']} of them in CR) under wordings that no training step has seen. Means over the"
-        " inputs of a task, then over tasks; "
+        f" ({metrics['num_tasks_in_cr']} of them in CR){_given_wordings(metrics) or UNSEEN}. Means over the inputs of a"
+        " task, then over tasks; "
         + (f"in brackets 95 % intervals by {kind}." if kind else "too few tasks for intervals.")
         + " A difference whose interval contains 0 shows nothing.",
         "",
@@ -204,6 +209,12 @@ def results_lines(metrics: dict[str, Any], name: str) -> list[str]:
         " takes off what independent answers with the task's own frequencies would reach, MCR is the share of wordings"
         " in the largest agreeing group, accuracy is exact match after normalising.",
     ]
+
+
+def _given_wordings(metrics: dict[str, Any]) -> str:
+    """Return words for a file of wordings that was evaluated under in the place of the held-out ones; "" without."""
+    file = metrics.get("settings", {}).get("eval.wordings_file", "")
+    return f" under the wordings of {Path(file).name}" if file else ""
 
 
 def _row(label: str, estimates: dict[str, Any], signed: bool = False) -> str:

@@ -14,7 +14,8 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
 # Stand-ins that matplotlib writes out as they are, and the CSS variable each becomes.
@@ -28,6 +29,7 @@ OWN = "\ue000"  # before every id of a picture; whoever puts several on a page r
 WIDTH = 440  # pixels; a phone shows it at four fifths
 FONT = 12.0
 MAX_ROWS = 24  # of a chart with a row a task
+MAX_DOTS = 40  # of a row
 _LETTER = 7.3  # pixels of a letter of the size FONT, about
 _ROW = 22
 _STYLE: Any = {
@@ -71,6 +73,10 @@ class Arrow:
     start: tuple[float, float]
     end: tuple[float, float]
 
+    def length(self) -> float:
+        """Return how far it moved, in both directions together."""
+        return abs(self.end[0] - self.start[0]) + abs(self.end[1] - self.start[1])
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Curve:
@@ -87,6 +93,24 @@ def plain(text: str, limit: int = 26) -> str:
     """Return a label of one line without control characters, cut with an ellipsis."""
     line = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def told_apart(texts: Iterable[str], limit: int = 26) -> dict[str, str]:
+    """Return {text: its label in a picture}: where several would be cut to the same they are cut in the middle.
+
+    Those that only differ there are numbered.
+    """
+    texts = list(dict.fromkeys(texts))
+    labels = {text: plain(text, limit) for text in texts}
+    for cut in (_cut_in_the_middle, lambda text, limit: f"{plain(text, limit - 4)} {texts.index(text) + 1}"):
+        times = Counter(labels.values())
+        labels |= {text: cut(text, limit) for text, label in labels.items() if times[label] > 1}
+    return labels
+
+
+def _cut_in_the_middle(text: str, limit: int) -> str:
+    line = plain(text, len(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]}…{line[-((limit - 1) // 2) :]}"
 
 
 def colour_of(index: int, count: int) -> str:
@@ -112,7 +136,8 @@ def _styled(draw: Callable[_P, str]) -> Callable[_P, str]:
 @_styled
 def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), signed: bool = False) -> str:
     """Draw a dot and its interval a row, the value beside it, and small marks for the floors."""
-    left = 14 + _LETTER * max((len(plain(row.label)) for row in rows), default=0)
+    labels = told_apart(row.label for row in rows)
+    left = _left_of(labels)
     figure, axes = _figure(
         _ROW * len(rows) + 42 + 16 * bool(floors), left, right=92, bottom=30 + 16 * bool(floors), top=10
     )
@@ -133,7 +158,7 @@ def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), 
                       va="center", color=INK, weight="bold")  # fmt: skip
     if signed:
         axes.axvline(0.0, color=SOFT, linewidth=1)
-    _rows_of(axes, [plain(row.label) for row in rows])
+    _rows_of(axes, [labels[row.label] for row in rows])
     if floors:
         named = "   ".join(f"{mark} {name}" for mark, name in zip("◇□", floors, strict=False))
         figure.text(0.0, 8 / figure.get_figheight() / 72, named, color=SOFT, size=FONT - 1)
@@ -152,7 +177,7 @@ def arrows(moves: Sequence[Arrow], labels: tuple[str, str], alt: str, num_labels
     axes.set_aspect("auto")
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
-    ranked = sorted(moves, key=lambda move: -abs(move.end[0] - move.start[0]) - abs(move.end[1] - move.start[1]))
+    ranked = sorted(moves, key=Arrow.length, reverse=True)
     for move in ranked:
         up = move.end[1] >= move.start[1]
         colour = SERIES[0] if up else SERIES[1]
@@ -172,9 +197,10 @@ def arrows(moves: Sequence[Arrow], labels: tuple[str, str], alt: str, num_labels
 def _name_some(figure: Any, axes: Any, moves: Sequence[Arrow]) -> None:
     """Write names beside arrow heads, those only that cover no other name and stay inside."""
     taken: list[tuple[float, float, float, float]] = []
+    labels = told_apart((move.label for move in moves), 22)
     width, height = figure.get_size_inches() * 72
     for move in moves:
-        name = plain(move.label, 22)
+        name = labels[move.label]
         x, y = axes.transData.transform(move.end) * 72 / figure.dpi
         wide = _LETTER * 0.93 * len(name)
         for dx, dy, anchor in ((8, 4, "left"), (-8, 4, "right"), (8, -12, "left"), (-8, -12, "right")):
@@ -193,7 +219,8 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 @_styled
 def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tuple[str, str]], alt: str) -> str:
     """Draw the shares that the parts (name, colour) of each row have in its sum, with the percentage where it fits."""
-    left = 14 + _LETTER * max((len(plain(label)) for label, _ in rows), default=0)
+    labels = told_apart(label for label, _ in rows)
+    left = _left_of(labels)
     legend = _legend_lines([name for name, _ in parts])
     bottom = 14 + 18 * len(legend)
     figure, axes = _figure(_ROW * len(rows) + 10 + bottom, left, right=14, bottom=bottom, top=10)
@@ -208,7 +235,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tu
                           size=FONT - 1)  # fmt: skip
             start += share
     axes.set_xlim(0, 1)
-    _rows_of(axes, [plain(label) for label, _ in rows])
+    _rows_of(axes, [labels[label] for label, _ in rows])
     axes.set_xticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     _draw_legend(figure, legend, dict(parts))
@@ -236,28 +263,41 @@ def _draw_legend(figure: Any, lines: Sequence[Sequence[str]], colours: dict[str,
 
 @_styled
 def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = SERIES[0]) -> str:
-    """Draw each row's values as dots on a line from the lowest to the highest, the mean as a bar across it."""
-    left = 14 + _LETTER * max((len(plain(label)) for label, _ in rows), default=0)
+    """Draw each row's values as dots on a line from the lowest to the highest, the mean as a bar across it.
+
+    Of more than MAX_DOTS values as many quantiles are drawn.
+    """
+    labels = told_apart(label for label, _ in rows)
+    left = _left_of(labels)
     figure, axes = _figure(_ROW * len(rows) + 44, left, right=18, bottom=34, top=10)
     axes.set_xlim(-0.03, 1.03)
     for place, (_, values) in enumerate(rows):
         axes.plot([min(values), max(values)], [place, place], color=LINE, linewidth=4, solid_capstyle="round")
-        axes.plot(values, [place] * len(values), "o", color=colour, markersize=6, alpha=0.75, markeredgecolor=PAPER)
+        dots = quantiles(values)
+        axes.plot(dots, [place] * len(dots), "o", color=colour, markersize=6, alpha=0.75, markeredgecolor=PAPER)
         mean = sum(values) / len(values)
         axes.plot([mean, mean], [place - 0.32, place + 0.32], color=INK, linewidth=1.6)
-    _rows_of(axes, [plain(label) for label, _ in rows])
+    _rows_of(axes, [labels[label] for label, _ in rows])
     return _svg(figure, alt)
+
+
+def quantiles(values: Sequence[float], limit: int = MAX_DOTS) -> list[float]:
+    """Return the values in order, of too many `limit` at equal distances, the lowest and the highest among them."""
+    ordered = sorted(values)
+    if len(ordered) <= limit:
+        return ordered
+    return [ordered[round(place * (len(ordered) - 1) / (limit - 1))] for place in range(limit)]
 
 
 @_styled
 def columns(values: Sequence[tuple[str, float]], label: str, alt: str) -> str:
     """Draw a column for each named value, the value on top."""
     figure, axes = _figure(230, left=16, right=16, bottom=46, top=22)
-    places = range(len(values))
+    places, labels = range(len(values)), told_apart((name for name, _ in values), 10)
     axes.bar(places, [value for _, value in values], color=SERIES[0], width=0.7)
     for place, (_, value) in zip(places, values, strict=True):
         axes.annotate(f"{value:,.0f}", (place, value), (0, 3), textcoords="offset points", ha="center", size=FONT - 1)
-    axes.set_xticks(list(places), [plain(name, 10) for name, _ in values])
+    axes.set_xticks(list(places), [labels[name] for name, _ in values])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(label)
@@ -300,6 +340,10 @@ def _figure(height: float, left: float, right: float, bottom: float, top: float)
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
     box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
     return figure, figure.add_axes(box)
+
+
+def _left_of(labels: dict[str, str]) -> float:
+    return 14 + _LETTER * max(map(len, labels.values()), default=0)
 
 
 def _rows_of(axes: Any, labels: Sequence[str]) -> None:

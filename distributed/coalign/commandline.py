@@ -132,6 +132,15 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return key, value
 
 
+def toml_value(value: Any) -> str:
+    """Return a value as TOML on one line, as a file or a key=value word takes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(one) for one in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _is_text(key: str) -> bool:
     """Return whether a key takes a text and nothing else."""
     table: Any = Config

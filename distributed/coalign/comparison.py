@@ -87,12 +87,14 @@ def render_comparison(runs: Sequence[Run]) -> str:
 
 def _figure(runs: Sequence[Run], key: str, title: str) -> Figure:
     dots = []
+    short = charts.told_apart((run.name for run in runs), 14)
     for index, run in enumerate(runs):
         for name, model in run.metrics["models"].items():
             one = model[key]
             colour = charts.SERIES[index % len(charts.SERIES)]
-            short = run.name if len(run.name) <= 14 else f"…{run.name[-13:]}"
-            dots.append(Dot(f"{short} · {label(run.metrics, name)}", one["mean"], one["low"], one["high"], colour))
+            dots.append(
+                Dot(f"{short[run.name]} · {label(run.metrics, name)}", one["mean"], one["low"], one["high"], colour)
+            )
     caption = "Bar: 95 % interval of the model by itself; for a difference read the paired ones below."
     return Figure(title, caption, charts.interval_dots(dots, f"{title}: {describe(dots)}"))
 

@@ -396,9 +396,10 @@ def read_agreement(rows: Iterable[dict[str, Any]], num_pairs: int) -> list[bool]
     return [index in agreeing for index in range(num_pairs)]
 
 
-def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput]) -> dict[str, Any]:
-    """Return the step's counts of each model's answers, and the tokens that all of them have generated."""
+def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return the step's counts of what was asked and answered, and the tokens that all models have generated."""
     return {
+        "pairs": len(pairs),
         "models": {name: model["counts"] for name, model in result["models"].items()},
         "tokens_generated": sum(output.num_tokens for output in outputs.values()),
     }
@@ -414,13 +415,14 @@ def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
     return steps
 
 
-def describe_steps(steps: dict[str, Path], step: StepFolder) -> dict[str, Any]:
-    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and eval's own time."""
+def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, Any]) -> dict[str, Any]:
+    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and of eval's own."""
     return {
         "cost": cost_rows(steps),
         "steps": {name: str(path) for name, path in steps.items()},
         "lineage": step.lineage,
         "eval_seconds": round(step.spent + time.time() - step.started, 1),
+        "eval_counts": {key: counts[key] for key in ("tokens_generated", "cores")},
     }
 
 

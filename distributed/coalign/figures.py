@@ -12,7 +12,7 @@ from typing import Any
 
 from coalign import charts, history
 from coalign.arms import ARMS, COMPARISONS
-from coalign.charts import GREY, MAX_ROWS, SERIES, Arrow, Curve, Dot
+from coalign.charts import GREY, MAX_DOTS, MAX_ROWS, SERIES, Arrow, Curve, Dot
 from coalign.report import MORE, label, number
 
 Metrics = Mapping[str, Any]
@@ -30,6 +30,7 @@ REWARD_PARTS = {
     "0": ("0: wrong type, cut off or empty", GREY),
 }
 MAX_PAIRS = 4
+MAX_ARROWS = 300  # of a picture
 MAIN_ARMS = ("sft_ia", "cat")
 _STAGES = ("base", "sft", "align")
 
@@ -56,6 +57,16 @@ def model_dots(metrics: Metrics, key: str, floors: bool = False) -> list[Dot]:
     return rows
 
 
+def _num_inputs(floor: Metrics) -> int:
+    return int(floor["num_inputs"])
+
+
+def floor_size(floor: Metrics) -> str:
+    """Return how much a noise floor rests on."""
+    inputs, repeats = floor["num_inputs"], floor["num_repeats"]
+    return f"{inputs} input{'s' if inputs != 1 else ''} × {repeats} answers"
+
+
 def describe(rows: Sequence[Dot]) -> str:
     """Return the rows in words, as a picture's alternative text."""
     said = []
@@ -75,7 +86,8 @@ def headline_figures(metrics: Metrics) -> list[Figure]:
         svg = charts.interval_dots(rows, f"Consistency: {describe(rows)}", floors=floors if any_floor else ())
         caption = "CR: share of pairs of wordings whose answers agree. Bar: 95 % interval."
         if any_floor:
-            caption += " The marks are noise floors: CR of one and the same wording asked several times."
+            largest = max((floor for m in metrics["models"].values() for floor in m["noise"].values()), key=_num_inputs)
+            caption += f" The marks are noise floors: CR of one and the same wording ({floor_size(largest)})."
         found.append(Figure("How consistent", caption, svg))
     rows = model_dots(metrics, "accuracy")
     svg = charts.interval_dots(rows, f"Accuracy: {describe(rows)}")
@@ -153,8 +165,11 @@ def task_figures(metrics: Metrics) -> list[Figure]:
         )
         start_label, end_label = (label(dict(metrics), name) for name in (before, after))
         alt = f"CR against accuracy by task, {start_label} to {end_label}. {said}"
-        svg = charts.arrows(moves, ("accuracy", "CR"), alt)
+        drawn = sorted(moves, key=Arrow.length, reverse=True)[:MAX_ARROWS]
+        svg = charts.arrows(drawn, ("accuracy", "CR"), alt)
         caption = f"{said} Solid blue: CR rose; dashed orange: it fell."
+        if len(drawn) < len(moves):
+            caption += f" {len(drawn)} of {len(moves)} tasks are drawn, those that moved furthest."
         found.append(Figure(f"{start_label} → {end_label}", caption, svg))
     return found
 
@@ -173,6 +188,8 @@ def wording_figures(metrics: Metrics) -> list[Figure]:
     ranked = sorted(spreads, key=lambda task: (-spreads[task], task))[:MAX_ROWS]
     shown = f"{len(ranked)} of {len(spreads)} tasks" if len(ranked) < len(spreads) else "Every task"
     caption = f"{shown}, the widest spread first: a dot a wording, a bar at their mean."
+    if any(len(values[task]) > MAX_DOTS for task in ranked):
+        caption += f" Of more than {MAX_DOTS} wordings that many quantiles are drawn, lowest and highest included."
     found = []
     for name in names if ranked else ():
         said = "; ".join(

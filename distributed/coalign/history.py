@@ -14,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import TRAINING_STEPS, label_of, read_manifest
+from coalign.artifacts import TRAINING_STEPS, digest_outputs, label_of, read_manifest
+from coalign.commandline import toml_value
 from coalign.config import STEP_TABLES, default_values
 from coalign.records import read_rows
+from coalign.text import unit_hash
 
 NUM_EXAMPLES = 3  # of every reason for which something was dropped
 MAX_POINTS = 150  # of a curve; more updates are averaged in as many bins
+JUDGED = ("correct", "item_count", "type")  # rules by which the model itself has decided, see judging.py
 _PLACES = ("run.folder", "run.name", "run.inputs", "run.round", "eval.folder")
 
 Row = dict[str, Any]
@@ -78,6 +81,18 @@ def _manifest(folder: Path) -> Row | None:
         return None
 
 
+def own_step(folder: Path) -> Step | None:
+    """Return eval's own step; while it isn't complete, with what it has read and written so far."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        try:
+            inputs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["inputs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        manifest = {"inputs": inputs, "outputs": digest_outputs(folder), "counts": {}}
+    return Step("eval", folder, manifest)
+
+
 def _order(label: str) -> tuple[str, int]:
     part, _, name = label.rpartition("/")
     return part, list(STEP_TABLES).index(name) if name in STEP_TABLES else len(STEP_TABLES)
@@ -112,10 +127,26 @@ def dropped_by_reason(step: Step) -> list[Row]:
 
 
 def kept_wordings(step: Step) -> list[Row]:
-    """Return a few of the wordings that the model wrote and that were kept."""
+    """Return a few of the wordings that the model wrote and that were kept, in hash order and of other tasks each."""
     path = step.folder / "wordings.jsonl"
-    rows = (row for _, row in read_rows(path)) if path.is_file() else ()
-    return [row for row in rows if row.get("source") == "model"][:NUM_EXAMPLES]
+    rows = [row for _, row in read_rows(path)] if path.is_file() else []
+    written = [row for row in rows if row.get("source") == "model"]
+    first_of: dict[str, Row] = {}
+    for row in sorted(written, key=lambda row: unit_hash("kept", row["task"], row["text"])):
+        first_of.setdefault(row["task"], row)
+    return list(first_of.values())[:NUM_EXAMPLES]
+
+
+def own_answers(step: Step) -> Row | None:
+    """Return how many of the model's own answers that equal no gold answer were judged, and how many got reward 2.
+
+    None without gold answers: which ones equal them is then not known.
+    """
+    rules, rewards = step.counts.get("rules", {}), step.counts.get("rewards", {})
+    judged = sum(rules.get(rule, 0) for rule in JUDGED)
+    if not step.manifest["config"].get("judge.gold") or not judged:
+        return None
+    return {"judged": judged, "correct": rewards["2"] - rules.get("exact_match", 0)}
 
 
 def training_curves(step: Step) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -185,17 +216,6 @@ def config_file(settings: Sequence[Setting]) -> str:
     return "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items())
 
 
-def toml_value(value: Any) -> str:
-    """Return a value as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(one) for one in value) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def commands(steps: Sequence[Step], settings: Sequence[Setting], metrics: Mapping[str, Any]) -> list[str]:
     """Return the command of every step, to be given the settings as run.toml; steps of other runs are named."""
     borrowed = metrics["settings"].get("run.inputs", {})
@@ -220,8 +240,11 @@ def commands(steps: Sequence[Step], settings: Sequence[Setting], metrics: Mappin
     return lines
 
 
-def times(steps: Sequence[Step], metrics: Mapping[str, Any]) -> list[Row]:
-    """Return what each step has used, as eval wrote it down, with when it was finished where its folder is here."""
+def times(steps: Sequence[Step], metrics: Mapping[str, Any], own: Step | None = None) -> list[Row]:
+    """Return what each step has used, as eval wrote it down, with when it was finished where its folder is here.
+
+    Eval's own row is from metrics.json, of older ones from its manifest, `own`.
+    """
     finished = {step.label: step.manifest.get("finished") for step in steps}
     rows = []
     for row in metrics.get("cost", []):
@@ -229,8 +252,12 @@ def times(steps: Sequence[Step], metrics: Mapping[str, Any]) -> list[Row]:
         label = f"round{number}/{name}" if number not in ("", "1") else name
         rows.append({**row, "finished": finished.get(label)})
     if "eval_seconds" in metrics:
-        nothing = dict.fromkeys(("updates", "tokens_trained", "tokens_generated", "core_hours", "finished"))
-        rows.append({**nothing, "step": "eval", "wall_seconds": metrics["eval_seconds"]})
+        seconds = metrics["eval_seconds"]
+        counts = {**(own.counts if own else {}), **metrics.get("eval_counts", {})}
+        used: Row = {"updates": None, "tokens_trained": None, "tokens_generated": counts.get("tokens_generated")}
+        used["core_hours"] = seconds * counts["cores"] / 3600 if counts.get("cores") else None
+        finished_at = own.manifest.get("finished") if own else None
+        rows.append({"step": "eval", "wall_seconds": seconds, **used, "finished": finished_at})
     return rows
 
 

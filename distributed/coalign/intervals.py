@@ -20,6 +20,8 @@ FloatArray = NDArray[np.float64]
 LEVEL = 0.95
 MIN_TASKS_INTERVAL = 6  # below: the mean alone
 MIN_TASKS_BOOTSTRAP = 20  # below: a t interval on task means
+NO_LIMITS = (-math.inf, math.inf)
+SHARE = (0.0, 1.0)  # limits of a share; a difference of shares has none that matter
 _MAX_DRAWS = 4_000_000  # resampled inputs held at once
 
 
@@ -103,8 +105,13 @@ def t_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def estimate(points_T: FloatArray, resampled_B: FloatArray | None = None) -> dict[str, Any]:
-    """Return {mean, low, high, num_tasks, method} of one column, JSON-ready: 95 %, null where there is no interval."""
+def estimate(
+    points_T: FloatArray, resampled_B: FloatArray | None = None, limits: tuple[float, float] = NO_LIMITS
+) -> dict[str, Any]:
+    """Return {mean, low, high, num_tasks, method} of one column, JSON-ready: 95 %, null where there is no interval.
+
+    The interval is cut at `limits`, the least and the greatest value that the column can have.
+    """
     num_tasks = len(points_T)
     result: dict[str, Any] = {"mean": None, "low": None, "high": None, "num_tasks": num_tasks, "method": "none"}
     if not num_tasks:
@@ -116,6 +123,8 @@ def estimate(points_T: FloatArray, resampled_B: FloatArray | None = None) -> dic
         return result
     if num_tasks < MIN_TASKS_BOOTSTRAP or resampled_B is None:
         half = t_quantile(1.0 - tail, num_tasks - 1) * float(points_T.std(ddof=1)) / math.sqrt(num_tasks)
-        return result | {"low": mean - half, "high": mean + half, "method": "t"}
-    low, high = np.quantile(resampled_B, [tail, 1.0 - tail])
-    return result | {"low": float(low), "high": float(high), "method": "bootstrap"}
+        low, high, method = mean - half, mean + half, "t"
+    else:
+        low, high = map(float, np.quantile(resampled_B, [tail, 1.0 - tail]))
+        method = "bootstrap"
+    return result | {"low": max(low, limits[0]), "high": min(high, limits[1]), "method": method}

@@ -7,13 +7,10 @@ on disk; a part that has no data is left out. Knows no model and computes nothin
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import itertools
 import json
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from markupsafe import Markup
 from coalign import charts, figures, history
 from coalign.artifacts import TRAINING_STEPS, write_atomic, write_json
 from coalign.history import Step
+from coalign.inputs import MAX_WORDING, OUTCOME_NAMES, case_values, chosen_words, scaled_cases
 from coalign.report import (
     HEADLINE,
     METRICS,
@@ -44,19 +42,9 @@ MAX_BYTES = 2_000_000
 SCALES = (1.0, 0.6, 0.35, 0.2, 0.1, 0.05, 0.02)  # of the rows below, taken until the page is small enough
 MAX_TASKS, MAX_WORDINGS = 400, 1200
 NUM_HARDEST = 12
-MAX_WORDING = 240  # characters
-OUTCOME_LETTERS = {"always_right": "r", "always_wrong_alike": "w", "inconsistent": "i", "mixed": "m", None: "n"}
-OUTCOME_NAMES = {
-    "r": "always right",
-    "w": "always wrong alike",
-    "i": "inconsistent",
-    "m": "agree, some right",
-    "n": "too few wordings",
-}
 
 Metrics = Mapping[str, Any]
 _TEMPLATES = Path(__file__).parent / "templates"
-_WORD = re.compile(r"\s*\S+\s*")  # blanks go with words: alone they would all match each other
 
 
 def write_results(folder: Path, metrics: dict[str, Any]) -> list[str]:
@@ -69,51 +57,38 @@ def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
     """Write the page into an eval folder and return its path."""
     steps, missing = history.find_steps(folder, metrics)
     path = folder / REPORT
-    write_atomic(path, render_page(metrics, steps, missing))
+    write_atomic(path, render_page(metrics, steps, missing, history.own_step(folder)))
     return path
 
 
-def render_page(metrics: dict[str, Any], steps: Sequence[Step] = (), missing: Sequence[str] = ()) -> str:
-    """Return the page: one file of at most MAX_BYTES, no network, every text escaped.
+def render_page(
+    metrics: dict[str, Any], steps: Sequence[Step] = (), missing: Sequence[str] = (), own: Step | None = None
+) -> str:
+    """Return the page: one file of at most MAX_BYTES, no network, every text escaped; `own` is eval's own step.
 
     Of a large run it shows fewer inputs, tasks and wordings, and says how many of how many.
     """
     template = environment().get_template("report.html.j2")
-    values = page_values(metrics, steps, missing)
+    values = page_values(metrics, steps, missing, own)
     page = ""
-    for scale in SCALES:
-        page = template.render(
-            **values,
-            cases=scaled_cases(values["all_cases"], scale),
-            tasks=metrics["per_task"][: max(1, int(MAX_TASKS * scale))],
-            wordings=metrics["per_wording"][: max(1, int(MAX_WORDINGS * scale))],
-        )
+    for shown in less_and_less(metrics, values["all_cases"]):
+        page = template.render(**values | shown)
         if len(page.encode()) <= MAX_BYTES:
             break
     return page
 
 
-def scaled_cases(cases: Sequence[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
-    """Return a share of the inputs: of each kind that was chosen, the first of them."""
-    kinds = Counter(case["chosen"] for case in cases)
-    left = {kind: max(1, int(count * scale)) for kind, count in kinds.items()}
-    shown = []
-    for case in cases:
-        left[case["chosen"]] -= 1
-        if left[case["chosen"]] >= 0:
-            shown.append(case)
-    return shown
-
-
-def chosen_words(cases: Sequence[Mapping[str, Any]], first: str, last: str) -> str:
-    """Return which inputs are shown one by one, in order, as far as there are any of a kind."""
-    kinds = {case["chosen"] for case in cases}
-    words = {
-        "change": f"those that changed most from {first} to {last}",
-        "inconsistent": f"those on which {last} is least consistent",
-        "sample": "others in hash order, a task after another",
-    }
-    return ", then ".join(text for kind, text in words.items() if kind in kinds)
+def less_and_less(metrics: Metrics, cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what the page shows, of a large run ever less: fewer rows, then result and record, then one sentence."""
+    for scale in SCALES:
+        yield {
+            "detail": "all",
+            "cases": scaled_cases(cases, scale),
+            "tasks": metrics["per_task"][: max(1, int(MAX_TASKS * scale))],
+            "wordings": metrics["per_wording"][: max(1, int(MAX_WORDINGS * scale))],
+        }
+    yield {"detail": "result"}
+    yield {"detail": "sentence", "models": []}
 
 
 def environment() -> jinja2.Environment:
@@ -149,7 +124,9 @@ def css_string(text: str) -> Markup:
     return Markup(f'"{safe}"')
 
 
-def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequence[str]) -> dict[str, Any]:
+def page_values(
+    metrics: dict[str, Any], steps: Sequence[Step], missing: Sequence[str], own: Step | None
+) -> dict[str, Any]:
     """Return everything that the template shows, pictures drawn."""
     settings = history.changed_settings(steps, metrics)
     names = list(metrics["models"])
@@ -163,6 +140,7 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "estimates": lambda name, which: estimates_of(metrics, name, which),
         "differences": lambda which: differences_of(metrics, which),
         "sentence": headline_sentence(metrics),
+        "wordings_file": metrics["settings"].get("eval.wordings_file", ""),
         "last_stage": last_stage_sentence(metrics),
         "constant": constant_sentence(dict(metrics)),
         "headline_figures": figures.headline_figures(metrics),
@@ -183,8 +161,8 @@ def page_values(metrics: dict[str, Any], steps: Sequence[Step], missing: Sequenc
         "settings": settings,
         "config_file": history.config_file(settings),
         "commands": history.commands(steps, settings, metrics),
-        "times": history.times(steps, metrics),
-        "digests": history.digests(steps),
+        "times": history.times(steps, metrics, own),
+        "digests": history.digests([*steps, own] if own else steps),
         "missing": missing,
         "elsewhere": history.made_elsewhere(metrics),
     }
@@ -197,21 +175,30 @@ def headline_sentence(metrics: Metrics) -> str:
     """Return in one sentence how consistent and how accurate the models are, before and after, with noise floors."""
     names = list(metrics["models"])
     first, last = names[0], names[-1]
-    model = metrics["models"][last]
-    floors = [
-        f"{text} gives CR {number(model['noise'][kind]['cr'])}"
-        for kind, text in (
-            ("neighbours", "one wording asked again"),
-            ("temperature", f"one wording sampled at temperature {metrics['noise_temperature']}"),
-        )
-        if model["noise"][kind]["cr"] is not None
-    ]
-    noise = f"; {' and '.join(floors)}" if floors else ""
+    noise = noise_clause(metrics, list(dict.fromkeys((first, last))))
     if len(names) == 1:
         shares = (("cr", "a CR of"), ("accuracy", "an accuracy of"))
-        parts = [f"{text} {with_interval(model[key])}" for key, text in shares]
+        parts = [f"{text} {with_interval(metrics['models'][last][key])}" for key, text in shares]
         return f"{label(dict(metrics), last)} has {' and '.join(parts)}{noise}."
     return f"{moved_sentence(metrics, first, last)}{noise}."
+
+
+def noise_clause(metrics: Metrics, names: Sequence[str]) -> str:
+    """Return what CR one and the same wording gives under each of these models, "" where that wasn't asked."""
+    clauses: list[str] = []
+    told: list[str] = []
+    size = ""
+    for kind, how in (
+        ("neighbours", "asked again"),
+        ("temperature", f"sampled at temperature {metrics['noise_temperature']}"),
+    ):
+        floors = {name: metrics["models"][name]["noise"][kind] for name in names}
+        known = [name for name in names if floors[name]["cr"] is not None]
+        of = {name: "" if known == told else f" for {label(dict(metrics), name)}" for name in known}
+        if known:
+            told, size = known, figures.floor_size(floors[known[0]])
+            clauses.append(f"{' and '.join(number(floors[name]['cr']) + of[name] for name in known)} {how}")
+    return f"; the noise floor of CR (one wording, {size}) is {', '.join(clauses)}" if clauses else ""
 
 
 def last_stage_sentence(metrics: Metrics) -> str:
@@ -225,10 +212,10 @@ def moved_sentence(metrics: Metrics, before: str, after: str) -> str:
     """Return how consistency and accuracy moved from one model to another."""
     paired = _paired(metrics, before, after)
     parts = [
-        _moved(name, metrics["models"][before][key]["mean"], metrics["models"][after][key]["mean"], paired.get(key))
+        _moved(name, metrics["models"][before][key], metrics["models"][after][key], paired.get(key))
         for key, name in (("cr", "consistency (CR)"), ("accuracy", "accuracy"))
     ]
-    return f"From {label(dict(metrics), before)} to {label(dict(metrics), after)}, {' and '.join(parts)}"
+    return f"From {label(dict(metrics), before)} to {label(dict(metrics), after)}, {', and '.join(parts)}"
 
 
 def _paired(metrics: Metrics, before: str, after: str) -> dict[str, Mapping[str, Any]]:
@@ -247,10 +234,10 @@ def _paired(metrics: Metrics, before: str, after: str) -> dict[str, Mapping[str,
     return found
 
 
-def _moved(name: str, before: float | None, after: float | None, paired: Mapping[str, Any] | None) -> str:
-    if before is None or after is None or paired is None:
+def _moved(name: str, before: dict[str, Any], after: dict[str, Any], paired: Mapping[str, Any] | None) -> str:
+    if before["mean"] is None or after["mean"] is None or paired is None:
         return f"{name} can't be told (too few wordings a task)"
-    change = f"{number(before)} to {number(after)}, by {with_interval(dict(paired), signed=True)}"
+    change = f"{with_interval(before)} to {with_interval(after)}, by {with_interval(dict(paired), signed=True)}"
     if paired["low"] is None:
         return f"{name} went from {change} (too few tasks for an interval)"
     if paired["low"] > 0 or paired["high"] < 0:
@@ -295,72 +282,6 @@ def extreme_wordings(metrics: Metrics) -> list[dict[str, Any]]:
     ]
 
 
-# The inputs one by one
-
-
-def case_values(metrics: Metrics) -> list[dict[str, Any]]:
-    """Return the inputs as the page shows them: a row a wording, a cell a model, differences marked."""
-    texts = {(row["task"], row["wording"]): shorten(row["text"], MAX_WORDING) for row in metrics["per_wording"]}
-    found = []
-    for case in metrics.get("cases", []):
-        models = list(case["models"].values())
-        usual = [_usual_answer(model["answers"]) for model in models]
-        rows = []
-        for place, wording in enumerate(case["wordings"]):
-            cells = []
-            for index, model in enumerate(models):
-                answer = model["answers"][place]
-                before = models[index - 1]["answers"][place] if index else answer
-                cells.append(
-                    {
-                        **answer,
-                        "letter": letter_of(answer["cluster"]),
-                        "pieces": differences(answer["text"], usual[index], answer["cluster"] is None),
-                        "changed": (answer["cluster"], answer["kind"]) != (before["cluster"], before["kind"]),
-                    }
-                )
-            rows.append({"text": texts[case["task"], wording], "cells": cells})
-        found.append(
-            {
-                **case,
-                "rows": rows,
-                "first": models[0],
-                "last": models[-1],
-                "outcomes": "".join(OUTCOME_LETTERS[model["outcome"]] for model in models),
-            }
-        )
-    return found
-
-
-def _usual_answer(answers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
-    """Return the number and the text of the answer that most wordings got; (None, "") where none agrees."""
-    counts = Counter(answer["cluster"] for answer in answers if answer["cluster"] is not None)
-    if not counts:
-        return None, ""
-    cluster = max(counts, key=lambda number: (counts[number], -number))
-    return cluster, next(answer["text"] for answer in answers if answer["cluster"] == cluster)
-
-
-def letter_of(cluster: int | None) -> str:
-    """Return the mark of an answer: the same letter for answers that agree, a dash for one that agrees with nothing."""
-    if cluster is None:
-        return "–"
-    return chr(ord("A") + cluster % 26) + (str(cluster // 26) if cluster >= 26 else "")
-
-
-def differences(text: str, usual: tuple[int | None, str], silent: bool) -> list[tuple[str, bool]]:
-    """Return a text in pieces, each with whether it differs from the usual answer, word by word."""
-    if not text or silent or usual[0] is None:
-        return [(text, False)]
-    words, others = _WORD.findall(text), _WORD.findall(usual[1])
-    bare, others = [word.strip() for word in words], [word.strip() for word in others]
-    matcher = difflib.SequenceMatcher(None, bare, others, autojunk=False)
-    pieces = [
-        ("".join(words[start:end]), what != "equal") for what, start, end, _, _ in matcher.get_opcodes() if start < end
-    ]
-    return pieces or [(text, False)]
-
-
 # How the data fared
 
 
@@ -396,6 +317,7 @@ def data_stories(steps: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
                 "title": step_title(step),
                 "counts": step.counts,
                 "quality": judge_rows(step.counts.get("calibration", {})),
+                "own": history.own_answers(step),
                 "figure": figures.reward_figure(step.counts, "Rewards by task"),
             }
             for step in history.of_step(steps, "judge")

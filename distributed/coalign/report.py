@@ -111,10 +111,7 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for name in metrics["models"]
         ]
         differences = [
-            [
-                f"{label(metrics, row['b'])} - {label(metrics, row['a'])}",
-                *(with_interval(row.get(key), signed=True) for key in HEADLINE),
-            ]
+            [_difference(metrics, row), *(with_interval(row.get(key), signed=True) for key in HEADLINE)]
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from coalign.baselines import against_constant_answers
 from coalign.cases import Scores, count_failures, items_digest, pick_cases
 from coalign.config import EvalTable
 from coalign.evaluation import NOISE_TEMPERATURE, ModelOutput, Pair
-from coalign.intervals import MIN_TASKS_BOOTSTRAP, TaskSample, estimate, two_level_bootstrap
+from coalign.intervals import MIN_TASKS_BOOTSTRAP, SHARE, TaskSample, estimate, two_level_bootstrap
 from coalign.metrics import ABSENT, Decide, FloatArray, IntArray
 from coalign.process import derive_seed
 from coalign.records import Response, Task
@@ -44,6 +45,7 @@ from coalign.text import unit_hash
 
 COMPARED = ("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
 PER_INPUT = ("cr", "corrected_cr", "mcr")
+LIMITS = {"corrected_cr": (-math.inf, 1.0)}  # all others are shares
 MIN_WORDINGS = {"test": 4, "dev": 2}  # that a task needs to enter CR
 NUM_INCONSISTENT = 20
 
@@ -94,10 +96,12 @@ def estimate_columns(
         column = {pair: index for index, pair in enumerate(itertools.product(names, group))}
 
         def one(index: int, minus: int | None = None, points: Any = points, draws: Any = draws) -> dict[str, Any]:
-            shift = points[:, minus] if minus is not None else 0.0
-            if draws is None or group[index % len(group)] in EXTREMES:
-                return estimate(points[:, index] - shift)
-            return estimate(points[:, index] - shift, draws[:, index] - (draws[:, minus] if minus is not None else 0.0))
+            metric = group[index % len(group)]
+            drawn = draws is not None and metric not in EXTREMES
+            if minus is None:
+                return estimate(points[:, index], draws[:, index] if drawn else None, LIMITS.get(metric, SHARE))
+            moved = draws[:, index] - draws[:, minus] if drawn else None
+            return estimate(points[:, index] - points[:, minus], moved)
 
         results[set_name] = Estimates(
             {name: {metric: one(column[name, metric]) for metric in group} for name in names},

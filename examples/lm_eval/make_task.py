@@ -203,7 +203,7 @@ def write_folder(folder: Path, name: str, rows: Sequence[dict[str, Any]], genera
     _write(folder / "defaults", DEFAULTS.format(generation=json.dumps(generation)))
     for task, task_name in names.items():
         metrics = ["accuracy", "cr"] if with_cr[task] else ["accuracy"]
-        lines = [TASK.format(name=task_name, task=json.dumps(task)), *(METRIC.format(metric=m) for m in metrics)]
+        lines = [TASK.format(name=task_name, task=yaml_string(task)), *(METRIC.format(metric=m) for m in metrics)]
         _write(folder / f"{task_name}.yaml", "".join(lines))
     metrics = ["accuracy", "cr"] if any(with_cr.values()) else ["accuracy"]
     means = [{"metric": metric, "aggregation": "mean", "weight_by_size": False} for metric in metrics]
@@ -224,6 +224,12 @@ def task_names(group: str, tasks: Iterable[str]) -> dict[str, str]:
             taken[name] += 1
         names[task] = name
     return names
+
+
+def yaml_string(text: str) -> str:
+    """Return a text as a YAML string, which is JSON's but for surrogates and line separators."""
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
 
 
 def _slug(text: str) -> str:

@@ -29,7 +29,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     def answer(pair: Any) -> str:
         number = int(pair.example.id[1])
-        return ["yes", "no", f"{LONG} {pair.wording.id}", f"{TEXT} {pair.wording.id}"][number]
+        text = TEXT.replace("long ", "") if pair.wording.id == "w4" else TEXT
+        return ["yes", "no", f"{LONG} {pair.wording.id}", f"{text} {pair.wording.id}"][number]
 
     outputs = {
         "base": by_rule(pairs, lambda pair: "yes" if pair.wording.id in ("w0", "w1") else "no"),
@@ -137,8 +138,62 @@ def test_search_and_filters(browser: Any, pages: dict[str, Path]) -> None:
     tab.page.get_by_role("button", name="Clear").click()
     tab.shown(48)
     choice("order").select_option("least")
-    values = tab.page.locator("details.case").evaluate_all("all => all.map(one => Number(one.dataset.cr))")
-    assert values == sorted(values) and values[0] < values[-1]
+    assert sorted_crs(tab, -1)
+    tab.close()
+
+
+def sorted_crs(tab: Tab, model: int) -> bool:
+    """Return whether the inputs stand in the order of the CR of a model, and their CRs differ."""
+    script = "(all, model) => all.map(one => Number(one.dataset.crs.split(' ').at(model)))"
+    values = tab.page.locator("details.case").evaluate_all(script, model)
+    return values == sorted(values) and values[0] < values[-1]
+
+
+def test_a_chosen_model_decides_what_is_said_sorted_and_searched(browser: Any, pages: dict[str, Path]) -> None:
+    """The closed line of an input, the least consistent first, and whose answers are looked through; and back again."""
+    from playwright.sync_api import expect
+
+    tab = Tab(browser, pages["report"])
+    model, search = tab.page.locator("select[name=model]"), tab.page.get_by_role("searchbox")
+    line = tab.page.locator("details.case[data-task=t3]", has_text="input e3 of t3").locator("summary")
+    before = line.text_content()
+    assert before is not None and "CR 0.40 → 1.00 · 2 → 5 of 5 right" in before and "always right" in before
+    model.select_option(label="base")
+    tab.shown(48)
+    expected = [("base", "CR 0.40 · 2 of 5 right", "inconsistent"), ("SFT (IA)", "CR 0.00 · 0 of 5", "inconsistent")]
+    for name, said, outcome in expected:
+        model.select_option(label=name)
+        expect(line).to_contain_text(said)
+        expect(line).to_contain_text(outcome)
+        expect(line).not_to_contain_text("→")
+    search.fill("中文")
+    tab.shown(12)
+    model.select_option(label="base")
+    tab.shown(0)  # none of its own answers
+    search.fill("e3 of t3")
+    tab.shown(1)
+    search.fill("")
+    tab.shown(48)
+    tab.page.locator("select[name=order]").select_option("least")
+    assert sorted_crs(tab, 0) is False  # all the same under base
+    model.select_option(label="SFT (IA)")
+    assert sorted_crs(tab, 1) and not sorted_crs(tab, -1)
+    tab.page.get_by_role("button", name="Clear").click()
+    expect(line).to_have_text(before)
+    places = tab.page.locator("details.case").evaluate_all("all => all.map(one => Number(one.dataset.place))")
+    assert places == list(range(48))
+    tab.close()
+
+
+def test_missing_words_are_marked_with_a_name(browser: Any, pages: dict[str, Path]) -> None:
+    tab = Tab(browser, pages["report"])
+    tab.page.get_by_label("Search in inputs, wordings and answers").fill("e3 of t3")
+    tab.shown(1)
+    tab.page.locator("details.case:visible summary").first.click()
+    gaps = tab.page.locator("details.case[open]").get_by_role("img", name="words missing here")
+    assert gaps.count() == 1
+    box = gaps.bounding_box()
+    assert box is not None and min(box["width"], box["height"]) > 8
     tab.close()
 
 
@@ -159,6 +214,14 @@ def test_both_themes_are_legible(which: str, browser: Any, pages: dict[str, Path
         pairs = [("ink", "paper"), ("ink", "shade"), ("ink", "mark"), ("soft", "paper"), ("soft", "shade")]
         pairs += [(f"c{n}", "paper") for n in range(1, 7)] + [("on", f"c{n}") for n in range(1, 7)] + [("on", "grey")]
         assert [(a, b) for a, b in pairs if contrast(colours[a], colours[b]) < 4.5] == []
+        script = """() => [...document.querySelectorAll('mark, tr.difference td.clear')].map(one => {
+            const style = getComputedStyle(one);
+            return [one.className, style.color, style.backgroundColor, style.fontWeight]; })"""
+        found = tab.page.evaluate(script)
+        marks = [(colour, behind) for name, colour, behind, _ in found if name != "clear"]
+        assert all(contrast(*pair) >= 4.5 for pair in marks) and bool(marks) == (which == "report")
+        clear = {(colour, weight) for name, colour, _, weight in found if name == "clear"}
+        assert clear == ({(colours["ink"], "600")} if which == "report" else set())
         button = tab.page.locator("#theme")
         button.click()
         button.click()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from coalign import cards
+from coalign import arms, cards
 from coalign.artifacts import CARD, RunFolder, StepFolder, digest_folder, digest_weights, write_json
 from coalign.config import Config, EvalTable, RunTable, table_values
 
@@ -161,6 +164,63 @@ def test_a_card_that_somebody_rewrote_keeps_its_text(run: RunFolder) -> None:
     cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
     assert path.read_text("utf-8").endswith("# Mine\n\nMy words.\n")
     assert metadata(path)["license"] == "mit" and metadata(path)["model-index"][0]["name"] == "Mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"---\nlicense: [mit\n---\n# Mine\n",
+        b"---\nmodel-index: foo\n---\n# Mine\n",
+        b"# Caf\xe9\n",
+        b"---\n- a\n---\n# Mine\n",
+    ],
+)
+def test_a_card_that_cannot_be_read_is_left_alone(
+    content: bytes, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mistake in a card is no reason for eval to fail: one line of warning names it."""
+    path = exported(run, "sft")
+    path.write_bytes(content)
+    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    assert path.read_bytes() == content
+    (warning,) = caplog.messages
+    assert f"could not be written into {path}: " in warning and "\n" not in warning
+
+
+def test_results_under_a_file_of_wordings_say_so(run: RunFolder) -> None:
+    path = exported(run, "sft")
+    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    text = path.read_text("utf-8")
+    assert "under wordings that no training step has seen" in text
+    assert "held-out inputs and wordings of some-org/tasks" in text
+    settings = {"eval.wordings_file": "/srv/me/mine.jsonl"}
+    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}) | {"settings": settings})
+    text = path.read_text("utf-8")
+    assert "in CR) under the wordings of mine.jsonl. Means over" in text and "no training step has seen" not in text
+    assert "held-out inputs of some-org/tasks under the wordings of mine.jsonl" in text and "/srv" not in text
+
+
+def test_the_settings_of_a_card_are_toml(run: RunFolder) -> None:
+    text = exported(run, "align").read_text("utf-8")
+    block = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
+    assert block["data"]["sources"][0]["path"] == "some-org/tasks" and block["model"]["path"] == "some-org/base-7b"
+
+
+def test_a_ladder_fills_the_cards_of_trained_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that lies by chance where the name of the base model would lead to."""
+    spec = importlib.util.spec_from_file_location("ladder", Path(__file__).parents[2] / "launch" / "ladder.py")
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    planned = arms.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2, 1e-4)
+    planned.eval_folder(3).mkdir(parents=True)
+    write_json(planned.eval_folder(3) / "metrics.json", {})
+    filled: list[Path] = []
+    monkeypatch.setattr(recipe, "fill_card", lambda card, metrics, name: filled.append(card))
+    monkeypatch.setattr(recipe.experiment, "make_result", lambda *_: {})
+    monkeypatch.setattr(recipe, "exhibits", SimpleNamespace(table_lines=lambda _: [], draw=lambda *_: []))
+    recipe.show(planned, [], Config())
+    assert filled == [tmp_path / "seed3" / arm / "model" / CARD for arm in ("sft_ia/sft", "cat/align")]
 
 
 def test_only_models_of_the_run_get_results(run: RunFolder, tmp_path: Path) -> None:

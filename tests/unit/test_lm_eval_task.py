@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -98,6 +99,21 @@ def test_a_task_with_too_few_wordings_has_no_cr() -> None:
     pair = Pair(Example("e", "t", "robe", ("yes",), "test"), Wording("p", "t", "Is it?"), "Is it?\n\nrobe")
     (row,) = make_task.make_documents([pair], 4)
     assert "cr" not in scoring.process_results(row, ["yes"])
+
+
+@pytest.mark.parametrize(
+    "task", ["🎈 party", "中文", 'say "a\\b"', "line\u2028\x85separators", "a\x7f\tb", "\ufeffmark"]
+)
+def test_a_task_is_found_by_any_name(task: str, tmp_path: Path) -> None:
+    """What YAML reads from the task's file is the name that its documents have."""
+    row = document(Wording("p", "t", "Is it?")) | {"task": task}
+    make_task.write_folder(tmp_path / "new", "run", [row], {})
+    (path,) = [path for path in (tmp_path / "new").glob("coalign_run_*.yaml")]
+    text = path.read_text("utf-8").replace("!function ", "")
+    assert yaml.safe_load(text)["dataset_kwargs"] == {"task": task}
+    assert json.loads((tmp_path / "new" / "documents.jsonl").read_text("utf-8"))["task"] == task
+    group = yaml.safe_load((tmp_path / "new" / "coalign_run.yaml").read_text("utf-8"))
+    assert group["task"] == [path.stem]
 
 
 def test_folder_names_tasks_apart_and_is_not_written_twice(tmp_path: Path) -> None:

@@ -233,6 +233,8 @@ def test_intervals_by_number_of_tasks() -> None:
     many = intervals.estimate(np.arange(20.0), drawn)
     assert (many["low"], many["high"], many["method"]) == (pytest.approx(0.025), pytest.approx(0.975), "bootstrap")
     json.dumps([few, some, many], allow_nan=False)
+    cut = intervals.estimate(np.arange(20.0), drawn, (0.5, 0.7))
+    assert (cut["mean"], cut["low"], cut["high"]) == (9.5, 0.5, 0.7)
 
 
 def linear(values_IM: np.ndarray) -> intervals.TaskSample:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coalign import cases, charts, comparison, figures, history, page, report, summary
+from coalign import cases, charts, comparison, figures, history, inputs, page, report, summary
 from coalign.arms import ARMS
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
@@ -81,14 +81,15 @@ def test_a_whole_run_is_shown(tmp_path: Path) -> None:
     check_page(text)
     for name in ("result", "tasks", "wordings", "inputs", "failures", "data", "training", "record"):
         assert f'<h2 id="{name}"' in text, name
-    assert "From base to SFT (IA) + CAT, consistency (CR) rose from 0.333 to 1.000" in text
+    assert "From base to SFT (IA) + CAT, consistency (CR) rose from 0.333 [0.333, 0.333] to 1.000 [1.000" in text
     assert "short &lt;i&gt;paraphrase&lt;/i&gt; 0" in text and "short &lt;i&gt;paraphrase&lt;/i&gt; 3" not in text
     assert "Kept &amp; well" in text
     assert "judge.allow_weak" in text and "1 (33%)" in text  # gold joined
     assert text.count("p of best and worst responses") == 2  # the title and the picture's text
     assert "Not everything is shown" not in text
     assert "2026-01-02 03:04:05" in text and "d" * 64 in text
-    assert '<th scope="row">eval</th><td>77.5</td>' in text
+    assert "gold answers of other inputs or tasks: easy ones" in text
+    assert "0 of 5 (0.0%) got reward 2 though they equal no gold answer" in text
 
 
 def test_eval_standing_alone_leaves_sections_out(tmp_path: Path) -> None:
@@ -163,7 +164,8 @@ def test_arms_are_compared_as_the_ladder_compares_them() -> None:
     ]
     sentence = page.last_stage_sentence(metrics)
     assert sentence.startswith(
-        "From SFT (IA) to + CAT (self-reward), consistency (CR) rose from 0.333 to 1.000, by +0.667"
+        "From SFT (IA) to + CAT (self-reward), consistency (CR) rose from 0.333 [0.333, 0.333] to 1.000 [1.000, 1.000],"
+        " by +0.667 [+0.667, +0.667], and accuracy"
     )
     backwards = arms_of_a_ladder("cat", "sft_ia", "base")
     assert page.last_stage_sentence(backwards) == sentence
@@ -266,16 +268,65 @@ def test_a_large_run_stays_under_the_limit() -> None:
     assert re.search(r"the first \d+ of 420", text) and re.search(r"The first \d+ of 2520 wordings", text)
 
 
+def test_no_run_is_too_large_for_the_limit() -> None:
+    """What doesn't shrink with the number of rows is left out, and the page says so; one sentence is always there."""
+    metrics = results()
+    metrics["per_wording"].insert(0, metrics["per_wording"][0] | {"task": "long " * 500_000})
+    text = page.render_page(metrics)
+    check_page(text)
+    assert "tasks, wordings, inputs, failures, data and training are left out here" in text
+    assert "All tasks" in text and 'id="record"' in text and 'href="#tasks"' not in text
+    metrics["settings"]["run.name"] = "x" * page.MAX_BYTES
+    text = page.render_page(metrics)
+    check_page(text)
+    assert "everything else is left out here" in text and "answers by each of 2 models" in text
+    assert "consistency (CR) rose from" in text and 'id="record"' not in text
+
+
+def test_pictures_of_many_tasks_and_wordings_show_some() -> None:
+    """The longest moves, quantiles of the wordings; the counts are of all."""
+    rows = []
+    for number in range(400):
+        before, after = {"accuracy": 0.0, "cr": 0.0}, {"accuracy": 0.0, "cr": number / 800}
+        rows.append({"task": f"t{number}", "models": {"a": before, "b": after}})
+    wordings = [{"task": "t", "models": {name: {"accuracy": i / 99} for name in "ab"}} for i in range(100)]
+    metrics = {"models": {"a": {}, "b": {}}, "per_task": rows, "per_wording": wordings}
+    (figure,) = figures.task_figures(metrics)
+    assert "Of 400 tasks 399 became more consistent" in figure.caption
+    assert "300 of 400 tasks are drawn, those that moved furthest" in figure.caption
+    assert re.search(r">t39\d<", figure.svg) and len(figure.svg) < 200_000
+    shown = figures.wording_figures(metrics)[0]
+    assert "Of more than 40 wordings that many quantiles are drawn" in shown.caption
+    assert shown.svg.count("fill-opacity") == charts.MAX_DOTS
+    dots = charts.quantiles([i / 99 for i in range(100)][::-1])
+    assert (len(dots), dots[0], dots[-1]) == (charts.MAX_DOTS, 0.0, 1.0) and dots == sorted(dots)
+    assert charts.quantiles([0.5, 0.1]) == [0.1, 0.5]
+
+
+def test_an_input_with_many_wordings_shows_the_unusual_answers() -> None:
+    tasks, pairs = world(1, num_inputs=1, num_wordings=100)
+    odd = by_rule(pairs, lambda pair: "no" if pair.wording.id in ("w70", "w80") else "yes")
+    metrics = summarised({"base": by_rule(pairs, lambda pair: "yes"), "align": odd}, tasks, pairs)
+    (case,) = inputs.scaled_cases(inputs.case_values(metrics), 1.0)
+    assert [row["text"] for row in case["rows"][:3]] == ["Ask 70 <t0>", "Ask 80 <t0>", "Ask 0 <t0>"]
+    text = page.render_page(metrics)
+    check_page(text)
+    assert "60 of 100 wordings, those with unusual answers first; 40 more are in" in text
+    assert "100 → 98 of 100 right" in text
+    assert len(inputs.scaled_cases(inputs.case_values(metrics), 0.1)[0]["rows"]) == inputs.MIN_ROWS
+    assert "unusual answers first" not in page.render_page(results())
+
+
 def test_a_smaller_page_keeps_some_of_every_kind_of_input() -> None:
     kinds = ["change"] * 80 + ["inconsistent"] * 80 + ["sample"] * 5
-    found = [{"chosen": kind, "place": place} for place, kind in enumerate(kinds)]
-    assert page.scaled_cases(found, 1.0) == found
-    shown = page.scaled_cases(found, 0.1)
+    found = [{"chosen": kind, "place": place, "rows": []} for place, kind in enumerate(kinds)]
+    assert inputs.scaled_cases(found, 1.0) == found
+    shown = inputs.scaled_cases(found, 0.1)
     assert [case["place"] for case in shown] == [*range(8), *range(80, 88), 160]
-    assert len(page.scaled_cases(found, 0.001)) == 3 and page.scaled_cases([], 0.5) == []
-    words = page.chosen_words(found[:81], "base", "SFT (IA)")
+    assert len(inputs.scaled_cases(found, 0.001)) == 3 and inputs.scaled_cases([], 0.5) == []
+    words = inputs.chosen_words(found[:81], "base", "SFT (IA)")
     assert words == ("those that changed most from base to SFT (IA), then those on which SFT (IA) is least consistent")
-    assert page.chosen_words(found[-1:], "a", "b").startswith("others in hash order")
+    assert inputs.chosen_words(found[-1:], "a", "b").startswith("others in hash order")
 
 
 def test_models_are_called_by_their_labels_everywhere() -> None:
@@ -342,7 +393,7 @@ def test_inputs_are_chosen_and_lettered() -> None:
         ("e2", "inconsistent")
     ] * 3
     assert [[a["cluster"] for a in found[0]["models"][name]["answers"]] for name in outputs] == [[0, 0, 1, 1], [1] * 4]
-    shown = page.case_values(metrics)
+    shown = inputs.case_values(metrics)
     assert [cell["letter"] for cell in shown[0]["rows"][0]["cells"]] == ["A", "B"]
     assert [row["cells"][1]["changed"] for row in shown[0]["rows"]] == [True, True, False, False]
     assert [row["cells"][1]["changed"] for row in shown[3]["rows"]] == [False, False, False, True]
@@ -363,13 +414,15 @@ def test_agreement_that_is_wider_than_equal_keeps_one_letter() -> None:
 
 def test_differences_are_marked_by_word() -> None:
     usual = (0, "the red house")
-    assert page.differences("the red house", usual, False) == [("the red house", False)]
-    assert page.differences("the blue house", usual, False) == [("the ", False), ("blue ", True), ("house", False)]
-    assert page.differences("no", usual, False) == [("no", True)]
-    assert page.differences("cut off", usual, True) == [("cut off", False)]
-    assert page.differences("", usual, False) == [("", False)]
-    assert page.differences("the red  house", usual, False) == [("the red  house", False)]
-    assert page.letter_of(None) == "–" and page.letter_of(27) == "B1"
+    assert inputs.differences("the red house", usual, False) == [("the red house", False)]
+    assert inputs.differences("the blue house", usual, False) == [("the ", False), ("blue ", True), ("house", False)]
+    assert inputs.differences("the house", usual, False) == [("the ", False), ("", True), ("house", False)]
+    assert inputs.differences("the red", usual, False) == [("the red", False), ("", True)]
+    assert inputs.differences("no", usual, False) == [("no", True)]
+    assert inputs.differences("cut off", usual, True) == [("cut off", False)]
+    assert inputs.differences("", usual, False) == [("", False)]
+    assert inputs.differences("the red  house", usual, False) == [("the red  house", False)]
+    assert inputs.letter_of(None) == "–" and inputs.letter_of(27) == "B1"
 
 
 def test_settings_can_be_run_again(tmp_path: Path) -> None:
@@ -409,6 +462,83 @@ def test_pictures_follow_the_theme_and_keep_their_text() -> None:
     nothing_moves = charts.arrows([charts.Arrow("t", (0.5, 0.5), (0.5, 0.5))], ("x", "y"), "alt")
     assert nothing_moves.startswith("<svg viewBox")
     assert charts.interval_dots([], "empty").startswith("<svg")
+
+
+def test_labels_that_are_cut_alike_are_told_apart() -> None:
+    """Cut in the middle where the ends differ, numbered where they don't; others, and equal ones, stay as they are."""
+    long = "a very long name of a model "
+    labels = charts.told_apart([f"{long}{end}" for end in ("one", "two", "two")] + ["short"], 20)
+    assert list(labels.values()) == ["a very lon…model one", "a very lon…model two", "short"]
+    middle = charts.told_apart([f"{long}{part}{long}" for part in "xy"] + [f"b{long}"], 20)
+    assert list(middle.values()) == ["a very long nam… 1", "a very long nam… 2", "ba very long name o…"]
+    svg = charts.interval_dots([charts.Dot(f"{long}{end}", 0.5) for end in ("one", "two")], "alt")
+    assert "model one" in svg and "model two" in svg
+
+
+def test_the_headline_says_what_a_noise_floor_is_of() -> None:
+    metrics = results()
+    sentence = page.headline_sentence(metrics)
+    assert sentence.endswith(
+        ", and accuracy rose from 0.500 [0.500, 0.500] to 1.000 [1.000, 1.000], by +0.500 [+0.500, +0.500]; the noise"
+        " floor of CR (one wording, 1 input × 3 answers) is 1.000 for base and 1.000 for SFT (IA) + CAT asked again,"
+        " 1.000 and 1.000 sampled at temperature 0.7."
+    )
+    metrics["models"]["align"]["noise"]["temperature"]["cr"] = None
+    assert page.headline_sentence(metrics).endswith("asked again, 1.000 for base sampled at temperature 0.7.")
+    for model in metrics["models"].values():
+        model["noise"] = {kind: {**model["noise"][kind], "cr": None} for kind in model["noise"]}
+    assert "noise floor" not in page.headline_sentence(metrics)
+
+
+def test_a_file_of_wordings_is_named_in_the_place_of_held_out_ones() -> None:
+    assert "each asked under held-out wordings: 96 answers" in page.render_page(results())
+    given = results() | {"settings": {"eval.wordings_file": "my <own>.jsonl"}}
+    assert "each asked under the wordings of my &lt;own&gt;.jsonl: 96 answers" in page.render_page(given)
+
+
+def test_own_answers_are_those_that_equal_no_gold_answer(tmp_path: Path) -> None:
+    """Of 20 distinct answers 7 equal a gold answer, 3 needed no judge; the other ones with reward 2 are counted."""
+    counts = {"rules": {"correct": 6, "type": 3, "item_count": 1, "exact_match": 7, "empty": 3}}
+    counts["rewards"] = {"0": 6, "1": 3, "2": 11}
+    for gold, expected in ((True, {"judged": 10, "correct": 4}), (False, None)):
+        manifest = {"config": {"judge.gold": gold}, "counts": counts}
+        assert history.own_answers(history.Step("judge", tmp_path, manifest)) == expected
+
+
+def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
+    """In hash order, so not the first rows; of fewer tasks than examples one each."""
+    make_step(tmp_path, "paraphrase")
+    rows = [{"source": "model", "text": f"{task} {i}", "task": task} for task in "abcde" for i in range(9)]
+    write_rows(tmp_path / "paraphrase" / "wordings.jsonl", [{"source": "original", "text": "x", "task": "z"}, *rows])
+    step = history.Step("paraphrase", tmp_path / "paraphrase", {})
+    kept = history.kept_wordings(step)
+    assert len({row["task"] for row in kept}) == history.NUM_EXAMPLES == len(kept)
+    assert kept == history.kept_wordings(step) and [row["text"] for row in kept] != ["a 0", "b 0", "c 0"]
+
+
+def test_evals_own_cost_and_digests_are_shown(tmp_path: Path) -> None:
+    """Before it is complete from what it has written so far, afterwards from its manifest; of older ones as known."""
+    folder = make_run(tmp_path / "run", results())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert history.own_step(folder) is None
+    assert '<th scope="row">eval</th><td>77.5</td><td>–</td>' in page.write_page(folder, metrics).read_text("utf-8")
+    (folder / "config.json").write_text(json.dumps({"config": {}, "inputs": {"wordings_file": "f" * 64, "sft": "x"}}))
+    write_rows(folder / "answers.jsonl", [{"text": "yes"}])
+    metrics["eval_counts"] = {"tokens_generated": 12345, "cores": 8}
+    text = page.write_page(folder, metrics).read_text("utf-8")
+    own = history.own_step(folder)
+    assert own is not None and list(own.manifest["outputs"]) == ["answers.jsonl"]
+    row = "<td>77.5</td><td>–</td><td>–</td><td>12,345</td><td>0.172</td><td>–</td>"
+    assert f'<th scope="row">eval</th>{row}' in text
+    for words, digest in (("reads wordings_file", "f" * 64), ("writes answers.jsonl", own.manifest["outputs"])):
+        digest = digest if isinstance(digest, str) else digest["answers.jsonl"]
+        assert re.search(f'<th scope="row">eval</th><td [^>]*>{words}</td><td [^>]*><code>{digest}</code>', text)
+    del metrics["eval_counts"]
+    counts = {"tokens_generated": 999, "cores": 8}
+    manifest = {"inputs": {}, "outputs": {}, "counts": counts, "finished": "2026-02-03T04:05:06Z", "digest": "e"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    text = page.write_page(folder, metrics).read_text("utf-8")
+    assert "<td>999</td><td>0.172</td><td>2026-02-03 04:05:06</td>" in text
 
 
 def run_report(*words: str) -> subprocess.CompletedProcess[str]:

@@ -76,6 +76,23 @@ def test_many_tasks_are_bootstrapped() -> None:
     assert content == summary.summarise(tasks, pairs, outputs, table(), seed=0)[0]
 
 
+def test_intervals_of_shares_end_at_0_and_1() -> None:
+    """Where Student's t would go beyond; those of differences, and of corrected CR below 0, are as they are."""
+    tasks, pairs = world(8)
+    outputs = {
+        "most": by_rule(pairs, lambda p: "no" if p.example.task == "t0" else "yes"),
+        "few": by_rule(pairs, lambda p: "yes" if p.example.task == "t0" else "no"),
+        "half": by_rule(pairs, lambda p: half_right(p) if p.example.task != "t0" else p.wording.id),
+    }
+    content, _ = summary.summarise(tasks, pairs, outputs, table(), seed=0)
+    most, few, half = content["models"].values()
+    assert (most["accuracy"]["mean"], most["accuracy"]["high"]) == (pytest.approx(7 / 8), 1.0)
+    assert (few["worst_wording"]["mean"], few["worst_wording"]["low"]) == (pytest.approx(1 / 8), 0.0)
+    assert half["corrected_cr"]["low"] < -0.3
+    moved = next(row for row in content["differences"] if row["metric"] == "accuracy")
+    assert moved["mean"] == pytest.approx(-6 / 8) and moved["low"] < -1.0
+
+
 def test_three_wordings_give_no_cr() -> None:
     tasks, pairs = world(2, num_wordings=3)
     content, _ = summary.summarise(tasks, pairs, {"m": by_rule(pairs, half_right)}, table(), seed=0)
