@@ -288,7 +288,7 @@ def sample(corpus: Corpus, count: int) -> list[Row]:
 
 def replay_rows(count: int = 3000) -> str:
     """Return the judge's questions with their verdicts as JSONL, for sft.replay."""
-    corpus = Corpus(World(), seed=7)
+    corpus = Corpus(World(), seed=7, last=True)
     rows = (
         {"instruction": row.prompt, "input": "", "output": row.answer} for row in (corpus.judge() for _ in range(count))
     )
