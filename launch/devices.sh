@@ -19,7 +19,7 @@ fi
 if [ "$gpus" -gt 0 ]; then
     ranks="${RANKS:-$gpus}"
 else
-    cores="$(nproc)"
+    cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # nproc counts no more than these say
     ranks="${RANKS:-$((cores < 2 ? cores : 2))}"
     # One thread a rank: more of them fight over the cores, and DeepSpeed need not look for other devices.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
