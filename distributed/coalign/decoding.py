@@ -19,6 +19,8 @@ from coalign.slots import SlotCache
 
 # Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
 REFILL_SHARE = 8
+# Padded tokens of one pass over entering prompts: enough to use the device well, few enough to be of like lengths.
+PREFILL_TOKENS = 1024
 
 
 class TokenIds(Protocol):
@@ -169,15 +171,23 @@ class _Decoder:
         return [] if self.live and few and count < len(self.waiting) else self.waiting[:count]
 
     def _enter(self, entering: list[int], max_tokens: int) -> None:
-        """Compute prompts once, give each of their samples a row and draw its first token."""
+        """Let prompts in, those of like lengths in one pass."""
         del self.waiting[: len(entering)]
+        room = self._room([*self.live, *(sample for i in entering for sample in self.of_prompt[i])], max_tokens)
+        while entering:
+            count = max(1, PREFILL_TOKENS // len(self.prompts[entering[0]]))
+            self._prefill(entering[:count], room)
+            entering = entering[count:]
+
+    def _prefill(self, entering: list[int], room: tuple[int, int]) -> None:
+        """Compute prompts once, give each of their samples a row and draw its first token."""
         prompts, device = [self.prompts[i] for i in entering], self.model.device
         prefilled = DynamicCache()
         batch = left_pad(prompts, self.codec.pad_id, device)
         logits_BV = self.model(**batch, past_key_values=prefilled, use_cache=True, logits_to_keep=1).logits[:, -1]
         new = [sample for i in entering for sample in self.of_prompt[i]]
         source = [b for b, i in enumerate(entering) for _ in self.of_prompt[i]]
-        self.cache.admit(prefilled, [len(p) for p in prompts], source, self._room([*self.live, *new], max_tokens))
+        self.cache.admit(prefilled, [len(p) for p in prompts], source, room)
         token_R = self._pick(logits_BV.float()[torch.tensor(source, device=device)], new)
         self.token_R = torch.cat([self.token_R, token_R])
         self.live += new

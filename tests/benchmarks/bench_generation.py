@@ -205,7 +205,7 @@ def verdict_row(model: Any) -> Row:
         "judge, 64 prompts",
         "generate of a verdict of 2 tokens, batches of 16",
         10.0,
-        lambda: [row for i in range(0, 64, 16) for row in generate(model, prompts[i : i + 16], **options)],
+        lambda: [row for i in range(0, len(prompts), 16) for row in generate(model, prompts[i : i + 16], **options)],
         lambda: score(model, requests, Codec(), BATCH_TOKENS),
         lambda a, b: len(a) == len(b),
     )
