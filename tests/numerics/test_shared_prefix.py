@@ -124,14 +124,15 @@ def test_the_gradient_does_not_depend_on_the_split(shared: bool) -> None:
         for world in (1, 2, 3):
             dealt = micro_batches(items, max_tokens, world, shared)
             assert len(dealt) == world and len({len(part) for part in dealt}) == 1
-            names = [item.name for mine in dealt for part in mine for item in part]
+            names = [item.name for mine in dealt for part in mine for item in part.items]
             assert sorted(names) == sorted(item.name for item in items)
             model.zero_grad()
             total = 0.0
             for mine in dealt:
-                for part in filter(None, mine):
-                    batch = collate(part, 0, shared, torch.float64)
-                    loss, _ = objective.loss(token_logps(model, batch), batch, part, objective.denominator(items))
+                for part in (part for part in mine if part.items):
+                    batch = collate(part.items, 0, shared, torch.float64, part.items_per_row)
+                    logp_N = token_logps(model, batch)
+                    loss, _ = objective.loss(logp_N, batch, part.items, objective.denominator(items))
                     loss.backward()
                     total += float(loss.detach())
             assert total == pytest.approx(expected_loss, abs=1e-9)
@@ -145,5 +146,5 @@ def test_the_gradient_does_not_depend_on_the_split(shared: bool) -> None:
 def test_micro_batches_stay_within_the_token_budget(shared: bool) -> None:
     """Padded tokens never exceed the budget, but for a row that is longer alone."""
     items = random_items(40, seed=6)
-    for part in (part for mine in micro_batches(items, 60, 2, shared) for part in mine if part):
-        assert collate(part, 0, shared, torch.float32).input_ids_BT.numel() <= 60 or len(part) == 1
+    for part in (part for mine in micro_batches(items, 60, 2, shared) for part in mine if part.items):
+        assert collate(part.items, 0, shared, torch.float32).input_ids_BT.numel() <= 60 or len(part.items) == 1
