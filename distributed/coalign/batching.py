@@ -73,12 +73,14 @@ def collate(
     shared_prefix: bool,
     dtype: torch.dtype,
     items_per_row: Sequence[int] | None = None,
+    window: int | None = None,
 ) -> Batch:
     """Lay items out for one forward pass; responses are numbered in order over all items.
 
     With `shared_prefix` an item is one prompt and all its responses side by side, each seeing the prompt and itself,
     positions restarting after the prompt; without it every response is an item with a prompt of its own.
     `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
+    `window` is the model's sliding window, needed where an item is longer.
     """
     rows: list[_Row] = []
     places: list[tuple[int, int, int]] = []  # row, place in it, target
@@ -97,7 +99,7 @@ def collate(
             owner += [owner[-1] + 1 if owner else 0] * len(response)
             row.append(response[:-1], len(prompt), index, segment)
     packed = len(rows) < len(parts)
-    return _to_batch(rows, places, owner, pad_id, dtype if shared_prefix or packed else None)
+    return _to_batch(rows, places, owner, pad_id, dtype if shared_prefix or packed else None, window)
 
 
 def _to_batch(
@@ -106,6 +108,7 @@ def _to_batch(
     owner: list[int],
     pad_id: int,
     mask_dtype: torch.dtype | None,
+    window: int | None,
 ) -> Batch:
     width = max(len(row.ids) for row in rows)
     distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
@@ -114,15 +117,15 @@ def _to_batch(
     def padded(values: Callable[[_Row], list[int]], fill: int) -> Tensor:
         return torch.tensor([[fill] * (width - len(row.ids)) + values(row) for row in rows])
 
-    segments_BT = padded(lambda row: row.segments, -1)
+    segments_BT, positions_BT = padded(lambda row: row.segments, -1), padded(lambda row: row.positions, 0)
     if mask_dtype is None:
         mask = (segments_BT >= 0).long()
     else:
-        mask = group_mask(segments_BT, mask_dtype, padded(lambda row: row.items, -1))
+        mask = group_mask(segments_BT, mask_dtype, padded(lambda row: row.items, -1), positions_BT, window)
     return Batch(
         input_ids_BT=padded(lambda row: row.ids, pad_id),
         attention_mask=mask,
-        position_ids_BT=padded(lambda row: row.positions, 0),
+        position_ids_BT=positions_BT,
         num_kept=kept,
         kept_index_N=torch.tensor([row for row, _, _ in places]) * kept + kept - distance_N,
         target_N=torch.tensor([target for _, _, target in places]),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from coalign.artifacts import digest_file, write_rows
+from coalign.attention import sliding_window
 from coalign.batching import Item, MicroBatch, collate, micro_batches, row_tokens
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
@@ -56,13 +57,7 @@ def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> N
     Compares log-probs of the largest group both ways, on the live model; called by every rank.
     """
     item = max(items, key=lambda i: (len(i.responses), len(i.prompt), i.name))
-    window = getattr(engine.model.module.config.get_text_config(), "sliding_window", None)
-    if window and max(item.longest() for item in items) > window:
-        raise UserError(
-            f"groups of up to {max(i.longest() for i in items)} tokens exceed the model's sliding window of {window},"
-            " which shared prefixes do not support; set train.shared_prefix=false"
-        )
-    _compare_layouts(engine, [item], pad_id, shared_prefix=True)
+    _compare_layouts(engine, [item], pad_id, True, max(item.longest() for item in items))
 
 
 def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
@@ -71,21 +66,22 @@ def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
     Compares log-probs of the longest and the shortest item both ways, on the live model; called by every rank.
     """
     ordered = sorted(items, key=lambda i: (i.longest(), i.name))
-    window = getattr(engine.model.module.config.get_text_config(), "sliding_window", None)
-    if window and ordered[-1].longest() > window:
-        raise UserError(
-            f"rows of up to {ordered[-1].longest()} tokens exceed the model's sliding window of {window}, which packs"
-            " do not support; set train.pack_tokens=0"
-        )
-    _compare_layouts(engine, [ordered[-1], ordered[0]], pad_id, shared_prefix=False)
+    _compare_layouts(engine, [ordered[-1], ordered[0]], pad_id, False, ordered[-1].longest())
 
 
-def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool) -> None:
+def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool, longest: int) -> None:
     """Raise UserError when log-probs of items in one row differ from those of one row a response."""
     what, key = ("shared-prefix groups", "shared_prefix=false") if shared_prefix else ("packed rows", "pack_tokens=0")
+    window, in_all_layers = sliding_window(engine.model.module.config)
+    if window and not in_all_layers and longest > window:
+        raise UserError(
+            f"{what} of up to {longest} tokens exceed the sliding window of {window} that some of the model's layers"
+            f" have; set train.{key}"
+        )
     found = []
     for together in (True, False):
-        batch = collate(items, pad_id, shared_prefix and together, engine.dtype, [len(items)] if together else None)
+        share = [len(items)] if together else None
+        batch = collate(items, pad_id, shared_prefix and together, engine.dtype, share, window)
         try:
             with torch.no_grad(), evaluation_mode(engine.model):
                 found.append(token_logps(engine.model, to_device(batch, engine.device)))
@@ -266,7 +262,9 @@ def _batch_of(
 ) -> tuple[Batch, tuple[Item, ...]]:
     """Return a micro-batch on the device and its items; where nothing is left, `filler` for the collectives' sake."""
     items = part.items or (filler,)
-    return to_device(collate(items, pad_id, shared_prefix, engine.dtype, part.items_per_row), engine.device), items
+    window, _ = sliding_window(engine.model.module.config)
+    batch = collate(items, pad_id, shared_prefix, engine.dtype, part.items_per_row, window)
+    return to_device(batch, engine.device), items
 
 
 def _stop_on_nan(what: str, items: Sequence[Item]) -> None:

@@ -128,7 +128,10 @@ def test_a_model_that_does_not_is_refused() -> None:
         check_packing(engine_of(network("bloom", torch.float32)), sft_items(5, seed=3), 0)
 
 
-def test_rows_longer_than_a_sliding_window_are_refused() -> None:
-    model = network("mistral", torch.float32, sliding_window=8)
-    with pytest.raises(UserError, match="sliding window of 8"):
-        check_packing(engine_of(model), sft_items(9, seed=3), 0)
+def test_rows_longer_than_a_sliding_window_are_packed() -> None:
+    """The window counts an item's own positions."""
+    model, items = network("mistral", sliding_window=4), sft_items(9, seed=3)
+    check_packing(engine_of(model), items, 0)
+    alone = [token_logps(model, collate([item], 0, False, torch.float64)) for item in items]
+    packed = token_logps(model, collate(items, 0, False, torch.float64, [9], window=4))
+    assert torch.allclose(packed, torch.cat(alone), rtol=0, atol=1e-9)
