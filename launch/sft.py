@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     from coalign.engine import DeepSpeedEngine, export, init_ranks
     from coalign.models import base_model_folder, load_tokenizer
     from coalign.objectives import sft_objective
-    from coalign.training import Plan, train
+    from coalign.training import Plan, check_packing, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, needs["prepare"])
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
 
     device = init_ranks()
     engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
+    if config.train.pack_tokens:
+        check_packing(engine, stream, codec.pad_id)
     measure = make_dev_measure(engine, codec, examples, wordings, config.train)
     totals = train(engine, plan, sft_objective(), config.train, config.log, step.path, measure)
     export(engine, step.path / "model", codec, stream)

@@ -1,4 +1,4 @@
-"""Items into batches: one layout for SFT rows and shared-prefix groups, token-budget micro-batches, a resumable order.
+"""Items into batches: one layout for SFT rows and shared-prefix groups, packs, token-budget micro-batches, the order.
 
 Used by training and the recipes. Knows no files and no engine. Shape suffixes: B rows, T tokens, K kept positions,
 N response tokens.
@@ -6,9 +6,10 @@ N response tokens.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,84 +50,195 @@ def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
     return max(len(item.prompt) + len(r) - 1 for r in item.responses), len(item.responses)
 
 
-def collate(items: Sequence[Item], pad_id: int, shared_prefix: bool, dtype: torch.dtype) -> Batch:
+@dataclasses.dataclass
+class _Row:
+    """A row of a batch while it is laid out: token ids, their positions, items and segments (see group_mask)."""
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    positions: list[int] = dataclasses.field(default_factory=list)
+    items: list[int] = dataclasses.field(default_factory=list)
+    segments: list[int] = dataclasses.field(default_factory=list)
+
+    def append(self, ids: Sequence[int], position: int, item: int, segment: int) -> None:
+        """Add tokens of one segment."""
+        self.ids += ids
+        self.positions += range(position, position + len(ids))
+        self.items += [item] * len(ids)
+        self.segments += [segment] * len(ids)
+
+
+def collate(
+    items: Sequence[Item],
+    pad_id: int,
+    shared_prefix: bool,
+    dtype: torch.dtype,
+    items_per_row: Sequence[int] | None = None,
+    window: int | None = None,
+) -> Batch:
     """Lay items out for one forward pass; responses are numbered in order over all items.
 
-    With `shared_prefix` a row is one prompt and all its responses side by side, each seeing the prompt and itself,
-    positions restarting after the prompt; without it a row is the prompt and one response.
+    With `shared_prefix` an item is one prompt and all its responses side by side, each seeing the prompt and itself,
+    positions restarting after the prompt; without it every response is an item with a prompt of its own.
+    `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
+    `window` is the model's sliding window, needed where an item is longer.
     """
-    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
-    places: list[tuple[int, int, int]] = []  # row, distance from the row's end, target
+    rows: list[_Row] = []
+    places: list[tuple[int, int, int]] = []  # row, place in it, target
     owner: list[int] = []
-    count = 0
-    for item in items:
-        for responses in [item.responses] if shared_prefix else [(r,) for r in item.responses]:
-            length = len(item.prompt)
-            ids, positions, segments = list(item.prompt), list(range(length)), [0] * length
-            offsets = []
-            for number, response in enumerate(responses, start=1):
-                # The first token is predicted by the prompt's last position, the others inside the segment.
-                offsets.append([length - 1, *range(len(ids), len(ids) + len(response) - 1)])
-                ids += response[:-1]
-                positions += range(length, length + len(response) - 1)
-                segments += [number] * (len(response) - 1)
-            for response, where in zip(responses, offsets, strict=True):
-                places += [(len(rows), len(ids) - w, t) for w, t in zip(where, response, strict=True)]
-                owner += [count] * len(response)
-                count += 1
-            rows.append((ids, positions, segments))
-    return _to_batch(rows, places, owner, pad_id, dtype if shared_prefix else None)
+    parts = [(i.prompt, rs) for i in items for rs in ([i.responses] if shared_prefix else [(r,) for r in i.responses])]
+    row_starts = set(itertools.accumulate(items_per_row or [1] * len(parts), initial=0))
+    for index, (prompt, responses) in enumerate(parts):
+        if index in row_starts:
+            rows.append(_Row())
+        row = rows[-1]
+        row.append(prompt, 0, index, 0)
+        last = len(row.ids) - 1  # the prompt's last token predicts every response's first
+        for segment, response in enumerate(responses, start=1):
+            where = [last, *range(len(row.ids), len(row.ids) + len(response) - 1)]
+            places += [(len(rows) - 1, w, t) for w, t in zip(where, response, strict=True)]
+            owner += [owner[-1] + 1 if owner else 0] * len(response)
+            row.append(response[:-1], len(prompt), index, segment)
+    packed = len(rows) < len(parts)
+    return _to_batch(rows, places, owner, pad_id, dtype if shared_prefix or packed else None, window)
 
 
 def _to_batch(
-    rows: list[tuple[list[int], list[int], list[int]]],
+    rows: list[_Row],
     places: list[tuple[int, int, int]],
     owner: list[int],
     pad_id: int,
     mask_dtype: torch.dtype | None,
+    window: int | None,
 ) -> Batch:
-    width = max(len(ids) for ids, _, _ in rows)
-    kept = max(distance for _, distance, _ in places)
+    width = max(len(row.ids) for row in rows)
+    distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
+    kept = int(distance_N.max())
 
-    def padded(column: int, fill: int) -> Tensor:
-        return torch.tensor([[fill] * (width - len(row[column])) + row[column] for row in rows])
+    def padded(values: Callable[[_Row], list[int]], fill: int) -> Tensor:
+        return torch.tensor([[fill] * (width - len(row.ids)) + values(row) for row in rows])
 
-    segments_BT = padded(2, -1)
+    segments_BT, positions_BT = padded(lambda row: row.segments, -1), padded(lambda row: row.positions, 0)
+    if mask_dtype is None:
+        mask = (segments_BT >= 0).long()
+    else:
+        mask = group_mask(segments_BT, mask_dtype, padded(lambda row: row.items, -1), positions_BT, window)
     return Batch(
-        input_ids_BT=padded(0, pad_id),
-        attention_mask=(segments_BT >= 0).long() if mask_dtype is None else group_mask(segments_BT, mask_dtype),
-        position_ids_BT=padded(1, 0),
+        input_ids_BT=padded(lambda row: row.ids, pad_id),
+        attention_mask=mask,
+        position_ids_BT=positions_BT,
         num_kept=kept,
-        kept_index_N=torch.tensor([row * kept + kept - distance for row, distance, _ in places]),
+        kept_index_N=torch.tensor([row for row, _, _ in places]) * kept + kept - distance_N,
         target_N=torch.tensor([target for _, _, target in places]),
         response_N=torch.tensor(owner),
         num_responses=owner[-1] + 1,
-        num_real_tokens=sum(len(ids) for ids, _, _ in rows),
+        num_real_tokens=sum(len(row.ids) for row in rows),
     )
 
 
-def micro_batches(items: Sequence[Item], max_tokens: int, world: int, shared_prefix: bool) -> list[list[list[Item]]]:
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Items of one forward pass, in the order of their rows, and how many share each (None: a row or more an item)."""
+
+    items: tuple[Item, ...] = ()
+    items_per_row: tuple[int, ...] | None = None
+
+
+def micro_batches(
+    items: Sequence[Item], max_tokens: int, world: int, shared_prefix: bool, pack_tokens: int = 0
+) -> list[list[MicroBatch]]:
     """Cut one update's items into micro-batches and deal them out: result[rank] is that rank's list.
 
-    Items of like length go together, padded tokens stay within `max_tokens` (a longer item goes alone). Every rank
-    gets as many micro-batches; an empty one stands for "nothing left", so that collectives match.
+    Items share rows of up to `pack_tokens` tokens (0: none does). Rows of like length go together, padded tokens stay
+    within `max_tokens` (a longer row goes alone). Every rank gets as many micro-batches of as many tokens as can be; an
+    empty one stands for "nothing left", so that collectives match.
     """
-    sized = sorted(
-        ((row_tokens(item, shared_prefix), i) for i, item in enumerate(items)), key=lambda s: (-s[0][0], s[1])
-    )
-    # As many micro-batches as ranks at least, else one rank would work while the others wait.
-    share = sum(tokens * rows for (tokens, rows), _ in sized) // world + 1
-    limit = min(max_tokens, max(share, sized[0][0][0] * sized[0][0][1]))
-    cut: list[list[Item]] = []
-    width = rows = 0
-    for (tokens, count), i in sized:
-        if not cut or max(width, tokens) * (rows + count) > limit:
-            cut.append([])
-            width, rows = 0, 0
-        cut[-1].append(items[i])
-        width, rows = max(width, tokens), rows + count
-    cut += [[] for _ in range(-len(cut) % world)]
-    return [cut[rank::world] for rank in range(world)]
+    sizes = [row_tokens(item, shared_prefix) for item in items]
+    packing = pack_tokens > 0 and all(rows == 1 for _, rows in sizes)
+    if packing:
+        packs = _even_packs([tokens for tokens, _ in sizes], min(pack_tokens, max_tokens), world)
+        sizes = [(sum(sizes[i][0] for i in pack), 1) for pack in packs]
+    else:
+        packs = [[i] for i in range(len(items))]
+    dealt = _deal(_cut(packs, sizes, max_tokens, world), sizes, world)
+    return [
+        [
+            MicroBatch(
+                tuple(items[i] for p in part for i in packs[p]),
+                tuple(len(packs[p]) for p in part) if packing and part else None,
+            )
+            for part in mine
+        ]
+        for mine in dealt
+    ]
+
+
+def _cut(packs: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], limit: int, world: int) -> list[list[int]]:
+    """Return packs by micro-batch, as even as can be, and as many micro-batches as all ranks can work on."""
+    order = sorted(range(len(packs)), key=lambda p: (-sizes[p][0], packs[p]))
+
+    def cut(limit: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        width = rows = 0
+        for p in order:
+            if not parts or width * (rows + sizes[p][1]) > limit:
+                parts.append([])
+                width, rows = sizes[p][0], 0  # the longest comes first
+            parts[-1].append(p)
+            rows += sizes[p][1]
+        return parts
+
+    largest = max(_cost([p], sizes) for p in order)
+    parts = cut(_smallest(largest, max(limit, largest), world, lambda limit: len(cut(limit))))
+    while len(parts) % world and (several := [part for part in parts if len(part) > 1]):
+        part = max(several, key=lambda part: _cost(part, sizes))
+        parts.remove(part)
+        parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+    return parts
+
+
+def _cost(part: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    """Return the padded tokens of a micro-batch."""
+    return max((sizes[p][0] for p in part), default=0) * sum(sizes[p][1] for p in part)
+
+
+def _deal(parts: Sequence[list[int]], sizes: Sequence[tuple[int, int]], world: int) -> list[list[list[int]]]:
+    """Return micro-batches by rank, equally many: of the next dearest, the rank with least so far takes the dearest."""
+    order = sorted([*parts, *[[] for _ in range(-len(parts) % world)]], key=lambda part: (-_cost(part, sizes), part))
+    dealt: list[list[list[int]]] = [[] for _ in range(world)]
+    for start in range(0, len(order), world):
+        ranks = sorted(range(world), key=lambda rank: sum(_cost(part, sizes) for part in dealt[rank]))
+        for rank, part in zip(ranks, order[start : start + world], strict=True):
+            dealt[rank].append(part)
+    return dealt
+
+
+def _even_packs(lengths: Sequence[int], pack_tokens: int, world: int) -> list[list[int]]:
+    """Return best-fit packs, as even as can be without more of them than the ranks share out anyway."""
+    longest = max(lengths)
+    width = _smallest(longest, max(pack_tokens, longest), world, lambda width: len(best_fit(lengths, width)))
+    return best_fit(lengths, width)
+
+
+def _smallest(low: int, high: int, world: int, count: Callable[[int], int]) -> int:
+    """Return the smallest size that gives no more parts than `high` does, rounded up to a multiple of `world`."""
+    allowed = -(-count(high) // world) * world
+    return low + bisect.bisect_left(range(low, high), True, key=lambda size: count(size) <= allowed)
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Return indices in packs of at most `width` tokens: the longest first, each where it leaves least room."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, pack), in order
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        found = bisect.bisect_left(rooms, (lengths[index], -1))
+        if found == len(rooms):
+            packs.append([])
+            room, pack = width, len(packs) - 1
+        else:
+            room, pack = rooms.pop(found)
+        packs[pack].append(index)
+        bisect.insort(rooms, (room - lengths[index], pack))
+    return packs
 
 
 def permutations(num_items: int, seed: int) -> Iterator[int]:

@@ -202,6 +202,9 @@ class TrainTable(Table):
     micro_batch_tokens: Positive = _field(
         8192, "padded tokens a rank computes at once; a step accumulates as many as its batch needs", neutral=True
     )
+    pack_tokens: NonNegative = _field(
+        256, "tokens of a row that several items share without seeing one another (0: none does)", neutral=True
+    )
     eval_every: NonNegative = _field(50, "updates between dev measurements (0: never)", neutral=True)
     dev_inputs: NonNegative = _field(32, "dev inputs of the small consistency measure", neutral=True)
     dev_wordings: Annotated[int, Field(ge=2)] = _field(4, "dev wordings of the small consistency measure", neutral=True)
@@ -380,10 +383,10 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.model.attention == "flash_attention_2" and self.train.shared_prefix:
+        if self.model.attention == "flash_attention_2" and (self.train.shared_prefix or self.train.pack_tokens):
             raise ValueError(
-                'model.attention="flash_attention_2" takes no mask of shared prefixes; set train.shared_prefix=false'
-                ' or model.attention="sdpa"'
+                'model.attention="flash_attention_2" takes no mask of shared prefixes or packed rows; set'
+                ' train.shared_prefix=false and train.pack_tokens=0, or model.attention="sdpa"'
             )
         return self
 

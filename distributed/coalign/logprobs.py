@@ -1,18 +1,30 @@
-"""Log-probs of response tokens, computed only at positions that predict one.
+"""Log-probs of response tokens, computed only at positions that predict one, without the tensor of all their logits.
 
 Used by training for every loss. Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept
-positions, N response tokens, R responses, V vocabulary.
+positions, N response tokens, U positions that predict at least one, R responses, D hidden size, V vocabulary, C the
+columns of one block of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Logits that exist at once: they stay in a CPU's cache; a GPU wants large products.
+BLOCK_LOGITS_CPU = 2**20
+BLOCK_LOGITS_GPU = 2**26
+MIN_COLUMNS = 64
+
+# Whether a model returns its head's output as it is, by head; asked once.
+_returned_unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +66,148 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 def token_logps(model: Any, batch: Batch) -> Tensor:
-    """Return log P(token given what it may see) of every response token of a batch: (N,), in float32 at least."""
-    logits_BKV = model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids_BT,
-        use_cache=False,
-        logits_to_keep=batch.num_kept,
-    ).logits
-    if logits_BKV.shape[1] != batch.num_kept:  # a model that ignores logits_to_keep
-        logits_BKV = logits_BKV[:, -batch.num_kept :]
+    """Return log P(token given what it may see) of every response token of a batch: (N,), in float32 at least.
+
+    Where nothing happens to a model's logits after its head, the head's module computes log-probs in their place
+    (`fused_logps`); it stays a module that is called, so that ZeRO-3 gathers its weights.
+    """
+    head = _plain_head(model)
+    if head is None or not _returns_unchanged(model, head, batch.input_ids_BT):
+        return _logps_from_logits(model, batch)
+    position_U, row_N = torch.unique(batch.kept_index_N, return_inverse=True)
+
+    def logps(hidden_BTD: Tensor) -> Tensor:
+        hidden_BKD = hidden_BTD[:, -batch.num_kept :]
+        hidden_UD = hidden_BKD.reshape(-1, hidden_BKD.shape[-1]).index_select(0, position_U)
+        return fused_logps(hidden_UD, head.weight, head.bias, row_N, batch.target_N).view(1, -1, 1)
+
+    with _forward_of(head, logps):
+        return _logits(model, batch.input_ids_BT, batch.attention_mask, batch.position_ids_BT, batch.num_kept).view(-1)
+
+
+def _logits(model: Any, ids_BT: Tensor, mask: Tensor, positions_BT: Tensor, num_kept: int) -> Tensor:
+    inputs = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions_BT}
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=num_kept).logits
+    return logits
+
+
+def _logps_from_logits(model: Any, batch: Batch) -> Tensor:
+    logits_BKV = _logits(model, batch.input_ids_BT, batch.attention_mask, batch.position_ids_BT, batch.num_kept)
+    logits_BKV = logits_BKV[:, -batch.num_kept :]  # a model may ignore logits_to_keep
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])[batch.kept_index_N]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     picked_N: Tensor = logits_NV.gather(1, batch.target_N.unsqueeze(1)).squeeze(1)
     return picked_N - torch.logsumexp(logits_NV, dim=-1)
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """Return the module of a model (bare, or an engine's) that makes logits, if it is a linear map and no more."""
+    find = getattr(getattr(model, "module", model), "get_output_embeddings", None)
+    head = find() if find else None
+    return head if type(head) is nn.Linear else None
+
+
+def _returns_unchanged(model: Any, head: nn.Linear, input_ids_BT: Tensor) -> bool:
+    """Return whether the model's logits are what its head returns: not scaled, not capped, not cut.
+
+    Asked once a model, by one token whose logits are replaced by numbers that any of this would change.
+    """
+    if head not in _returned_unchanged:
+        seen: list[Tensor] = []
+
+        def answer(hidden_BTD: Tensor) -> Tensor:
+            seen.append(torch.linspace(-90, 90, head.out_features, device=hidden_BTD.device).to(hidden_BTD.dtype))
+            return seen[-1].expand(*hidden_BTD.shape[:-1], -1).clone()
+
+        ids_11 = input_ids_BT[:1, -1:]
+        with torch.no_grad(), _forward_of(head, answer):
+            logits = _logits(model, ids_11, torch.ones_like(ids_11), torch.zeros_like(ids_11), 1)
+        same = len(seen) == 1 and logits.numel() == seen[0].numel()
+        _returned_unchanged[head] = same and torch.equal(logits.view(-1), seen[0].to(logits.dtype))
+    return _returned_unchanged[head]
+
+
+@contextlib.contextmanager
+def _forward_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module compute something else for a while; its hooks stay."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor) -> Tensor:
+    """Return log softmax(hidden W^T + b)[row_N, target_N]: (N,), in float32 at least.
+
+    The logits exist a block of the vocabulary at a time, in both passes; what is kept between them is their logsumexp.
+    """
+    found: Tensor = _FusedLogps.apply(hidden_UD, weight_VD, bias_V, row_N, target_N)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _FusedLogps(torch.autograd.Function):
+    """d logp_n / d logits_uv = [row_n = u] ([target_n = v] - softmax_uv)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_UD.dtype, torch.float32)
+        logsumexp_U = torch.full((len(hidden_UD),), -torch.inf, dtype=wide, device=hidden_UD.device)
+        picked_N = torch.zeros(len(row_N), dtype=wide, device=hidden_UD.device)
+        for block in _blocks(hidden_UD, weight_VD):
+            logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
+            column_N, inside_N = _columns(target_N, block)
+            picked_N = torch.where(inside_N, logits_UC[row_N, column_N], picked_N)
+            logsumexp_U = torch.logaddexp(logsumexp_U, torch.logsumexp(logits_UC, dim=1))
+        ctx.save_for_backward(hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U)
+        return picked_N - logsumexp_U[row_N]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U = ctx.saved_tensors
+        grad_U = torch.zeros_like(logsumexp_U).index_add_(0, row_N, grad_N)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        of_hidden_UD = torch.zeros_like(hidden_UD, dtype=grad_N.dtype) if needs_hidden else None
+        of_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
+        of_bias_V = torch.empty_like(bias_V) if needs_bias else None
+        for block in _blocks(hidden_UD, weight_VD):
+            of_logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
+            of_logits_UC.sub_(logsumexp_U.unsqueeze(1)).exp_().mul_(-grad_U.unsqueeze(1))
+            column_N, inside_N = _columns(target_N, block)
+            of_logits_UC.index_put_((row_N, column_N), torch.where(inside_N, grad_N, 0), accumulate=True)
+            narrow_UC = of_logits_UC.to(hidden_UD.dtype)
+            if of_hidden_UD is not None:
+                of_hidden_UD += narrow_UC @ weight_VD[block]
+            if of_weight_VD is not None:
+                torch.mm(narrow_UC.t(), hidden_UD, out=of_weight_VD[block])
+            if of_bias_V is not None:
+                torch.sum(narrow_UC, 0, out=of_bias_V[block])
+        of_hidden_UD = None if of_hidden_UD is None else of_hidden_UD.to(hidden_UD.dtype)
+        return of_hidden_UD, of_weight_VD, of_bias_V, None, None
+
+
+def _blocks(hidden_UD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
+    limit = BLOCK_LOGITS_GPU if hidden_UD.is_cuda else BLOCK_LOGITS_CPU
+    width = max(limit // max(len(hidden_UD), 1), MIN_COLUMNS)
+    return (slice(start, min(start + width, len(weight_VD))) for start in range(0, len(weight_VD), width))
+
+
+def _block_logits(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
+    """Return the logits of a block of the vocabulary, rounded as the head rounds them, a tensor that may be changed."""
+    logits_UC = F.linear(hidden_UD, weight_VD[block], None if bias_V is None else bias_V[block])
+    return logits_UC.to(torch.promote_types(logits_UC.dtype, torch.float32))
+
+
+def _columns(target_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return each target's column in a block (any column, where it has none) and whether it has one."""
+    inside_N = (target_N >= block.start) & (target_N < block.stop)
+    return (target_N - block.start).clamp(0, block.stop - block.start - 1), inside_N
 
 
 def sum_by_response(logp_N: Tensor, batch: Batch) -> Tensor:

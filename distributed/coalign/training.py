@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from coalign.artifacts import digest_file, write_rows
-from coalign.batching import Item, collate, micro_batches, row_tokens
+from coalign.attention import sliding_window
+from coalign.batching import Item, MicroBatch, collate, micro_batches, row_tokens
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
-from coalign.logprobs import evaluation_mode, sum_by_response, to_device, token_logps
+from coalign.logprobs import Batch, evaluation_mode, sum_by_response, to_device, token_logps
 from coalign.objectives import Objective
 from coalign.process import Preemption, rank, world_size
 from coalign.records import read_rows
@@ -56,30 +57,44 @@ def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> N
     Compares log-probs of the largest group both ways, on the live model; called by every rank.
     """
     item = max(items, key=lambda i: (len(i.responses), len(i.prompt), i.name))
-    window = getattr(engine.model.module.config.get_text_config(), "sliding_window", None)
-    if window and max(item.longest() for item in items) > window:
+    _compare_layouts(engine, [item], pad_id, True, max(item.longest() for item in items))
+
+
+def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
+    """Raise UserError when the model does not compute rows that items share as it computes separate ones.
+
+    Compares log-probs of the longest and the shortest item both ways, on the live model; called by every rank.
+    """
+    ordered = sorted(items, key=lambda i: (i.longest(), i.name))
+    _compare_layouts(engine, [ordered[-1], ordered[0]], pad_id, False, ordered[-1].longest())
+
+
+def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool, longest: int) -> None:
+    """Raise UserError when log-probs of items in one row differ from those of one row a response."""
+    what, key = ("shared-prefix groups", "shared_prefix=false") if shared_prefix else ("packed rows", "pack_tokens=0")
+    window, in_all_layers = sliding_window(engine.model.module.config)
+    if window and not in_all_layers and longest > window:
         raise UserError(
-            f"groups of up to {max(i.longest() for i in items)} tokens exceed the model's sliding window of {window},"
-            " which shared prefixes do not support; set train.shared_prefix=false"
+            f"{what} of up to {longest} tokens exceed the sliding window of {window} that some of the model's layers"
+            f" have; set train.{key}"
         )
     found = []
-    for shared in (True, False):
-        batch = to_device(collate([item], pad_id, shared, engine.dtype), engine.device)
+    for together in (True, False):
+        share = [len(items)] if together else None
+        batch = collate(items, pad_id, shared_prefix and together, engine.dtype, share, window)
         try:
             with torch.no_grad(), evaluation_mode(engine.model):
-                found.append(token_logps(engine.model, batch))
+                found.append(token_logps(engine.model, to_device(batch, engine.device)))
         except (TypeError, ValueError, IndexError) as error:
-            if not shared:
+            if not together:
                 raise
             raise UserError(
-                f"this model does not take the attention mask of shared-prefix groups ({error});"
-                " set train.shared_prefix=false"
+                f"this model does not take the attention mask of {what} ({error}); set train.{key}"
             ) from error
     difference = float((found[0] - found[1]).abs().max())
-    if difference > (1e-3 if engine.dtype is torch.float32 else 0.5):
+    if not difference <= (1e-3 if engine.dtype is torch.float32 else 0.5):
         raise UserError(
-            f"this model does not compute shared-prefix groups exactly (log-probs differ by {difference:.2g});"
-            " set train.shared_prefix=false"
+            f"this model does not compute {what} exactly (log-probs differ by {difference:.2g}); set train.{key}"
         )
 
 
@@ -108,12 +123,11 @@ def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: Tra
             items[start : start + 256], settings.micro_batch_tokens, world_size(), settings.shared_prefix
         )
         for part in dealt[rank()]:
-            rows = part or [items[0]]
-            batch = to_device(collate(rows, pad_id, settings.shared_prefix, engine.dtype), engine.device)
+            batch, _ = _batch_of(engine, part, items[0], pad_id, settings.shared_prefix)
             with torch.no_grad(), evaluation_mode(engine.model):
                 logp_R = sum_by_response(token_logps(engine.model, batch), batch).tolist()
             values = iter(logp_R)
-            for item in part:
+            for item in part.items:
                 for k in range(len(item.responses)):
                     flat[position[item.name] + k] = next(values)
     total = [v * world_size() for v in engine.mean(flat)]
@@ -214,15 +228,16 @@ def _update(
 ) -> dict[str, float]:
     """Make one update and return its log line; the loss does not depend on how items are split or dealt out."""
     denominator = objective.denominator(items)
-    mine = micro_batches(items, settings.micro_batch_tokens, world_size(), objective.shared_prefix)[rank()]
+    pack_tokens = settings.pack_tokens if objective.packed else 0
+    dealt = micro_batches(items, settings.micro_batch_tokens, world_size(), objective.shared_prefix, pack_tokens)
+    mine = dealt[rank()]
     sums: dict[str, float] = {}
     suspects: set[str] = set()  # rows of a micro-batch whose loss is not finite
     total = tokens = 0.0
     for index, part in enumerate(mine):
-        rows = part or [items[0]]  # nothing left for this rank: take part in the collectives with weight zero
-        batch = to_device(collate(rows, pad_id, objective.shared_prefix, engine.dtype), engine.device)
+        batch, rows = _batch_of(engine, part, items[0], pad_id, objective.shared_prefix)
         loss, parts = objective.loss(token_logps(engine.model, batch), batch, rows, denominator)
-        weight = 1.0 if part else 0.0
+        weight = 1.0 if part.items else 0.0
         engine.backward(loss * weight, last=index == len(mine) - 1)
         total += float(loss.detach()) * weight
         if not math.isfinite(float(loss.detach())):
@@ -240,6 +255,16 @@ def _update(
         _stop_on_nan("the gradient", items)
     described = objective.describe(dict(zip(names, reduced[2:], strict=True)))
     return {"loss": reduced[0], **described, "learning_rate": lr, "grad_norm": norm, "tokens": reduced[1]}
+
+
+def _batch_of(
+    engine: Engine, part: MicroBatch, filler: Item, pad_id: int, shared_prefix: bool
+) -> tuple[Batch, tuple[Item, ...]]:
+    """Return a micro-batch on the device and its items; where nothing is left, `filler` for the collectives' sake."""
+    items = part.items or (filler,)
+    window, _ = sliding_window(engine.model.module.config)
+    batch = collate(items, pad_id, shared_prefix, engine.dtype, part.items_per_row, window)
+    return to_device(batch, engine.device), items
 
 
 def _stop_on_nan(what: str, items: Sequence[Item]) -> None:

@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO on gloo ranks against the plain torch engine: the same losses, gradient norms and weights."""
+"""DeepSpeed ZeRO on gloo ranks against the plain torch engine: the same losses, gradient norms and weights.
+
+The ranks take log-probs inside the head (tied to the embedding), the plain engine from the logits of all positions.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ import coalign
 from coalign.config import RandomTable
 from coalign.models import attach_lora, load_model, make_random_model
 from numerics.engine import TorchEngine
+from numerics.tiny import plain_logps
 from numerics.zero_ranks import NUM_STEPS, Case, run_case
 
 pytestmark = pytest.mark.deepspeed
@@ -93,7 +98,8 @@ def reference(case: Case) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
     network: Any = load_model(case.source, case.model_table(), torch.float32).train()
     if case.lora:
         network = attach_lora(network, case.model_table().lora)
-    run_case(TorchEngine(network, case.train_table()), case)
+    with mock.patch("coalign.training.token_logps", plain_logps):
+        run_case(TorchEngine(network, case.train_table()), case)
     state = network.state_dict()
     return curve(case), {n: t for n, t in state.items() if ".lora_" in n} if case.lora else state
 

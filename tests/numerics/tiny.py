@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coalign.batching import Item
+from coalign.logprobs import Batch
 
 VOCABULARY = 64
 _SHAPE = {
@@ -30,6 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
     "phi": _SHAPE,
+    "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 2.0},
+    "cohere": {**_GROUPED, "logit_scale": 0.25},
     "bloom": _BLOOM,
     "mpt": _MPT,
 }
@@ -42,14 +45,31 @@ def network(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **ch
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if dtype is torch.float64:
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):  # computes in float32 whatever its input
+        for module in model.modules():  # these compute in float32 whatever their input
+            if type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(_rms_norm, module)
+            elif type(module).__name__ == "CohereLayerNorm":
+                module.forward = functools.partial(_layer_norm, module)
     return model
 
 
 def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    if hasattr(module, "variance_epsilon"):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + module.weight, module.eps)
+
+
+def _layer_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], module.weight, None, module.variance_epsilon)
+
+
+def plain_logps(model: Any, batch: Batch) -> torch.Tensor:
+    """Return what logprobs.token_logps does from the logits of all positions: its slow twin."""
+    logits_BTV = model(
+        input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask, position_ids=batch.position_ids_BT
+    ).logits
+    logp_BKV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).log_softmax(-1)[:, -batch.num_kept :]
+    return logp_BKV.reshape(-1, logp_BKV.shape[-1])[batch.kept_index_N, batch.target_N]
 
 
 def random_ids(source: random.Random, length: int) -> tuple[int, ...]:

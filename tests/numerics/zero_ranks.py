@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coalign import logprobs
 from coalign.batching import Item
 from coalign.config import LogTable, ModelTable, TrainTable
 from coalign.errors import UserError
@@ -100,6 +101,8 @@ def main(spec: str) -> None:
             run_case(engine, case)
         except UserError as error:
             (case.path / "error.txt").write_text(str(error))
+        heads = logprobs._returned_unchanged
+        assert heads and all(heads.values()), "the head computes log-probs itself"
         state = engine.gather_state()
         if rank() == 0:
             torch.save(state, case.path / "state.pt")
