@@ -182,9 +182,10 @@ can do there what consistency alignment asks of a language model: follow an inst
 an answer. It is the base model of `make quickstart` and of no use beyond it.
 
 **How it was made.** `make base` (make_base.py): random weights, {steps:,} updates of {tokens:,} tokens drawn from
-corpus.py; nothing from elsewhere. Following was taught under {followed} wordings a task; no held-out (dev or test)
-wording, nor one near it, was among what it read, wrote or judged. Limits: it knows some 1,900 words, lower case only,
-contexts up to 256 tokens, and nothing about the world outside its word lists.
+corpus.py and {last_steps} more that are mostly the judge's questions; nothing from elsewhere. Following was taught
+under {followed} wordings a task; no held-out (dev or test) wording, nor one near it, was among what it read, wrote or
+judged. Limits: it knows some 1,900 words, lower case only, contexts up to 256 tokens, and nothing about the world
+outside its word lists.
 
 **Following**, greedy, exact match, on {inputs} fresh inputs a task, %. "Followed" are the {followed} wordings of its
 training, "other" the rest of the training wordings, which it met only when it put them in other words; dev and test
@@ -281,7 +282,7 @@ def main() -> None:
         greedy = GenerateWorker(str(folder), model, generation, Sampling(max_new_tokens=16), THREADS)
         parameters = sum(p.numel() for p in greedy.model.parameters())
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-        scores["made"] = {"parameters": parameters} | {key: recipe[key] for key in ("steps", "tokens")}
+        scores["made"] = {"parameters": parameters} | {key: recipe[key] for key in ("steps", "last_steps", "tokens")}
         scores["following"] = score_following(greedy)
         sampling = Sampling(max_new_tokens=32, temperature=1.0, top_p=0.95)
         scores["rewriting"] = score_rewriting(
