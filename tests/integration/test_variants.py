@@ -33,10 +33,9 @@ def check_run(run: Run, steps: tuple[str, ...]) -> None:
     "settings",
     [
         ["model.lora.enabled=true", "model.lora.rank=8", "sft.learning_rate=1e-2"],
-        ["train.zero_stage=3"],
         ["train.zero_stage=3", "model.lora.enabled=true"],
     ],
-    ids=["lora", "zero3", "zero3-lora"],
+    ids=["lora", "zero3-lora"],
 )
 def test_the_pipeline_with_other_training_settings(settings: list[str], finished: Run, tmp_path: Path) -> None:
     """All steps from sft to eval work, the loss falls, and the exported models load as plain ones."""
@@ -71,7 +70,8 @@ def test_the_pipeline_without_gold_answers(finished: Run, tmp_path: Path) -> Non
     """With judge.gold=false no gold answer gets into a group, and everything up to eval works."""
     run = Run(tmp_path / "unlabelled")
     shared = ("prepare", "paraphrase", "sft", "sample")
-    run.all_steps(borrow(finished, *shared), "judge.gold=false", "generation.workers=0")
+    # An untrained model's answers agree over no two wordings.
+    run.all_steps(borrow(finished, *shared), "judge.gold=false", "rank.min_agreement=0", "generation.workers=0")
     check_run(run, ("judge", "rank", "align", "eval"))
     responses = {
         (row["example"], row["text"])
