@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTEST_ARGS ?=
+# Tests run in two processes of one thread each; one alone, whose output is seen at once, with PYTEST_ARGS='-n 0 -s ...'.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help setup base quickstart test test-slow test-peers check format clean
@@ -38,10 +40,10 @@ base: $(INSTALLED)
 	$(VENV)/bin/python examples/phrasebook/score_base.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
