@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if read_manifest(run.step("prepare")) is None:
         # Before the step's folder is made: data with a mistake in it leaves nothing behind.
         sources = config.data.path or ", ".join(source.path for source in config.data.sources)
-        announce("prepare", changed_values(config, STEP_TABLES["prepare"]), f"read and split {sources}")
+        announce("prepare", changed_values(config, STEP_TABLES["prepare"]), f"read and split {sources}", False)
         read = read_sources(config.data)
         prepared = split_instances(read.tasks, read.instances, config.data)
         prepared.dropped[:0] = read.dropped

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     responses = read_records(Response, needs["sample"] / "responses.jsonl")
     verdicts = read_records(Verdict, needs["judge"] / "verdicts.jsonl")
     plan = f"{len(responses)} responses, {len(verdicts)} verdicts {'with' if gold else 'without'} gold answers"
-    announce("rank", changed_values(config, STEP_TABLES["rank"]), plan)
+    announce("rank", changed_values(config, STEP_TABLES["rank"]), plan, False)
 
     groups, dropped, counts = ranking.make_groups(
         responses, verdicts, examples, wordings, config.rank, gold, config.run.seed

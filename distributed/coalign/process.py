@@ -164,11 +164,14 @@ def run_command(command: list[str]) -> int:
     return code
 
 
-def announce(step: str, changed: dict[str, object], plan: str) -> None:
-    """Print what a step is about to do: settings that differ from the defaults, devices, rows or updates."""
+def announce(step: str, changed: dict[str, object], plan: str, with_model: bool = True) -> None:
+    """Print what a step is about to do: settings that differ from the defaults, devices, rows or updates.
+
+    A step that runs no model says nothing of devices, and is spared the import that asks for them.
+    """
     for key, value in changed.items():
         logger.info("  %s = %s", key, json.dumps(value))
-    logger.info("%s on %s: %s", step, _devices(), plan)
+    logger.info("%s: %s", f"{step} on {_devices()}" if with_model else step, plan)
 
 
 def _devices() -> str:

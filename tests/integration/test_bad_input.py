@@ -1054,24 +1054,40 @@ def test_one_line_through_the_launcher(world: World) -> None:
 # Help
 
 
+def run_and_list_imports(step: str, *arguments: str) -> tuple[Outcome, set[str]]:
+    """Run a recipe and return its outcome and which of the packages that take seconds to import it imported."""
+    command = recipe_command(step, *arguments)
+    outcome = run_command([command[0], "-X", "importtime", *command[1:]])
+    imported = {line.rpartition("|")[2].strip() for line in outcome.stderr.splitlines()}
+    assert "coalign.process" in imported, f"{step}: the list of imports can't be read"
+    return outcome, imported & {"torch", "transformers", "ray", "deepspeed", "datasets"}
+
+
+@pytest.mark.parametrize("step", ["prepare", "rank"])
+def test_a_step_without_a_model_imports_no_torch(step: str, run: World) -> None:
+    settings = ()
+    if step == "prepare":
+        (run.run_folder / "prepare" / "model").rename(run.folder / "my-model")
+        settings = PRETRAINED
+    run.remove(*STEPS[STEPS.index(step) :])
+    outcome, heavy = run_and_list_imports(step, "config.toml", *settings)
+    assert outcome.code == 0 and not heavy, outcome.errors
+
+
 def test_help_answers_at_once_without_torch() -> None:
     """Every recipe prints its keys in seconds and imports no torch for it."""
 
-    def ask(step: str) -> tuple[str, Outcome, float]:
+    def ask(step: str) -> tuple[str, Outcome, set[str], float]:
         started = time.monotonic()
-        command = recipe_command(step, "--help")
-        outcome = run_command([command[0], "-X", "importtime", *command[1:]])
-        return step, outcome, time.monotonic() - started
+        outcome, heavy = run_and_list_imports(step, "--help")
+        return step, outcome, heavy, time.monotonic() - started
 
     with ThreadPoolExecutor(2) as threads:
-        for step, outcome, seconds in threads.map(ask, [*STEPS, "report"]):
-            imported = {line.rpartition("|")[2].strip() for line in outcome.stderr.splitlines()}
+        for step, outcome, heavy, seconds in threads.map(ask, [*STEPS, "report"]):
             assert outcome.code == 0 and outcome.stdout.startswith(f"usage: python launch/{step}.py"), step
             assert (
                 step == "report" or f"[{step}]" in outcome.stdout or f"[{step}" in outcome.stdout or step == "prepare"
             )
-            assert "coalign.process" in imported, f"{step}: the list of imports can't be read"
-            heavy = imported & {"torch", "transformers", "ray", "deepspeed", "datasets"}
             assert not heavy, f"{step} imports {heavy}"
             assert seconds < 5, f"{step} took {seconds:.1f} s"
 
