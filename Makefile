@@ -2,9 +2,10 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup base quickstart test test-slow test-peers check format clean
+.PHONY: help setup base quickstart test test-slow test-peers bench check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +14,7 @@ help:
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
@@ -45,6 +47,9 @@ test-slow: $(INSTALLED)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check
