@@ -41,6 +41,12 @@ def worker_of(folder: str) -> GenerateWorker:
     return GenerateWorker(folder, ModelTable(), GenerationTable(), Sampling(NEW_TOKENS, 1.0), 1)
 
 
+def start_process(folder: str, ready: Any) -> None:
+    """Make a bare process's worker and wait until the other processes have theirs."""
+    worker_of(folder)
+    ready.wait()
+
+
 def work_off(folder: str, shard: tuple[int, Rows]) -> tuple[int, Rows]:
     """Answer one shard in a bare process."""
     return shard[0], worker_of(folder)(shard[1])
@@ -70,7 +76,8 @@ def timed(run: Callable[[Shards], Any], warm: Shards, shards: Shards) -> dict[st
 def by_processes(folder: str, warm: Shards, shards: Shards) -> dict[str, Any]:
     """Work the shards off with bare processes, each taking the next one when it is free."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(WORKERS, context) as executor:
+    ready = (folder, context.Barrier(WORKERS))
+    with concurrent.futures.ProcessPoolExecutor(WORKERS, context, start_process, ready) as executor:
         return timed(lambda some: executor.map(functools.partial(work_off, folder), some), warm, shards)
 
 
@@ -123,17 +130,21 @@ def ray_rows(tiny: bool) -> list[Row]:
     ]
 
 
+def free_port() -> str:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def train_ranks(num_ranks: int, shape: Shape, tokens: int, updates: int) -> dict[str, Any]:
     """Train with DeepSpeed ranks of one thread and return the wall seconds of the updates and their losses."""
     script = Path(__file__).with_name("rank_updates.py")
-    with tempfile.TemporaryDirectory() as place, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as place:
         make_folder(Path(place), shape)
         spec = {"folder": place, "shape": dataclasses.asdict(shape), "tokens": tokens, "updates": updates}
         (Path(place) / "spec.json").write_text(json.dumps(spec))
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
-        command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", port, "--log_level", "warning"]
+        command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", free_port(), "--log_level", "warning"]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
         command += [str(script), f"{place}/spec.json"]
