@@ -4,9 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTEST_ARGS ?=
 # Tests run in two processes of one thread each; one alone, whose output is seen at once, with PYTEST_ARGS='-n 0 -s ...'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
+BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup base quickstart test test-slow test-peers check format clean
+.PHONY: help setup base quickstart test test-slow test-peers bench check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
@@ -47,6 +49,9 @@ test-slow: $(INSTALLED)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check

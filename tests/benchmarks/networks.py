@@ -1,0 +1,90 @@
+"""Random Llamas to measure: 10M parameters, 100M with a vocabulary of 32k, and one for the tests; random token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from coalign.config import RandomTable
+
+PAD, STOP, FIRST = 0, 2, 8  # FIRST: the lowest token of texts
+CONTEXT = 1024
+Ids = list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Size of a Llama with tied embeddings."""
+
+    name: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+SMALL = Shape("10M", 4096, 320, 7, 5, 896)  # 10.2M parameters
+LARGE = Shape("100M", 32000, 768, 11, 12, 2048)  # 102M parameters
+TINY = Shape("tiny", 512, 32, 2, 2, 48)
+
+
+class Codec:
+    """What decoding and scoring read of a codec."""
+
+    pad_id = PAD
+
+    def __init__(self, *stop_ids: int) -> None:
+        self.stop_ids = list(stop_ids)
+
+
+def make_network(shape: Shape) -> Any:
+    """Return a network with random weights, the same every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=STOP,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def random_ids(source: random.Random, length: int, shape: Shape) -> Ids:
+    """Return token ids of a text; the 128 lowest are left to rows that count with them."""
+    return [source.randrange(FIRST + 128, shape.vocabulary) for _ in range(length)]
+
+
+def make_folder(folder: Path, shape: Shape) -> Path:
+    """Write a model folder of that shape, with a tokenizer trained on made-up words, for rows that start processes."""
+    from coalign.models import make_random_model
+
+    source = random.Random(0)
+    parts = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ol", "ut")]
+    texts = (" ".join(made_up_word(source, parts) for _ in range(20)) for _ in range(2000))
+    table = RandomTable(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        context=CONTEXT,
+    )
+    make_random_model(folder / "model", texts, table, seed=0)
+    return folder / "model"
+
+
+def made_up_word(source: random.Random, parts: list[str]) -> str:
+    """Return a word of two to four parts."""
+    return "".join(source.choice(parts) for _ in range(source.randint(2, 4)))
