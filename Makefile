@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTEST_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup base quickstart test test-slow test-peers check format clean
+.PHONY: help setup base quickstart test test-slow test-peers test-vllm check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
@@ -44,7 +45,10 @@ test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py $(PYTEST_ARGS)
+
+test-vllm: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_vllm.py $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check
