@@ -5,15 +5,20 @@ Used by the recipes, which hand these functions to pool.py; they run where the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from coalign.config import GenerationTable, ModelTable
 from coalign.decoding import Sampling
 
 __all__ = ["Sampling", "make_generate_worker", "make_score_worker"]
 
-Worker = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+Row = dict[str, Any]
+
+
+class Worker(Protocol):
+    """Works off one shard, as pool.py has it."""
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
 
 
 def make_generate_worker(

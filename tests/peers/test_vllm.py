@@ -64,8 +64,9 @@ def test_both_engines_say_the_same(python: str, tmp_path: Path) -> None:
     assert samples["again"] == samples["num"], "the same requests again give other texts"
     assert samples["moved"] >= samples["num"] - 2, "a text depends on more than its seed"
     assert samples["distinct"] > samples["num"] / 2, "too few texts to show that seeds matter"
-    draws = result["draws"]
-    assert draws["tokens"]["vllm"] == draws["tokens"]["transformers"] > 8 and draws["distance"] < 0.08
+    tokens, distance = result["draws"]["tokens"], result["draws"]["distance"]
+    assert tokens["transformers"] > 8 and abs(tokens["vllm"] - tokens["transformers"]) <= 2  # a rare one may be missing
+    assert distance < 0.12, "more than as many draws from the same distribution differ by"
 
 
 def answers_of(folder: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
@@ -75,7 +76,7 @@ def answers_of(folder: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
 
 
 def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> None:
-    """The recipe with vLLM in its own process: answers, noise floors, a judge of agreement; one engine after another."""
+    """The recipe with vLLM: answers, noise floors, a judge of agreement; one engine after another in one process."""
     run = Run(tmp_path / "tiny")
     settings = ['model.init="pretrained"', f"model.path={BASE}", "data.max_test_inputs=4", "paraphrase.num_wordings=0"]
     settings += ['generation.mode="fast"', "generation.workers=0", "generation.dtype=float32"]
