@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup base quickstart test test-slow test-peers bench check format clean
+.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make setup        only the environment in VENV=$(VENV)"
@@ -48,7 +49,10 @@ test-slow: $(INSTALLED)
 	$(PYTEST) --dist worksteal -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m peers tests/peers $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py $(PYTEST_ARGS)
+
+test-vllm: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_vllm.py $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)

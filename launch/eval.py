@@ -84,7 +84,7 @@ def ask_model(
     config: Config, step: StepFolder, name: str, folder: str, pairs: list[evaluation.Pair]
 ) -> tuple[evaluation.ModelOutput, list[Row]]:
     """Return everything that one model said, and the rows too long for its context."""
-    from coalign import encoding, generation, models, pool
+    from coalign import encoding, models, pool, workers
 
     table, settings = config.eval, config.generation
     model = evaluation.model_table(table.models[name.partition("-")[2]], config.model)
@@ -93,25 +93,25 @@ def ask_model(
 
     def generate(what: str, rows: list[Row], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
-        sampling = generation.Sampling(table.max_new_tokens, temperature=temperature)
-        worker = functools.partial(generation.GenerateWorker, folder, model, used, sampling, config.run.threads)
+        sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
+        worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
         shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
         return pool.run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
-    return evaluation.collect_answers(requests, pairs, table, settings.mode, config.run.seed, generate), too_long
+    return evaluation.collect_answers(requests, pairs, table, settings, config.run.seed, generate), too_long
 
 
 def ask_judge(
     config: Config, step: StepFolder, folder: str, dropped: list[Row], pairs: list[tuple[str, str]]
 ) -> list[bool]:
     """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
-    from coalign import encoding, generation, models, pool
+    from coalign import encoding, models, pool, workers
 
     model = table_for_other_model(config.model)
     codec = encoding.Codec(models.load_tokenizer(folder, model), model)
     requests, too_long = evaluation.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
-    worker = functools.partial(generation.ScoreWorker, folder, model, config.generation, config.run.threads)
+    worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)
     rows = pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
     return evaluation.read_agreement(rows, len(pairs))
 

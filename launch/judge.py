@@ -61,16 +61,16 @@ def main(argv: list[str]) -> None:
     announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
 
     from coalign.encoding import Codec
-    from coalign.generation import ScoreWorker
     from coalign.models import base_model_folder, load_tokenizer
     from coalign.pool import run_shards
+    from coalign.workers import make_score_worker
 
     named = {"sft": str(needs["policy"] / "model"), "base": base_model_folder(config.model, needs["prepare"])}
     model_folder = named.get(table.model, table.model)
     model = config.model if table.model in named else table_for_other_model(config.model)
     codec = Codec(load_tokenizer(model_folder, model), model)
     verdict_ids = [codec.encode_plain(YES), codec.encode_plain(NO)]
-    make_worker = functools.partial(ScoreWorker, model_folder, model, config.generation, config.run.threads)
+    make_worker = functools.partial(make_score_worker, model_folder, model, config.generation, config.run.threads)
     run_here = functools.partial(run_shards, step)
     places: dict[str, str | None] = {}
     log_odds: dict[str, float] = {}

@@ -82,9 +82,9 @@ def generate(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return each task's answers in the order in which they are tried, and rows for tasks too long for the context."""
     from coalign.encoding import Codec, check_lengths
-    from coalign.generation import GenerateWorker, Sampling
     from coalign.models import base_model_folder, load_tokenizer
     from coalign.pool import run_shards
+    from coalign.workers import Sampling, make_generate_worker
 
     table = config.paraphrase
     folder = base_model_folder(config.model, prepared)
@@ -104,7 +104,8 @@ def generate(
         {"task": t.id, "text": t.instruction, "reason": "longer_than_context"} for t in tasks if t.id in long_tasks
     ]
     sampling = Sampling(table.max_new_tokens, temperature=table.temperature, top_p=table.top_p)
-    worker = functools.partial(GenerateWorker, folder, config.model, config.generation, sampling, config.run.threads)
+    options = (folder, config.model, config.generation, sampling, config.run.threads)
+    worker = functools.partial(make_generate_worker, *options)
     fitting = [row for row in requests if row["task"] not in long_tasks]
     by_variant: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for row in run_shards(step, fitting, worker, config.generation, "paraphrase"):

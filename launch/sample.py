@@ -32,9 +32,9 @@ def main(argv: list[str]) -> None:
         return
 
     from coalign.encoding import Codec, check_lengths
-    from coalign.generation import GenerateWorker, Sampling
     from coalign.models import load_tokenizer
     from coalign.pool import run_shards
+    from coalign.workers import Sampling, make_generate_worker
 
     examples = {e.id: e for e in read_records(Example, needs["prepare"] / "examples.jsonl") if e.split == "align"}
     wordings: dict[str, list[Wording]] = {}
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
     sampling = Sampling(table.max_new_tokens, table.temperature, table.top_p, table.top_k)
     make_worker = functools.partial(
-        GenerateWorker, folder, config.model, config.generation, sampling, config.run.threads
+        make_generate_worker, folder, config.model, config.generation, sampling, config.run.threads
     )
     responses = []
     for row in run_shards(step, requests, make_worker, config.generation, "sampling"):

@@ -24,7 +24,7 @@ LAUNCH = ROOT / "launch"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
     ("training", "engine", "pool"),
-    ("items", "cluster"),
+    ("items", "cluster", "workers"),
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
     ("batching", "decoding"),

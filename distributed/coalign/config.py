@@ -16,6 +16,7 @@ from pydantic.config import JsonDict
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+VLLM_MAX_TEMPERATURE = 2.0
 
 
 def _field(default: Any, description: str, *, neutral: bool = False) -> Any:
@@ -163,6 +164,9 @@ class ParaphraseTable(Table):
 class GenerationTable(Table):
     """[generation]: the workers that generate and score."""
 
+    engine: Literal["transformers", "vllm"] = _field(
+        "transformers", "vllm: an optional package, faster on GPUs; other texts for the same seeds, no exact mode"
+    )
     mode: Literal["exact", "fast"] = _field(
         "fast", "exact: a text never depends on its batch neighbours; fast: larger batches, equal up to rounding"
     )
@@ -181,6 +185,15 @@ class GenerationTable(Table):
         if isinstance(values, dict) and values.get("gpus_per_worker") == -1:
             values = {key: value for key, value in values.items() if key != "gpus_per_worker"}
         return values
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationTable:
+        if self.engine == "vllm" and self.mode == "exact":
+            raise ValueError(
+                'generation.mode="exact" contradicts generation.engine="vllm", which batches as it sees fit; use'
+                ' mode="fast", or engine="transformers"'
+            )
+        return self
 
 
 class TrainTable(Table):
@@ -387,6 +400,12 @@ class Config(Table):
             raise ValueError(
                 'model.attention="flash_attention_2" takes no mask of shared prefixes or packed rows; set'
                 ' train.shared_prefix=false and train.pack_tokens=0, or model.attention="sdpa"'
+            )
+        hot = [name for name in ("paraphrase", "sample") if getattr(self, name).temperature > VLLM_MAX_TEMPERATURE]
+        if self.generation.engine == "vllm" and hot:
+            raise ValueError(
+                f'{hot[0]}.temperature={getattr(self, hot[0]).temperature:g} with generation.engine="vllm", which takes'
+                f" {VLLM_MAX_TEMPERATURE:g} at most"
             )
         return self
 

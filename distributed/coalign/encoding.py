@@ -89,6 +89,11 @@ class Codec:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
 
+    def describe_answer(self, ids: list[int], finished: bool) -> dict[str, Any]:
+        """Return generated ids, without the stop token, as workers report them: text, finish, tokens with that one."""
+        finish = "stop" if finished else "length"
+        return {"text": self.decode(ids), "finish": finish, "num_tokens": len(ids) + finished}
+
     def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
         """Return a conversation as the chat template writes it. Raises UserError when the template is broken."""
         try:

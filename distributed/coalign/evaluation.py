@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coalign.artifacts import MANIFEST, ROUND_STEPS, RunFolder, StepFolder, digest_file, digest_folder, read_manifest
-from coalign.config import STEP_TABLES, EvalTable, ModelTable, RunTable, table_for_other_model
+from coalign.config import STEP_TABLES, EvalTable, GenerationTable, ModelTable, RunTable, table_for_other_model
 from coalign.errors import UserError
 from coalign.process import derive_seed
 from coalign.prompts import NO, YES, same_answer_question
@@ -60,7 +60,8 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """What one model said: greedy answers, the two noise floors, and greedy answers in the other generation mode.
+    """What one model said: greedy answers, the two noise floors, and greedy answers in the other generation mode
+    (none with vLLM).
 
     `num_tokens` counts everything that was generated for it.
     """
@@ -329,13 +330,15 @@ def collect_answers(
     requests: Sequence[dict[str, Any]],
     pairs: Sequence[Pair],
     table: EvalTable,
-    mode: str,
+    generation: GenerationTable,
     seed: int,
     generate: Generate,
 ) -> ModelOutput:
-    """Ask a model for its answers, both noise floors, and the noise floor's inputs again in the other mode."""
+    """Ask a model for its answers, both noise floors, and the noise floor's inputs again in the other mode.
 
-    num_tokens = 0
+    vLLM has one mode.
+    """
+    mode, num_tokens = generation.mode, 0
 
     def ask(
         what: str, rows: list[dict[str, Any]], mode: str, temperature: float = 0.0, shard_size: int = 0
@@ -351,7 +354,7 @@ def collect_answers(
     repeats, shard_size = repeats_among_others(few, requests, table.noise_samples, seed)
     neighbours = ask("neighbours", repeats, "fast", shard_size=shard_size)
     samples = ask("samples", seeded_samples(few, table.noise_samples, seed), mode, NOISE_TEMPERATURE)
-    other_mode = neighbours if mode == "exact" else ask("exact", few, "exact")
+    other_mode = neighbours if mode == "exact" else ask("exact", few, "exact") if generation.engine != "vllm" else []
     return ModelOutput(answers, neighbours, samples, other_mode, num_tokens)
 
 

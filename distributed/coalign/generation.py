@@ -1,6 +1,6 @@
 """Workers that sample and score on one device with transformers: token ids in, answers or log-probs out.
 
-Used by the recipes through pool.py (one worker an actor). Knows no files but the model folder.
+Used by workers.py (one worker an actor of pool.py). Knows no files but the model folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Answer, Sampling, decode
+from coalign.decoding import Sampling, decode
 from coalign.encoding import Codec
 from coalign.errors import UserError
 from coalign.likelihoods import score
@@ -59,16 +59,9 @@ class GenerateWorker(_Worker):
         found = decode(self.model, prompts, seeds, self.sampling, self.codec, self.max_tokens)
         return [
             {k: v for k, v in row.items() if k not in ("prompt_ids", "seeds")}
-            | {"answers": [self._describe(answer) for answer in answers]}
+            | {"answers": [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]}
             for row, answers in zip(rows, found, strict=True)
         ]
-
-    def _describe(self, answer: Answer) -> Row:
-        return {
-            "text": self.codec.decode(answer.ids),
-            "finish": "stop" if answer.finished else "length",
-            "num_tokens": len(answer.ids) + answer.finished,
-        }
 
 
 class ScoreWorker(_Worker):

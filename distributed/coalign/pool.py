@@ -177,6 +177,11 @@ def _place(have: dict[str, float], settings: GenerationTable) -> dict[str, Any]:
     workers, gpus = settings.workers, settings.gpus_per_worker
     if gpus < 0:
         gpus = _share_of_gpus(have.get("GPU", 0.0), workers)
+        if settings.engine == "vllm" and 0 < gpus < 1:  # each takes its part of the memory at once, so it must know it
+            raise UserError(
+                f'generation.workers={workers} would share {have["GPU"]:g} GPU; with generation.engine="vllm" use'
+                f" generation.workers={math.floor(have['GPU'])}, or say generation.gpus_per_worker={gpus:g}"
+            )
     need_gpus, have_gpus = gpus * workers, have.get("GPU", 0.0)
     if need_gpus > have_gpus:
         fitting = math.floor(have_gpus / gpus)

