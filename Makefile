@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make quickstart   all eight steps on CPU, on the project's own data and model"
-	@echo "make base         train the quickstart's base model from nothing, half an hour (it is in the repository already)"
+	@echo "make base         train the quickstart's base model from nothing, 40 minutes (it is in the repository already)"
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"

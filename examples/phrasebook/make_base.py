@@ -1,4 +1,4 @@
-"""Train the phrasebook's base model from nothing: `make base`, half an hour on two CPU cores, always the same weights.
+"""Train the phrasebook's base model from nothing: `make base`, 40 minutes on two CPU cores, always the same weights.
 
 Tokenizer, Llama of 4.2 million parameters, Muon on the matrices and AdamW on the rest, loss on what is learned only.
 The result is a plain Hugging Face folder; score_base.py measures it and writes its model card.
