@@ -32,14 +32,14 @@ def test_both_sides_of_a_row_find_the_same(name: str) -> None:
         assert found["plain"] >= 0 and found["ours"] >= 0 and row.against in table_line(found)
 
 
-def row_of(ours: float, plain: float, **changed: object) -> Row:
+def row_of(our_seconds: float, plain_seconds: float, **changed: object) -> Row:
     """Return a row whose sides take so many seconds by their own account."""
     row = Row(
         "a name",
         "another way",
         2.0,
-        Side(lambda: {"seconds": ours}),
-        Side(lambda: {"seconds": plain}),
+        Side(lambda: {"seconds": our_seconds}),
+        Side(lambda: {"seconds": plain_seconds}),
         lambda a, b: a != b,
         measure=reported("seconds"),
     )
