@@ -1,0 +1,82 @@
+"""Memory a generation worker needs, by formula: weights, keys and values of batch_tokens, the passes beside them.
+
+Used by planning. Follows slots.py, decoding.py and likelihoods.py; h, f, q and e are those of memory.py.
+"""
+
+from __future__ import annotations
+
+from coalign.config import GenerationTable
+from coalign.memory import CONTEXT_BYTES, Memory, Part, element_bytes, margin
+from coalign.shapes import Shape, count_parameters
+
+PREFILL_TOKENS = 1024  # decoding.PREFILL_TOKENS
+VLLM_SHARE = 0.9  # of a GPU, or of its part, that a vLLM worker takes
+
+
+def kv_bytes(shape: Shape, e: int) -> int:
+    """Return the bytes of keys and values of one token in all layers: 2 x layers x key width x e."""
+    return 2 * shape.num_layers * shape.kv_width * e
+
+
+def forward_bytes(shape: Shape, e: int, row_tokens: int) -> int:
+    """Return what a forward pass without gradients holds a token: three MLP tensors, two h, an fp32 norm, the mask."""
+    return e * (3 * shape.intermediate + 2 * shape.hidden) + 4 * shape.hidden + e * row_tokens
+
+
+def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
+    """Return what sampling takes beside the weights: the slots (slots.py), a pass over entering prompts, the choice.
+
+    Slots hold batch_tokens and spare columns, a quarter of the width or 32. The choice of a token sorts and sums up
+    float64: 46 bytes an entry of the vocabulary and row.
+    """
+    e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
+    slots = max(generation.batch_tokens, width) * (1 + max(1 / 4, 32 / width))
+    entering = max(PREFILL_TOKENS, prompt_tokens)
+    rows = max(1, generation.batch_tokens // width)
+    choice = 46 * rows * shape.vocabulary
+    per_token = forward_bytes(shape, e, width) + kv_bytes(shape, e)
+    return slots * kv_bytes(shape, e) + entering * per_token + choice
+
+
+def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
+    """Return what judging takes beside the weights: batch_tokens computed and remembered at once (likelihoods.py).
+
+    Logits are made in e for as many positions of a row as the rests of questions differ in length, an answer's say.
+    """
+    e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
+    tokens = max(generation.batch_tokens, width)
+    rows = max(1, tokens // width)
+    logits = rows * new_tokens * shape.vocabulary * e
+    return tokens * (forward_bytes(shape, e, width) + kv_bytes(shape, e)) + logits
+
+
+def generation_memory(
+    shape: Shape, generation: GenerationTable, gpu_bytes: float, prompt_tokens: int, new_tokens: int
+) -> Memory:
+    """Return the table of one worker's memory; `gpu_bytes` is its GPU, or its part of one."""
+    e = element_bytes(generation.dtype)
+    weights = Part("weights", e * count_parameters(shape), f"{e} bytes")
+    if generation.engine == "vllm":
+        rest = VLLM_SHARE * gpu_bytes - CONTEXT_BYTES - weights.num_bytes
+        least = float(kv_bytes(shape, e) * (prompt_tokens + new_tokens))  # without room for one row vLLM does not start
+        cache = Part("vLLM's cache", max(rest, least), f"what is left of {VLLM_SHARE:.0%} of the GPU")
+        free = Part(
+            "margin", CONTEXT_BYTES + (1 - VLLM_SHARE) * gpu_bytes, f"1 GB CUDA + {1 - VLLM_SHARE:.0%} left free"
+        )
+        return Memory((weights, cache, free))
+    parts = [
+        weights,
+        Part(
+            "sampling",
+            sampling_bytes(shape, generation, prompt_tokens, new_tokens),
+            f"{kv_bytes(shape, e)} bytes of keys and values a token, spare columns, prompts entering",
+            "pass",
+        ),
+        Part(
+            "judging",
+            scoring_bytes(shape, generation, prompt_tokens, new_tokens),
+            "batch_tokens in one pass; not together with sampling",
+            "step",
+        ),
+    ]
+    return Memory((*parts, margin(parts, ("weights",))))

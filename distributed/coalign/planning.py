@@ -1,0 +1,247 @@
+"""The plan of a run before anything runs: whether it fits a machine, and the smallest change that makes it fit.
+
+Used by sizing and launch/plan.py. The formulas are in memory and workload, the models in shapes, the machine in
+machine; here they meet. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from coalign.artifacts import RunFolder
+from coalign.counting import Assumed, Counts, make_counts
+from coalign.generation_memory import generation_memory
+from coalign.machine import Options
+from coalign.memory import GB, Memory, Training, training_memory
+from coalign.shapes import Shape, count_lora_parameters, find_shape, known_shape, shape_of_numbers
+from coalign.workload import Tables, row_widths
+
+MAX_RANKS = 1024  # more than these are not proposed
+MIN_TOKENS = 128  # a smaller micro-batch or batch is not proposed
+
+Changes = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """A configuration, the model's shape and where it was found, what there is to do, and the machine."""
+
+    tables: Tables
+    shape: Shape
+    source: str
+    counts: Counts
+    options: Options
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of training processes."""
+        return self.options.ranks or self.options.gpus
+
+    @property
+    def gpu_bytes(self) -> float:
+        """Return the memory of a GPU."""
+        return self.options.gpu_memory * GB
+
+    @property
+    def worker_gpus(self) -> float:
+        """Return the GPUs of a generation worker; -1 in the config means one."""
+        wanted = self.tables.generation.gpus_per_worker
+        return wanted if wanted > 0 else 1.0
+
+
+def make_plan(tables: Tables, options: Options) -> Plan:
+    """Return the plan of a configuration. Raises UserError when the model's shape can't be found."""
+    model = tables.model
+    if options.shape:
+        shape, source = known_shape(options.shape), f"--shape {options.shape}"
+        if options.parameters:
+            shape = dataclasses.replace(shape, given_parameters=options.parameters)
+    elif options.layers or options.hidden or options.parameters:
+        shape, source = shape_of_numbers(dataclasses.asdict(options)), "options"
+    else:
+        shape, source = find_shape(model)
+    context = min(shape.context, model.max_tokens or shape.context)
+    assumed = Assumed(options.tasks, options.inputs, options.prompt_tokens, options.answer_tokens)
+    counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)
+    if model.lora.enabled:
+        count_lora_parameters(shape, model.lora)  # says now which target module there isn't
+    return Plan(tables, shape, source, counts, options)
+
+
+def training_memories(plan: Plan) -> dict[str, Memory]:
+    """Return each training step's memory of one rank."""
+    model, train = plan.tables.model, plan.tables.train
+    widths = row_widths(plan.tables, plan.counts)
+    return {s: training_memory(Training(plan.shape, model, train, plan.ranks, w)) for s, w in widths.items()}
+
+
+def worker_memory(plan: Plan) -> Memory:
+    """Return the memory of one generation worker, for the longest prompts and answers."""
+    tables, counts = plan.tables, plan.counts
+    new_tokens = max(tables.sample.max_new_tokens, tables.eval.max_new_tokens)
+    prompt = max(1, counts.longest_tokens - counts.answer_tokens)
+    share = min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    return generation_memory(plan.shape, tables.generation, share, prompt, new_tokens)
+
+
+def training_fits(plan: Plan) -> bool:
+    """Return whether both training steps fit the GPUs."""
+    return max(memory.total_bytes for memory in training_memories(plan).values()) <= plan.gpu_bytes
+
+
+def generation_fits(plan: Plan) -> bool:
+    """Return whether all workers find a GPU, or a part, that they fit."""
+    workers = max(1, plan.tables.generation.workers)
+    enough = workers * plan.worker_gpus <= plan.options.gpus
+    share = min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    return enough and worker_memory(plan).total_bytes <= share + 1  # a byte for rounding
+
+
+def changed(plan: Plan, changes: Changes) -> Plan:
+    """Return the plan with settings (`table.key`) and numbers of the machine (`ranks`) changed."""
+    tables = plan.tables
+    for key, value in changes.items():
+        if key == "ranks":
+            plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, gpus=value, ranks=value))
+            continue
+        table, _, name = key.partition(".")
+        old = getattr(tables, table)
+        if name == "lora.enabled":
+            name, value = "lora", old.lora.model_copy(update={"enabled": value})
+        tables = dataclasses.replace(tables, **{table: old.model_copy(update={name: value})})
+    return dataclasses.replace(plan, tables=tables)
+
+
+def words_of(changes: Changes) -> str:
+    """Return changes as words of the command."""
+    words = []
+    for key, value in changes.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        words.append(f"--gpus {text} --ranks {text}" if key == "ranks" else f"{key}={text}")
+    return " ".join(words)
+
+
+def _halves(number: int, least: int) -> Iterator[int]:
+    while number // 2 >= max(MIN_TOKENS, least):
+        number //= 2
+        yield number
+
+
+def _checkpointing(plan: Plan) -> list[Changes]:
+    done = plan.tables.train.gradient_checkpointing
+    return [] if done else [{"train.gradient_checkpointing": True}]
+
+
+def _smaller(plan: Plan) -> list[Changes]:
+    least = max(row_widths(plan.tables, plan.counts).values())
+    sizes = _halves(plan.tables.train.micro_batch_tokens, least)
+    return [{"train.micro_batch_tokens": tokens} for tokens in sizes]
+
+
+def _stages(plan: Plan) -> list[Changes]:
+    return [{"train.zero_stage": stage} for stage in range(plan.tables.train.zero_stage + 1, 4)]
+
+
+def _more_ranks(plan: Plan) -> list[Changes]:
+    if plan.tables.train.zero_stage == 0:
+        return []
+    sizes = (plan.ranks << power for power in range(1, 11))
+    return [{"ranks": ranks} for ranks in sizes if ranks <= MAX_RANKS]
+
+
+def _lora(plan: Plan) -> list[Changes]:
+    return [] if plan.tables.model.lora.enabled else [{"model.lora.enabled": True}]
+
+
+def _offload(plan: Plan) -> list[Changes]:
+    train = plan.tables.train
+    first: Changes = {} if train.zero_stage else {"train.zero_stage": 2}
+    if not train.offload_optimizer:
+        first["train.offload_optimizer"] = True
+    both = {**first, "train.zero_stage": 3, "train.offload_parameters": True}
+    return ([first] if first else []) + ([] if train.offload_parameters else [both])
+
+
+# What is tried, in this order; each gives its changes from the smallest on.
+_WAYS: tuple[Callable[[Plan], list[Changes]], ...] = (_checkpointing, _smaller, _stages, _more_ranks, _lora, _offload)
+
+
+def smallest_change(plan: Plan) -> Changes | None:
+    """Return the first change, in the order of _WAYS, that alone makes training fit; else several; None: nothing does.
+
+    Of several those that turn out not to be needed are left out again, from the last on.
+    """
+    for way in _WAYS:
+        if found := next((changes for changes in way(plan) if training_fits(changed(plan, changes))), None):
+            return found
+    taken: Changes = {}
+    for way in _WAYS:
+        options = way(changed(plan, taken))
+        found = next((changes for changes in options if training_fits(changed(plan, taken | changes))), None)
+        if found:
+            return _needed(plan, taken | found)
+        if options and way is not _more_ranks:  # ranks that don't help enough are not asked for
+            taken |= options[-1]
+    return None
+
+
+def _needed(plan: Plan, changes: Changes) -> Changes:
+    """Return the changes without those that are not needed, and the largest micro-batch that they allow."""
+    offloads = any(key.startswith("train.offload") for key in changes)  # which only some stages can do
+    for key in [key for key in reversed(changes) if not (offloads and key == "train.zero_stage")]:
+        fewer = {name: value for name, value in changes.items() if name != key}
+        if fewer and training_fits(changed(plan, fewer)):
+            changes = fewer
+    size = "train.micro_batch_tokens"
+    if size in changes:
+        larger = (changes | smaller for smaller in _smaller(plan))
+        changes = next((one for one in larger if training_fits(changed(plan, one))), changes)
+    return changes
+
+
+def complaint(plan: Plan) -> str | None:
+    """Return why the plan can't be carried out and the smallest changes with which it can, or None."""
+    said = []
+    if not training_fits(plan):
+        stage, memory = max(training_memories(plan).items(), key=lambda item: item[1].total_bytes)
+        needs = f"{stage} needs {memory.total_bytes / GB:.1f} GB a GPU, which has {plan.gpu_bytes / GB:.1f}"
+        change = smallest_change(plan)
+        if change is None:
+            return f"{needs}, and no setting makes it fit; use a smaller model or GPUs with more memory (--gpu-memory)"
+        peak = max(m.total_bytes for m in training_memories(changed(plan, change)).values()) / GB
+        said.append(f"{needs}; it fits with {words_of(change)} ({peak:.1f} GB)")
+        plan = changed(plan, change)
+    if not generation_fits(plan):
+        said.append(_generation_complaint(plan))
+    return "; and ".join(said) or None
+
+
+def _generation_complaint(plan: Plan) -> str:
+    generation = plan.tables.generation
+    workers, share = max(1, generation.workers), min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    needs = (
+        f"a generation worker needs {worker_memory(plan).total_bytes / GB:.1f} GB of the {share / GB:.1f} that it has"
+    )
+    if workers * plan.worker_gpus > plan.options.gpus:
+        needs = f"{workers} workers of {plan.worker_gpus:g} GPUs are more than the {plan.options.gpus} GPUs there are"
+    for change in generation_changes(plan):
+        if generation_fits(changed(plan, change)):
+            return f"{needs}; it fits with {words_of(change)}"
+    return f"{needs}, and no setting makes it fit: a worker uses one GPU; use GPUs with more memory (--gpu-memory)"
+
+
+def generation_changes(plan: Plan) -> Iterator[Changes]:
+    """Yield what is tried for the workers: as many as there are GPUs for, smaller batches, a whole GPU each."""
+    generation, counts = plan.tables.generation, plan.counts
+    most = int(plan.options.gpus / plan.worker_gpus)
+    fewer: Changes = {"generation.workers": most} if 0 < most < generation.workers else {}
+    if fewer:
+        yield fewer
+    if generation.engine == "transformers":
+        for tokens in _halves(generation.batch_tokens, counts.longest_tokens):
+            yield fewer | {"generation.batch_tokens": tokens}
+    if plan.worker_gpus < 1:
+        workers = min(max(1, generation.workers), plan.options.gpus)
+        yield {"generation.gpus_per_worker": 1.0, "generation.workers": workers}

@@ -1,0 +1,263 @@
+"""The shape of a model as numbers: from a folder's config.json, from [model.random], from options, from a known name.
+
+Used by memory, workload and planning. Counts parameters from published layer layouts; opens no weights and imports
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from coalign.config import LoraTable, ModelTable, RandomTable
+from coalign.errors import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+# What a model does to its logits after the head; such logits are made in full (see logprobs.token_logps).
+_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder-only model: widths and counts, and which extra weights its family has.
+
+    `given_parameters` takes the place of the count that follows from the widths (0: none was given).
+    """
+
+    name: str
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    tied: bool = False
+    gpt2: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    plain_head: bool = True
+    fused_gelu: bool = False
+    given_parameters: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Return the width of all query heads together."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Return the width of all key heads together; values have the same."""
+        return self.num_kv_heads * self.head_size
+
+
+def _llama(
+    name: str, layers: int, hidden: int, heads: tuple[int, int], rest: tuple[int, int, int], **more: Any
+) -> Shape:
+    """Return a Llama-like shape; `heads` are (query, key), `rest` is (intermediate, vocabulary, context)."""
+    size = more.pop("head_size", hidden // heads[0])
+    return Shape(name, layers, hidden, *heads, size, *rest, **more)
+
+
+# Published shapes, for models whose folder is not here: {name: (shape, models of that shape on the hub)}.
+KNOWN: dict[str, tuple[Shape, tuple[str, ...]]] = {
+    "1b": (
+        _llama("Llama 3.2 1B", 16, 2048, (32, 8), (8192, 128256, 131072), tied=True),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct"),
+    ),
+    "4b": (
+        _llama("Qwen3 4B", 36, 2560, (32, 8), (9728, 151936, 40960), head_size=128, tied=True, qk_norm=True),
+        ("Qwen/Qwen3-4B",),
+    ),
+    "7b": (
+        _llama("Llama 2 7B", 32, 4096, (32, 32), (11008, 32000, 4096)),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", "lmsys/vicuna-7b-v1.5"),
+    ),
+    "mistral-7b": (
+        _llama("Mistral 7B", 32, 4096, (32, 8), (14336, 32000, 32768)),
+        ("mistralai/Mistral-7B-v0.1",),
+    ),
+    "8b": (
+        _llama("Llama 3.1 8B", 32, 4096, (32, 8), (14336, 128256, 131072)),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    ),
+    "13b": (
+        _llama("Llama 2 13B", 40, 5120, (40, 40), (13824, 32000, 4096)),
+        ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"),
+    ),
+    "32b": (
+        _llama("Qwen2.5 32B", 64, 5120, (40, 8), (27648, 152064, 131072), qkv_bias=True),
+        ("Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-32B-Instruct"),
+    ),
+    "70b": (
+        _llama("Llama 2 70B", 80, 8192, (64, 8), (28672, 32000, 4096)),
+        ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"),
+    ),
+}
+
+
+def find_shape(model: ModelTable) -> tuple[Shape, str]:
+    """Return the shape of the model that a run starts from, and where it was found.
+
+    Raises UserError when model.path is neither a folder here nor a name of a known shape.
+    """
+    if model.init == "random":
+        return random_shape(model.random), "[model.random], at most vocab_size tokens"
+    if Path(model.path, "config.json").is_file() and model.path:
+        return read_shape(Path(model.path)), f"{model.path}/config.json"
+    if model.path and Path(model.path).exists():
+        raise UserError(f"{model.path} holds no config.json; a Hugging Face model folder was expected")
+    for name, (shape, hub_names) in KNOWN.items():
+        if model.path in hub_names:
+            return shape, f"the known shape {name} of {model.path}, which is not a folder here"
+    raise UserError(
+        f"model.path={model.path!r} is no folder here and no known name; say its shape: --shape NAME"
+        f" ({', '.join(KNOWN)}), or --layers and --hidden"
+    )
+
+
+def known_shape(name: str) -> Shape:
+    """Return a shape by its name. Raises UserError for another name."""
+    if name not in KNOWN:
+        raise UserError(
+            f"--shape {name}: no known shape; choose among {', '.join(KNOWN)}, or give --layers and --hidden"
+        )
+    return KNOWN[name][0]
+
+
+def random_shape(table: RandomTable) -> Shape:
+    """Return the shape of a model with random weights; its tokenizer may come out with fewer tokens."""
+    heads = (table.num_heads, table.num_heads)
+    rest = (table.intermediate_size, table.vocab_size, table.context)
+    return _llama("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
+
+
+def shape_of_numbers(numbers: dict[str, int]) -> Shape:
+    """Return a Llama-like shape from options: layers and hidden at least.
+
+    What is left out is Llama 2's: heads of 128, an MLP of 8/3 of the width rounded up to 256s, 32,000 tokens.
+    """
+    for option in ("layers", "hidden"):
+        if not numbers.get(option):
+            raise UserError(f"--{option} is missing: a shape needs --layers and --hidden, or --shape {'|'.join(KNOWN)}")
+    hidden = numbers["hidden"]
+    heads = numbers.get("heads") or max(1, hidden // 128)
+    if hidden % heads:
+        raise UserError(f"--hidden {hidden} is not divisible by {heads} heads; give --heads")
+    intermediate = numbers.get("intermediate") or -(-hidden * 8 // 3 // 256) * 256
+    rest = (intermediate, numbers.get("vocabulary") or 32000, numbers.get("context") or 4096)
+    kv_heads = numbers.get("kv_heads") or heads
+    return _llama(
+        "given", numbers["layers"], hidden, (heads, kv_heads), rest, given_parameters=numbers.get("parameters") or 0
+    )
+
+
+def read_shape(folder: Path) -> Shape:
+    """Return the shape that a model folder's config.json tells.
+
+    Raises UserError for an unreadable file and for a family whose layers are not known here.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no table; a Hugging Face config was expected")
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{path}: model_type {family!r} is not one whose weights can be counted here ({', '.join(FAMILIES)}); say"
+            " its shape by --layers, --hidden and --parameters"
+        )
+    try:
+        return _gpt2_shape(str(folder), values) if family == "gpt2" else _llama_shape(str(folder), family, values)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has no usable value for {error}; a {family} config was expected") from error
+
+
+def _llama_shape(name: str, family: str, values: dict[str, Any]) -> Shape:
+    hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+    bias = bool(values.get("attention_bias", False))
+    return Shape(
+        name=name,
+        num_layers=int(values["num_hidden_layers"]),
+        hidden=hidden,
+        num_heads=heads,
+        num_kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_size=int(values.get("head_dim") or hidden // heads),
+        intermediate=int(values["intermediate_size"]),
+        vocabulary=int(values["vocab_size"]),
+        context=int(values.get("max_position_embeddings") or 4096),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2",
+        output_bias=bias and family != "qwen2",
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        plain_head=not any(values.get(key) for key in _CHANGED_LOGITS),
+    )
+
+
+def _gpt2_shape(name: str, values: dict[str, Any]) -> Shape:
+    hidden, heads = int(values["n_embd"]), int(values["n_head"])
+    return Shape(
+        name=name,
+        num_layers=int(values["n_layer"]),
+        hidden=hidden,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_size=hidden // heads,
+        intermediate=int(values.get("n_inner") or 4 * hidden),
+        vocabulary=int(values["vocab_size"]),
+        context=int(values["n_positions"]),
+        tied=bool(values.get("tie_word_embeddings", True)),
+        gpt2=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_gelu=values.get("activation_function", "gelu_new") == "gelu",
+    )
+
+
+def linear_layers(shape: Shape) -> list[tuple[str, int, int]]:
+    """Return (name, inputs, outputs) of every linear map of one layer, by its module's name."""
+    h, q, kv, f = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
+    if shape.gpt2:
+        return [("c_attn", h, 3 * h), ("c_proj", h, h), ("c_fc", h, f), ("c_proj", f, h)]
+    attention = [("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv), ("o_proj", q, h)]
+    return [*attention, ("gate_proj", h, f), ("up_proj", h, f), ("down_proj", f, h)]
+
+
+def count_parameters(shape: Shape) -> int:
+    """Return the number of weights: embeddings, layers, norms, head (shared with the embeddings where tied)."""
+    if shape.given_parameters:
+        return shape.given_parameters
+    h, q, kv, f = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
+    matrices = sum(inputs * outputs for _, inputs, outputs in linear_layers(shape))
+    biases = shape.qkv_bias * (q + 2 * kv) + shape.output_bias * h
+    biases += shape.mlp_bias * (f + h if shape.gpt2 else 2 * f + h)
+    norm = 2 * h if shape.gpt2 else h  # a LayerNorm has a bias, an RMSNorm has none
+    layer = matrices + biases + 2 * norm + shape.qk_norm * 2 * shape.head_size
+    positions = shape.context * h if shape.gpt2 else 0
+    return shape.vocabulary * h * (1 if shape.tied else 2) + positions + shape.num_layers * layer + norm
+
+
+def count_lora_parameters(shape: Shape, table: LoraTable) -> int:
+    """Return the number of adapter weights: rank x (inputs + outputs) for every adapted map (arXiv 2106.09685).
+
+    Raises UserError when `target_modules` names no map of the model.
+    """
+    layers = linear_layers(shape)
+    names = {name for name, _, _ in layers}
+    unknown = [name for name in table.target_modules if name.rpartition(".")[2] not in names]
+    if unknown:
+        raise UserError(
+            f"model.lora.target_modules names {unknown[0]!r}; linear layers here: {', '.join(sorted(names))}"
+        )
+    wanted = {name.rpartition(".")[2] for name in table.target_modules} or names
+    return shape.num_layers * sum(table.rank * (inputs + outputs) for name, inputs, outputs in layers if name in wanted)

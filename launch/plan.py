@@ -1,0 +1,37 @@
+"""Print what a run needs before anything runs: memory, disk, tokens, hours; refuse what can't fit, with a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from coalign import machine, planning, sizing
+from coalign.commandline import DEFAULT_CONFIG, load
+from coalign.errors import UserError
+from coalign.process import run_step
+from coalign.workload import Tables
+
+
+def main(argv: list[str]) -> None:
+    """Print the plan, or the sizing table."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(machine.usage())
+        return
+    options, words = machine.read_options(argv)
+    if options.table:
+        print("\n".join(sizing.table_lines()))
+        return
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one config file was expected, not {len(files)}: {' '.join(files)}")
+    # Not parse_command_line: a plan for vLLM can be made where vLLM is not installed.
+    config = load(Path(files[0]) if files else DEFAULT_CONFIG, [word for word in words if "=" in word])
+    tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
+    plan = planning.make_plan(tables, options)
+    print("\n".join(sizing.plan_lines(plan)), flush=True)
+    if complaint := planning.complaint(plan):
+        raise UserError(f"this plan cannot fit: {complaint}")
+
+
+if __name__ == "__main__":
+    run_step(main)

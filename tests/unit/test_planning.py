@@ -1,0 +1,389 @@
+"""The plan before a run: formulas against numbers worked out by hand, the way out of what can't fit, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coalign import counting, generation_memory, machine, memory, planning, shapes, sizing, workload
+from coalign.commandline import load
+from coalign.config import GenerationTable, LoraTable, ModelTable, TrainTable
+from coalign.errors import UserError
+from coalign.memory import GB, Training
+from coalign.workload import Tables
+
+ROOT = Path(__file__).resolve().parents[2]
+SEVEN = shapes.KNOWN["7b"][0]
+ROUND = dataclasses.replace(SEVEN, given_parameters=7 * 10**9)  # 7B as papers count
+# As on the hub: the sizes of published checkpoints.
+PUBLISHED = {
+    "1b": 1_235_814_400,
+    "4b": 4_022_468_096,
+    "7b": 6_738_415_616,
+    "mistral-7b": 7_241_732_096,
+    "8b": 8_030_261_248,
+    "13b": 13_015_864_320,
+    "32b": 32_763_876_352,
+    "70b": 68_976_648_192,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+LORA = ModelTable(lora=LoraTable(enabled=True))
+
+
+def training(stage: int, ranks: int = 8, model: ModelTable | None = None, **settings: Any) -> Training:
+    train = TrainTable.model_validate({"zero_stage": stage, **settings})
+    return Training(ROUND, model or ModelTable(), train, ranks, 2048)
+
+
+def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> planning.Plan:
+    """Return the plan of a config without a run, changed by key=value words."""
+    path = tmp_path / "plan.toml"
+    path.write_text(f'[run]\nfolder = "{tmp_path}"\n[model]\npath = "elsewhere/model"\n')
+    config = load(path, words.split())
+    tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
+    return planning.make_plan(tables, machine.read_options(options.split())[0])
+
+
+def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/plan.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_published_models(name: str) -> None:
+    assert shapes.count_parameters(shapes.known_shape(name)) == PUBLISHED[name]
+
+
+def test_parameters_of_a_config_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    assert shapes.count_parameters(shapes.read_shape(tmp_path)) == 124_439_808
+    qwen = {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
+    qwen |= {"num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064}
+    (tmp_path / "config.json").write_text(json.dumps(qwen))
+    assert shapes.count_parameters(shapes.read_shape(tmp_path)) == 7_615_616_512  # Qwen2.5 7B
+
+
+def test_counts_and_activations_are_those_of_transformers_and_torch() -> None:
+    """Tiny models: the weights, and what a layer keeps for its backward pass, byte by byte."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    widths = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 176}
+    for dtype, attention in ((torch.bfloat16, "sdpa"), (torch.float32, "eager")):
+        kept: dict[int, int] = {}
+        for layers in (2, 3):
+            config = LlamaConfig(
+                num_hidden_layers=layers, vocab_size=96, attn_implementation=attention, attention_bias=True, **widths
+            )
+            model = LlamaForCausalLM(config).to(dtype)
+            shape = shapes._llama_shape("tiny", "llama", config.to_dict())
+            assert shapes.count_parameters(shape) == sum(p.numel() for p in model.parameters())
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            saved: dict[int, torch.Tensor] = {}
+
+            def keep(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            mask = torch.full((2, 1, 16, 16), torch.finfo(dtype).min, dtype=dtype).triu(1)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden = model.model(torch.zeros(2, 16, dtype=torch.long), attention_mask=mask).last_hidden_state
+            assert hidden.requires_grad
+            kept[layers] = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+        a_token = (kept[3] - kept[2]) / 32
+        assert a_token == memory.layer_activation_bytes(shape, dtype.itemsize, attention, 16)
+
+
+def test_states_are_those_of_the_zero_paper() -> None:
+    """2 + 2 + 12 bytes a weight, figure 1 of arXiv 1910.02054: what is split at which stage."""
+
+    def parts(stage: int) -> list[float]:
+        plan = training(stage)
+        found = memory.weights_bytes(plan), memory.gradients_bytes(plan), memory.optimizer_bytes(plan)
+        return [num_bytes / GB for num_bytes in found]
+
+    assert parts(0) == [14, 14, 84]
+    assert parts(1) == [14, 14, 10.5]
+    assert parts(2) == [14, 1.75, 10.5]
+    assert parts(3) == [1.75, 1.75, 10.5]
+    assert sum(parts(3)) == 16 * 7 / 8
+    paper = dataclasses.replace(SEVEN, given_parameters=7_500_000_000)
+    for stage, expected in enumerate((120, 31.4, 16.6, 1.9)):  # the figure's own numbers, 64 ranks
+        plan = dataclasses.replace(training(stage, 64), shape=paper)
+        states = memory.weights_bytes(plan) + memory.gradients_bytes(plan) + memory.optimizer_bytes(plan)
+        assert states / GB == pytest.approx(expected, abs=0.05)
+    single = training(0, 1, precision="float32")
+    assert memory.optimizer_bytes(single) == 8 * 7 * GB  # no master copy of what is fp32 already
+    assert memory.optimizer_bytes(training(2, 1, precision="float32")) == 12 * 7 * GB
+
+
+def test_lora_trains_few_weights() -> None:
+    """Rank 16 in all maps of Llama 2 7B: 32 x 16 x (4 x (4096 + 4096) + 3 x (4096 + 11008)) = 39,976,960."""
+    adapters = 39_976_960
+    assert shapes.count_lora_parameters(SEVEN, LoraTable()) == adapters
+    two = LoraTable(target_modules=["q_proj", "model.layers.0.self_attn.v_proj"])
+    assert shapes.count_lora_parameters(SEVEN, two) == 32 * 16 * 2 * (4096 + 4096)
+    plan = training(2, model=LORA)
+    assert memory.weights_bytes(plan) == 2 * (7 * 10**9 + adapters)
+    assert memory.gradients_bytes(plan) == 2 * adapters / 8
+    assert memory.optimizer_bytes(plan) == 12 * adapters / 8
+    with pytest.raises(UserError, match="'query'"):
+        shapes.count_lora_parameters(SEVEN, LoraTable(target_modules=["query"]))
+
+
+def test_offloading_moves_states_to_the_host() -> None:
+    plan = training(3, offload_optimizer=True, offload_parameters=True)
+    assert memory.weights_bytes(plan) == memory.gradients_bytes(plan) == memory.optimizer_bytes(plan) == 0
+    assert memory.step_bytes(plan) == 0
+    assert memory.host_bytes(plan) - memory.host_bytes(training(3)) == (12 + 4 + 2 + 2) * 7 * GB / 8
+    assert memory.gradients_bytes(training(1, offload_optimizer=True)) == 14 * GB  # whole on every rank
+
+
+def test_activations_as_korthikanti_counts_them() -> None:
+    """34 h a token and layer (section 4.1) less the two dropout masks of one byte; 2 h with full recomputation."""
+    h, heads = 512, 8
+    gpt = shapes.Shape("gpt", 4, h, heads, heads, h // heads, 4 * h, 1000, 1024, gpt2=True, fused_gelu=True)
+    statistics = 4 * 2 + 4 * heads  # of the norms, and logsumexp of attention, which the paper leaves out
+    assert memory.layer_activation_bytes(gpt, 2) == (34 - 2) * h + statistics
+    settings = {"micro_batch_tokens": 4096, "zero_stage": 0}
+    plain = Training(gpt, ModelTable(), TrainTable.model_validate(settings), 1, 256)
+    again = dataclasses.replace(plain, train=TrainTable.model_validate(settings | {"gradient_checkpointing": True}))
+    layer = memory.layer_activation_bytes(gpt, 2)
+    saved = memory.activation_bytes(plain) - memory.activation_bytes(again)
+    assert saved == 4096 * (3 * layer - 4 * 2 * h)
+    # Llama 2 7B by hand: norms 2 x 8 h, queries, keys, values and result 8 h, MLP 8 f, three small ones.
+    assert memory.layer_activation_bytes(SEVEN, 2) == 24 * 4096 + 8 * 11008 + 8 + 4 * 32
+
+
+def test_grouped_keys_count_in_the_cache_and_not_in_masked_attention() -> None:
+    mistral = shapes.KNOWN["mistral-7b"][0]
+    assert generation_memory.kv_bytes(SEVEN, 2) == 524_288
+    assert generation_memory.kv_bytes(mistral, 2) == 524_288 // 4
+    ungrouped = dataclasses.replace(mistral, num_kv_heads=32)
+    assert memory.layer_activation_bytes(mistral, 2) == memory.layer_activation_bytes(ungrouped, 2)
+
+
+def test_the_head_never_holds_all_logits() -> None:
+    plan = dataclasses.replace(training(2, micro_batch_tokens=16384), shape=SEVEN)
+    block = 16384 * (2**26 // 16384)
+    assert memory.head_bytes(plan) == 8 * 4096 * 16384 + 8 * block + 2 * 32000 * 4096
+    capped = dataclasses.replace(plan, shape=dataclasses.replace(SEVEN, plain_head=False))
+    assert memory.head_bytes(capped) == 12 * 16384 * 32000 + 2 * 32000 * 4096
+
+
+def test_a_pass_and_a_step_are_not_there_together() -> None:
+    parts = [memory.Part(when, size, "", when) for when, size in (("always", 1.0), ("pass", 5.0), ("step", 3.0))]
+    assert memory.Memory(tuple(parts)).total_bytes == 6.0
+
+
+def test_vllm_fills_its_share() -> None:
+    generation = GenerationTable(engine="vllm")
+    assert generation_memory.generation_memory(SEVEN, generation, 80 * GB, 400, 100).total_bytes == pytest.approx(
+        80 * GB
+    )
+    assert generation_memory.generation_memory(SEVEN, generation, 14 * GB, 400, 100).total_bytes > 14 * GB
+
+
+def test_flops() -> None:
+    """6 N D and 12 L q T D; recomputing adds a third; frozen weights save a third, and adapters cost their own."""
+    matrices, attention = 6 * 6_738_415_616, 12 * 32 * 4096 * 512
+    full = workload.training_flops(SEVEN, ModelTable(), 1000, 512, False)
+    assert full == 1000 * (matrices + attention)
+    assert workload.training_flops(SEVEN, ModelTable(), 1000, 512, True) == pytest.approx(full * 4 / 3)
+    lora = workload.training_flops(SEVEN, LORA, 1000, 512, False)
+    assert lora == 1000 * (matrices * 2 / 3 + attention + 6 * 39_976_960)
+    assert workload.forward_flops(SEVEN, 1000, 512) == full / 3
+
+
+def test_a_checkpoint_by_hand() -> None:
+    full, tiny = ModelTable(), TrainTable(precision="float32")
+    assert workload.checkpoint_bytes(ROUND, full, TrainTable(zero_stage=2)) == 14 * 7 * GB
+    assert workload.checkpoint_bytes(ROUND, full, TrainTable(zero_stage=3)) == 12 * 7 * GB
+    assert workload.checkpoint_bytes(ROUND, full, tiny) == 16 * 7 * GB
+    assert workload.checkpoint_bytes(ROUND, LORA, TrainTable(zero_stage=3)) == 14 * GB + 12 * 39_976_960
+
+
+def test_work_follows_the_config(tmp_path: Path) -> None:
+    words = "data.max_tasks=10 data.max_sft_inputs=64 data.max_align_inputs=5 sample.samples=3 sft.max_steps=7"
+    plan = plan_of(tmp_path, words, "--shape 7b --prompt-tokens 100 --answer-tokens 10")
+    work = {one.step: one for one in workload.works(plan.tables, plan.shape, plan.counts)}
+    assert list(work) == ["prepare", "paraphrase", "sft", "sample", "judge", "rank", "align", "eval"]
+    assert work["sft"].tokens == 7 * 32 * 110
+    assert work["sample"].new_tokens == 10 * 5 * 4 * 3 * 10
+    assert work["sample"].tokens == 10 * 5 * 4 * 100  # a prompt is computed once for its samples
+    assert work["align"].what == "13 updates of 16, 200 groups"
+    assert work["align"].tokens == 200 * (100 + 8 * 10)
+    seconds = work["sft"].read_flops / (8 * 989e12 * 0.35)
+    assert sizing.hours(plan, work["sft"]) == pytest.approx(seconds / 3600)
+
+
+def test_counts_come_from_prepare_when_it_is_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "prepare"
+    folder.mkdir()
+    rows = [{"task": "t", "input": "x" * 40 * (1 + n % 2), "outputs": ["y" * 8]} for n in range(10)]
+    (folder / "tasks.jsonl").write_text(json.dumps({"id": "t", "instruction": "i" * 200}) + "\n")
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {"tasks": {"seen": 1, "unseen": 0}, "inputs": {"sft": 4, "align": 3, "dev": 2, "test": 1}}
+    (folder / "manifest.json").write_text(json.dumps({"counts": counts}))
+    found = counting.make_counts(folder, plan_of(tmp_path).tables.data, machine.ASSUMED, 4096)
+    assert (found.tasks, found.inputs) == (1, counts["inputs"])
+    assert (found.instruction_tokens, found.prompt_tokens, found.answer_tokens) == (50, 65 + 12, 3)
+    assert found.longest_tokens == 70 + 12 + 3
+    many = [{"task": "t", "input": f"{n}" * 300, "outputs": ["y"]} for n in range(3000)]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    spread = counting._spread_rows(folder / "examples.jsonl", 50)
+    assert len(spread) == 50 and int(spread[-1]["input"][:4]) > 2900
+
+
+# What is wrong, the machine, and the setting that is proposed.
+TOO_LARGE = [
+    ("train.zero_stage=2 train.micro_batch_tokens=32768", "--shape 7b", "train.gradient_checkpointing=true"),
+    (
+        "train.gradient_checkpointing=true train.zero_stage=3 train.micro_batch_tokens=65536",
+        "--shape 7b --gpu-memory 40",
+        "train.micro_batch_tokens",
+    ),
+    ("train.gradient_checkpointing=true train.zero_stage=1", "--shape 13b", "train.zero_stage="),
+    ("train.gradient_checkpointing=true train.zero_stage=3", "--shape 70b --gpus 8", "--ranks"),
+    ("train.gradient_checkpointing=true train.zero_stage=0", "--shape 7b --gpu-memory 48 --gpus 1", "model.lora"),
+    ("train.zero_stage=0 train.micro_batch_tokens=32768", "--shape 70b --gpus 1", "train.zero_stage=3"),
+    (
+        "train.gradient_checkpointing=true train.zero_stage=3 model.lora.enabled=true train.micro_batch_tokens=256",
+        "--shape 4b --gpu-memory 5 --gpus 1024",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "options", "proposed"), TOO_LARGE)
+def test_the_proposed_change_makes_it_fit(tmp_path: Path, words: str, options: str, proposed: str) -> None:
+    """Whatever is proposed is given to the command's own parsers, and then fits."""
+    plan = plan_of(tmp_path, words, options)
+    change = planning.smallest_change(plan)
+    if not proposed:
+        assert change is None
+        assert "no setting makes it fit" in str(planning.complaint(plan))
+        return
+    assert not planning.training_fits(plan) and change
+    text = planning.words_of(change)
+    assert proposed in text and f"it fits with {text} (" in str(planning.complaint(plan))
+    numbers = [text[text.index("--") :]] if "--" in text else []
+    settings = text[: text.index("--")] if "--" in text else text
+    again = plan_of(tmp_path, f"{words} {settings}", " ".join([options, *numbers]))
+    assert planning.training_fits(again)
+    for key in change if len(change) > 1 else ():
+        fewer = {name: value for name, value in change.items() if name != key}
+        assert not planning.training_fits(planning.changed(plan, fewer)), f"{key} is not needed"
+
+
+def test_ways_are_tried_in_order(tmp_path: Path) -> None:
+    """Where several changes would help, the first of the order is named, and of its sizes the smallest change."""
+    plan = plan_of(tmp_path, "train.zero_stage=2 train.micro_batch_tokens=32768")
+    assert planning.smallest_change(plan) == {"train.gradient_checkpointing": True}
+    plan = plan_of(tmp_path, "train.zero_stage=3 train.gradient_checkpointing=true train.micro_batch_tokens=131072")
+    change = planning.smallest_change(plan)
+    assert change == {"train.micro_batch_tokens": 65536}
+
+
+def test_generation_that_does_not_fit(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "generation.workers=16 train.zero_stage=3 train.gradient_checkpointing=true")
+    assert "it fits with generation.workers=8" in str(planning.complaint(plan))
+    words = "generation.batch_tokens=262144 train.zero_stage=3 train.gradient_checkpointing=true"
+    plan = plan_of(tmp_path, words)
+    assert "it fits with generation.batch_tokens=65536" in str(planning.complaint(plan))
+    plan = plan_of(tmp_path, "generation.batch_tokens=262144 train.zero_stage=2 train.micro_batch_tokens=32768")
+    said = str(planning.complaint(plan))
+    assert "train.gradient_checkpointing=true (" in said and "generation.batch_tokens=65536" in said
+    words = "train.zero_stage=3 train.gradient_checkpointing=true"
+    assert "a worker uses one GPU" in str(planning.complaint(plan_of(tmp_path, words, "--shape 70b --gpus 64")))
+
+
+def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:
+    written = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    assert "\n".join(sizing.table_lines()) in written, "put the output of launch/plan.py --table into docs/running.md"
+
+
+def test_copied_constants_are_those_of_the_code() -> None:
+    """The formulas import no torch, so they repeat them."""
+    sources = {name: (ROOT / "distributed/coalign" / f"{name}.py").read_text() for name in ("logprobs", "decoding")}
+    assert "BLOCK_LOGITS_GPU = 2**26\n" in sources["logprobs"] and memory.BLOCK_LOGITS == 2**26
+    assert f"MIN_COLUMNS = {memory.MIN_COLUMNS}\n" in sources["logprobs"]
+    assert f"PREFILL_TOKENS = {generation_memory.PREFILL_TOKENS}\n" in sources["decoding"]
+
+
+def test_the_command_prints_a_plan(tmp_path: Path) -> None:
+    done = run_plan("configs/llama2-7b.toml", f"run.folder={tmp_path}", "--gpus", "8")
+    assert done.returncode == 0, done.stderr
+    assert "6.738B parameters" in done.stdout and "nothing was measured" in done.stdout
+    for word in ("weights", "communication buffers", "peak", "generation", "hours", "assumed:", "align", "--mfu"):
+        assert word in done.stdout
+    here = run_plan(f"run.folder={tmp_path}")  # the default config's model is a folder here
+    assert here.returncode == 0 and "examples/phrasebook/base/config.json" in here.stdout
+
+
+def test_the_command_refuses_what_cannot_fit(tmp_path: Path) -> None:
+    done = run_plan(
+        "configs/llama2-7b.toml", f"run.folder={tmp_path}", "train.gradient_checkpointing=false", "--gpus=8"
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "it fits with train.gradient_checkpointing=true (" in done.stderr
+
+
+BAD = [
+    (["nowhere.toml"], "no such config file"),
+    (["model.path=some/where"], "is no folder here and no known name"),
+    (["model.path=docs"], "holds no config.json"),
+    (["--shape", "9b"], "choose among 1b"),
+    (["--layers", "32"], "--hidden is missing"),
+    (["--layers", "2", "--hidden", "100", "--heads", "7"], "not divisible by 7"),
+    (["--gpus"], "--gpus needs a value"),
+    (["--gpus", "0"], "a whole number above 0"),
+    (["--gpus", "1.5"], "a whole number above 0"),
+    (["--gpu-memory", "much"], "a number was expected"),
+    (["--mfu", "35"], "is a share"),
+    (["--ranks", "9", "--gpus", "8"], "a GPU of its own"),
+    (["--cpus", "3"], "unknown option '--cpus'"),
+    (["train.zero_stag=3"], "did you mean"),
+    (["a.toml", "b.toml"], "one config file was expected"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """In this process, since a start takes longer than all of them; the command itself is tested above."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import plan
+
+    with pytest.raises(UserError, match=message):
+        plan.main(words)
+    assert capsys.readouterr().out == ""
+
+
+def test_bad_config_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    cases = [
+        ("{", "can't be read"),
+        ("[]", "holds no table"),
+        (json.dumps({"model_type": "mixtral"}), "'mixtral' is not one"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "no usable value for 'num_attention_heads'"),
+    ]
+    for text, message in cases:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            shapes.read_shape(tmp_path)
+
+
+def test_numbers_describe_a_model() -> None:
+    numbers = {"layers": 32, "hidden": 4096}
+    assert shapes.count_parameters(shapes.shape_of_numbers(numbers)) == PUBLISHED["7b"]
+    assert shapes.count_parameters(shapes.shape_of_numbers(numbers | {"parameters": 7 * 10**9})) == 7 * 10**9
+    options, words = machine.read_options(["x.toml", "--parameters", "7e9", "a.b=1", "--layers=32"])
+    assert (options.parameters, options.layers, words) == (7 * 10**9, 32, ["x.toml", "a.b=1"])
+    assert machine.read_options(["--ranks", "2"])[0].gpus == 2
