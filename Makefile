@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTEST_ARGS ?=
-# Tests run in two processes of one thread each; one alone, whose output is seen at once, with PYTEST_ARGS='-n 0 -s ...'.
+# The quick tests run in two processes of one thread each; in one, whose output is seen at once, with PYTEST_ARGS='-n 0 -s'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
@@ -46,13 +46,13 @@ test: $(INSTALLED)
 	$(PYTEST) --dist loadfile -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(PYTEST) --dist worksteal -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
+	$(PYTEST) -n 0 -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py $(PYTEST_ARGS)
 
 test-vllm: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m peers tests/peers/test_vllm.py $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_vllm_engine.py $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)
