@@ -265,6 +265,9 @@ class SftTable(StageTable):
     """[sft]: stage 1, fine-tuning on paraphrased instructions."""
 
     wordings: Literal["original", "augmented"] = _field("augmented", "original: the plain SFT arm, as many updates")
+    max_wordings: NonNegative = _field(
+        0, "training wordings a task beside the original, others are new to stage 2 (0: all)"
+    )
     split: Literal["sft", "align"] = _field("sft", "whose gold answers are trained on (align: a control arm)")
     epochs: Annotated[float, Field(ge=0)] = _field(3.0, "passes over the inputs (0: max_steps counts)")
     batch_rows: Positive = _field(32, "rows an update, over all ranks")

@@ -39,7 +39,7 @@ SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
 RESPONSE_WEIGHT = 0.5
 PARTS = 3  # batches an update
 LAST_RATE = 0.25  # of the last updates, as a share of the highest learning rates
-PAD_TO = 8  # widths of batches are multiples of it: every new shape costs memory
+PAD_TO = 4  # widths of batches are multiples of it: every new shape costs memory
 Encoded = tuple[list[int], list[float]]
 
 
@@ -277,7 +277,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the model")
-    parser.add_argument("--steps", type=int, default=1200, help="updates")
+    parser.add_argument("--steps", type=int, default=1150, help="updates")
     parser.add_argument("--last-steps", type=int, default=100, help="updates after that, at a lower rate")
     parser.add_argument("--tokens", type=int, default=6144, help="tokens an update")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
@@ -298,6 +298,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
     world = World(options.seed)
     texts = [f"{row.prompt}\n{row.answer}" for row in sample(Corpus(world, seed=-1), 60_000)]
     texts += [" ".join(VOCABULARY)] * 50 + [" ".join(ANSWERS)]
