@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
     encoder = Encoder(codec, config.model.too_long)
     rows = [e for e in examples if e.split == config.sft.split]
-    chosen = training_wordings(wordings, config.sft.wordings, config.sft.max_wordings)
+    chosen = training_wordings(wordings, config.sft.wordings)
     held_out = {normalise_input(e.input) for e in examples if e.split != config.sft.split}
     stream = sft_stream(rows, chosen, encoder, config.sft, config.run.seed, held_out)
     dropped = encoder.report()

@@ -265,9 +265,6 @@ class SftTable(StageTable):
     """[sft]: stage 1, fine-tuning on paraphrased instructions."""
 
     wordings: Literal["original", "augmented"] = _field("augmented", "original: the plain SFT arm, as many updates")
-    max_wordings: NonNegative = _field(
-        0, "training wordings a task beside the original, others are new to stage 2 (0: all)"
-    )
     split: Literal["sft", "align"] = _field("sft", "whose gold answers are trained on (align: a control arm)")
     epochs: Annotated[float, Field(ge=0)] = _field(3.0, "passes over the inputs (0: max_steps counts)")
     batch_rows: Positive = _field(32, "rows an update, over all ranks")
@@ -314,6 +311,9 @@ class RankTable(Table):
         "judge", "exact, permuted (among an input's responses) and gold (the gold answer alone) are control arms"
     )
     pool: Literal["all", "own"] = _field("all", "own: only responses written under the group's wording (control arm)")
+    without_gold: Literal["agreement", "judge"] = _field(
+        "agreement", "the best answer: what most wordings said, of the right type; judge: of those it calls correct"
+    )
     min_agreement: Share = _field(0.5, "without gold: share of an input's wordings that must have said the best answer")
     max_candidates: Annotated[int, Field(ge=2)] = _field(8, "responses a group, best and gold kept, then by reward")
     wordings_per_input: NonNegative = _field(0, "groups an input (0: every wording it was sampled under)")

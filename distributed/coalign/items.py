@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -71,21 +70,12 @@ class Encoder:
         return list(self.dropped.values())
 
 
-def training_wordings(wordings: Sequence[Wording], kind: str, limit: int = 0) -> dict[str, list[Wording]]:
-    """Return each task's training wordings: all of them, or for "original" the original alone.
-
-    `limit` > 0 keeps the first so many beside the original.
-    """
+def training_wordings(wordings: Sequence[Wording], kind: str) -> dict[str, list[Wording]]:
+    """Return each task's training wordings: all of them, or for "original" the original alone."""
     chosen: dict[str, list[Wording]] = {}
-    others: Counter[str] = Counter()
     for wording in wordings:
-        if wording.split != "train":
-            continue
-        if wording.source != "original":
-            others[wording.task] += 1
-            if kind == "original" or 0 < limit < others[wording.task]:
-                continue
-        chosen.setdefault(wording.task, []).append(wording)
+        if wording.split == "train" and (kind == "augmented" or wording.source == "original"):
+            chosen.setdefault(wording.task, []).append(wording)
     return chosen
 
 

@@ -88,6 +88,19 @@ def preference(item: Pooled, key: ExampleKey, gold: bool) -> tuple[int, bool, in
     return -item.reward, not (gold and item.exact), -len(item.wordings), unit_hash("rank", *key, item.text)
 
 
+def elect(pooled: Sequence[Pooled], key: ExampleKey) -> list[Pooled]:
+    """Return the responses with reward 2 for the one that most wordings said and at most 1 for all others.
+
+    Self-consistency (arXiv 2203.11171) over wordings: without gold answers a judge tells right from wrong far worse than
+    the wordings do together. It still rules out what is of the wrong type, and decides among equals.
+    """
+    standing = [item for item in pooled if item.reward > 0]
+    if not standing:
+        return list(pooled)
+    elected = min(standing, key=lambda item: (-len(item.wordings), *preference(item, key, gold=False)))
+    return [dataclasses.replace(item, reward=2 if item is elected else min(item.reward, 1)) for item in pooled]
+
+
 def join_gold(pooled: Sequence[Pooled], gold_text: str) -> list[Pooled]:
     """Return the responses with the gold answer among them, reward 2; a response of the same text becomes it."""
     same = next((item for item in pooled if item.text == gold_text), None)
@@ -191,7 +204,7 @@ def rank_input(
     The best is None when no response is correct and there is no gold answer to take its place.
     """
     key = (example.task, example.id)
-    ranked = list(pooled)
+    ranked = elect(pooled, key) if not gold and table.without_gold == "agreement" else list(pooled)
     if table.rewards == "permuted":
         ranked = permute_rewards(ranked, derive_seed(seed, "rank", "permuted", *key))
     if table.rewards == "gold":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,6 @@ def test_original_and_augmented_make_as_many_rows() -> None:
         stream = sft_stream(EXAMPLES, training_wordings(WORDINGS, kind), make_encoder(), table, seed=0)
         assert len(stream) == 32
         assert {text_of(item.prompt).partition("\n\n")[0] for item in stream} == texts
-
-
-def test_a_limit_keeps_the_original_and_the_first_paraphrases() -> None:
-    more = [*WORDINGS, *(dataclasses.replace(WORDINGS[1], id=f"more {i}", text=f"Answer {i}.") for i in range(3))]
-    assert [w.text for w in training_wordings(more, "augmented", 2)["t"]] == ["Say yes.", "Answer yes.", "Answer 0."]
-    assert training_wordings(more, "augmented", 9) == training_wordings(more, "augmented")
-    assert [w.text for w in training_wordings(more, "original", 2)["t"]] == ["Say yes."]
 
 
 def test_replayed_rows_keep_their_share_over_updates(tmp_path: Path) -> None:

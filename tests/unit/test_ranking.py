@@ -170,7 +170,7 @@ def test_gold_that_was_said_but_cut_off_becomes_the_finished_best() -> None:
 
 def test_without_gold_an_input_without_a_correct_response_is_dropped() -> None:
     responses = [said("plain", "negative"), said("mapped", "negative")]
-    groups, dropped, counts = groups_of(responses, [verdict("negative", 1)], gold=False)
+    groups, dropped, counts = groups_of(responses, [verdict("negative", 1)], gold=False, without_gold="judge")
     assert not groups
     assert dropped == [{"reason": "no_correct_response", "task": "mood", "example": "e1"}]
     assert counts["dropped"] == {"no_correct_response": 1}
@@ -180,11 +180,11 @@ def test_without_gold_an_input_without_a_correct_response_is_dropped() -> None:
 def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
     responses = [said("plain", "positive"), said("other", "negative"), said("mapped", "negative")]
     verdicts = [verdict("positive", 2), verdict("negative", 1)]  # one of three wordings said what the judge calls right
-    groups, dropped, counts = groups_of(responses, verdicts, gold=False)
+    groups, dropped, counts = groups_of(responses, verdicts, gold=False, without_gold="judge")
     assert not groups
     assert dropped == [{"reason": "too_little_agreement", "task": "mood", "example": "e1"}]
     assert "min_agreement" in ranking.explain_no_groups(counts)
-    assert groups_of(responses, verdicts, gold=False, min_agreement=1 / 3)[0]
+    assert groups_of(responses, verdicts, gold=False, without_gold="judge", min_agreement=1 / 3)[0]
     assert groups_of(responses, verdicts, gold=True)[0]  # with gold nothing has to agree
 
 
@@ -194,6 +194,19 @@ def test_without_gold_agreement_decides_and_not_the_gold_answer() -> None:
     groups, _, _ = groups_of(responses, verdicts, gold=False)
     assert shown(groups[0])[0] == ("negative", 2, True)
     assert shown(groups_of(responses, verdicts, gold=True)[0][0])[0] == ("positive", 2, True)
+
+
+def test_without_gold_most_wordings_are_right_and_the_judge_rules_out_the_wrong_type() -> None:
+    responses = [said("plain", "positive"), said("other", "negative"), said("mapped", "negative")]
+    verdicts = [verdict("positive", 2), verdict("negative", 1)]
+    groups, _, _ = groups_of(responses, verdicts, gold=False)
+    assert shown(groups[0]) == [("negative", 2, True), ("positive", 1, False)]
+    groups, _, _ = groups_of(responses, [verdict("positive", 1), verdict("negative", 0)], gold=False, min_agreement=0.3)
+    assert shown(groups[0]) == [("positive", 2, True), ("negative", 0, False)]
+    groups, dropped, _ = groups_of(responses, verdicts, gold=False, min_agreement=0.7)
+    assert not groups and {row["reason"] for row in dropped} == {"too_little_agreement"}
+    groups, dropped, _ = groups_of(responses, [verdict("positive", 0), verdict("negative", 0)], gold=False)
+    assert not groups and {row["reason"] for row in dropped} == {"no_correct_response"}
 
 
 def test_limit_keeps_best_and_takes_lowest_and_highest_in_turn() -> None:
