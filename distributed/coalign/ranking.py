@@ -91,8 +91,8 @@ def preference(item: Pooled, key: ExampleKey, gold: bool) -> tuple[int, bool, in
 def elect(pooled: Sequence[Pooled], key: ExampleKey) -> list[Pooled]:
     """Return the responses with reward 2 for the one that most wordings said and at most 1 for all others.
 
-    Self-consistency (arXiv 2203.11171) over wordings: without gold answers a judge tells right from wrong far worse than
-    the wordings do together. It still rules out what is of the wrong type, and decides among equals.
+    Self-consistency (arXiv 2203.11171) over wordings: without gold answers a judge tells right from wrong far worse
+    than the wordings do together. It still rules out what is of the wrong type, and decides among equals.
     """
     standing = [item for item in pooled if item.reward > 0]
     if not standing:
