@@ -224,7 +224,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_command(words: list[str], timeout: float = 120, **variables: str) -> Outcome:
+def run_command(words: list[str], timeout: float = 400, **variables: str) -> Outcome:
     """Run a command of its own in the working folder; `variables` are added to the environment."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(

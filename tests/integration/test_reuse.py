@@ -43,6 +43,11 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text("utf-8"))
 
 
+def rows_of(path: Path) -> list[Any]:
+    """Return the rows of JSONL."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @pytest.mark.parametrize(
     ("step", "setting", "was", "now"),
     [
@@ -127,9 +132,7 @@ def test_a_second_round_starts_from_the_aligned_model(run: World) -> None:
 
 def test_eval_stands_alone(run: World) -> None:
     """Any model folders are compared on the held-out inputs under the wordings of a file, written where one asks."""
-    tasks = [
-        json.loads(line)["id"] for line in (run.run_folder / "prepare/tasks.jsonl").read_text("utf-8").splitlines()
-    ]
+    tasks = [row["id"] for row in rows_of(run.run_folder / "prepare" / "tasks.jsonl")]
     texts = ("Do {}.", "Please do {} now.", "Now do {} for me.", "I want you to do {}.")
     rows = [{"task": task, "id": f"{task}-{i}", "text": t.format(task)} for task in tasks for i, t in enumerate(texts)]
     run.write("own.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -141,8 +144,7 @@ def test_eval_stands_alone(run: World) -> None:
     assert list(models) == ["sft", "align"]
     assert all(model[metric]["mean"] is not None for model in models.values() for metric in METRICS)
     assert (out / "report.html").exists()
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
-    assert {row["wording"] for row in answers} == {row["id"] for row in rows}
+    assert {row["wording"] for row in rows_of(out / "answers.jsonl")} == {row["id"] for row in rows}
     assert run.manifest("eval") == before
     assert "eval is complete" in must(run.run("eval", *settings)).stdout
 
@@ -172,9 +174,8 @@ def test_no_gold_answer_gets_into_a_group_without_gold(run: World) -> None:
     run.remove(*STEPS[4:])
     for step in STEPS[4:]:
         must(run.run(step, "judge.gold=false", "rank.min_agreement=0"))  # untrained answers agree over no two wordings
-    sampled = [json.loads(line) for line in (run.run_folder / "sample/responses.jsonl").read_text("utf-8").splitlines()]
-    texts = {(row["example"], row["text"]) for row in sampled}
-    groups = [json.loads(line) for line in (run.run_folder / "rank/groups.jsonl").read_text("utf-8").splitlines()]
+    texts = {(row["example"], row["text"]) for row in rows_of(run.run_folder / "sample" / "responses.jsonl")}
+    groups = rows_of(run.run_folder / "rank" / "groups.jsonl")
     assert groups
     assert all((group["example"], c["text"]) in texts for group in groups for c in group["candidates"])
     models = read(run.run_folder / "eval", "metrics.json")["models"]
