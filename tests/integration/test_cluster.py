@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Clusters, Run, Watched, random_delay, until
+from commands import LIMIT_SECONDS, Clusters, Run, Watched, random_delay, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
@@ -52,14 +52,14 @@ def test_a_killed_script_leaves_nothing(step: str, copy_of: Callable[..., Run]) 
     run = copy_of(*order[order.index(step) :])
     command = run.start_all()
     printed = command.folder / f"{command.tag}.out"
-    until(lambda: f"== {step}\n" in printed.read_text("utf-8"), 120, command.output, command.end)
+    until(lambda: f"== {step}\n" in printed.read_text("utf-8"), LIMIT_SECONDS, command.output, command.end)
     random_delay(6.0)
     folders = [Path("/tmp", found) for p in command.all("coalign-ray-") for found in _folders(p.cmdline())]
     command.kill()
     command.wait()
     assert not any(folder.exists() for folder in folders)
     if step == "align":
-        run.all_steps()
+        run.step("align", ranks=2)
 
 
 def _folders(words: list[str]) -> list[str]:

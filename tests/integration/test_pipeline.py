@@ -67,7 +67,7 @@ def test_model_cards_hold_the_results_and_their_code_runs(finished: Run) -> None
     assert not (finished.path / "prepare" / "model" / "README.md").exists()
     code = card.text.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(folder))
     code += "\nprint(prompt['input_ids'][0].tolist())\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
     codec = Codec(load_tokenizer(str(folder), ModelTable()), ModelTable())
     assert json.loads(done.stdout.splitlines()[-1]) == codec.encode_prompt("the instruction\n\nthe input")
