@@ -68,12 +68,8 @@ def interrupt(
     """
     for _ in range(ATTEMPTS):
         command = start()
-        until(
-            lambda command=command: begun() or command.process.poll() is not None,
-            LIMIT_SECONDS,
-            command.output,
-            command.end,
-        )
+        happened = lambda command=command: begun() or command.process.poll() is not None  # noqa: E731
+        until(happened, LIMIT_SECONDS, command.output, command.end)
         random_delay(longest)
         hit(command)
         command.wait()

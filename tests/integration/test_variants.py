@@ -1,6 +1,6 @@
 """Training through the real command with other settings: adapters, ZeRO 3, a loss with a reference model.
 
-What comes after training knows nothing of these; test_reuse.py has the other losses, and the steps without gold answers.
+What comes after training knows nothing of these; test_reuse.py has another loss, and the steps without gold answers.
 """
 
 from __future__ import annotations
