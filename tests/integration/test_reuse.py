@@ -90,7 +90,7 @@ def test_a_stale_input_is_refused(run: World) -> None:
 
 def test_an_arm_borrows_what_it_shares(run: World) -> None:
     """An arm takes complete steps from another run, makes the others in its own folder, and evaluates its model."""
-    words = ("run.name=arm", borrow("prepare", "paraphrase", "sft", "sample", "judge"), "rank.rewards=permuted")
+    words = ("run.name=arm", borrow("prepare", "paraphrase", "sft", "sample", "judge"), "rank.pool=own")
     for step in ("rank", "align", "eval"):
         must(run.run(step, *words))
     arm = run.folder / "runs" / "arm"
