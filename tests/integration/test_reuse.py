@@ -169,19 +169,6 @@ def test_the_logistic_loss_trains_another_model(run: World) -> None:
     assert read(folder, "manifest.json")["outputs"]["model"] != run.manifest("align")["outputs"]["model"]
 
 
-def test_no_gold_answer_gets_into_a_group_without_gold(run: World) -> None:
-    """With judge.gold=false every candidate was sampled, and everything up to eval works."""
-    run.remove(*STEPS[4:])
-    for step in STEPS[4:]:
-        must(run.run(step, "judge.gold=false", "rank.min_agreement=0"))  # untrained answers agree over no two wordings
-    texts = {(row["example"], row["text"]) for row in rows_of(run.run_folder / "sample" / "responses.jsonl")}
-    groups = rows_of(run.run_folder / "rank" / "groups.jsonl")
-    assert groups
-    assert all((group["example"], c["text"]) in texts for group in groups for c in group["candidates"])
-    models = read(run.run_folder / "eval", "metrics.json")["models"]
-    assert all(model["cr"]["mean"] is not None for model in models.values())
-
-
 IN_TURN = """
 import runpy, sys
 for name in ("torch", "transformers", "ray", "deepspeed", "datasets"):

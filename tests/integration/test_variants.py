@@ -1,14 +1,19 @@
-"""Training through the real command with other settings: adapters, ZeRO 3, a loss with a reference model.
+"""Training through the real command with other settings: adapters, ZeRO 3, a reference model; all without gold answers.
 
-What comes after training knows nothing of these; test_reuse.py has another loss, and the steps without gold answers.
+What comes after training knows nothing of how it was done; test_reuse.py has another loss.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import Run, assert_same_curve
+from commands import CONFIG, ROOT, Run, assert_same_curve
+
+from integration.bad_inputs import run_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 SHARED = {
@@ -59,3 +64,26 @@ def test_align_with_a_reference(finished: Run, tmp_path: Path) -> None:
     assert run.manifest("align")["outputs"]["model"] != finished.manifest("align")["outputs"]["model"]
     losses = list(run.curve("align").values())
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_no_gold_answer_gets_into_a_group_without_gold(
+    copy_of: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With judge.gold=false every candidate was sampled, and everything up to eval works, here in this process."""
+    monkeypatch.chdir(ROOT)
+    run = copy_of("judge", "rank", "align", "eval")
+    # An untrained model's answers agree over no two wordings.
+    settings = ("judge.gold=false", "rank.min_agreement=0", "align.max_steps=10", "eval.noise_inputs=0")
+    for step in ("judge", "rank", "align", "eval"):
+        outcome = run_recipe(step, str(CONFIG), *run.place, "generation.workers=0", *settings)
+        assert outcome.code == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run.path / name).read_text("utf-8").splitlines()]
+
+    sampled = {(row["example"], row["text"]) for row in rows_of("sample/responses.jsonl")}
+    groups = rows_of("rank/groups.jsonl")
+    assert groups and all((g["example"], c["text"]) in sampled for g in groups for c in g["candidates"])
+    result = json.loads((run.path / "eval" / "metrics.json").read_text("utf-8"))
+    assert all(model["cr"]["mean"] is not None for model in result["models"].values())
