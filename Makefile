@@ -6,6 +6,9 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
+# Without compiled files beside the packages every command would compile torch anew, which takes longer than all the rest
+# of its start; some images forbid them for everybody.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup base quickstart test test-slow test-peers test-vllm bench check format clean
 .DEFAULT_GOAL := help
@@ -43,7 +46,7 @@ base: $(INSTALLED)
 	$(VENV)/bin/python examples/phrasebook/score_base.py
 
 test: $(INSTALLED)
-	$(PYTEST) --dist loadfile -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -n 0 -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)

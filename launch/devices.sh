@@ -1,5 +1,6 @@
 # Sourced by local.sh and ladder.sh: the virtual environment, the devices of this machine, and how training starts on
-# them. Reads VENV, RANKS, OMP_NUM_THREADS, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES; sets the array train_launcher.
+# them. Reads VENV, RANKS, OMP_NUM_THREADS, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES; sets the array train_launcher, which
+# is empty for one rank: that is the recipe alone.
 
 venv="${VENV:-.venv}"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$venv/bin/python" ]; then
@@ -31,4 +32,7 @@ if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
 fi
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:-0}" PYTHONUNBUFFERED=1
-train_launcher=(python -m deepspeed.launcher.runner "${gpu_choice[@]}" --log_level warning)
+train_launcher=()
+if [ "$ranks" != 1 ]; then # the launcher takes seconds to start, twice
+    train_launcher=(python -m deepspeed.launcher.runner "${gpu_choice[@]}" --log_level warning)
+fi

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coalign import evaluation
-from coalign.artifacts import RunFolder, StepFolder, installed_versions
+from coalign.artifacts import RunFolder, StepFolder, base_model_folder, installed_versions
 from coalign.cards import add_results, model_labels
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
@@ -74,8 +74,6 @@ def main(argv: list[str]) -> None:
 
 def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:
     """Return the model folder or hub name of every name in eval.models."""
-    from coalign.models import base_model_folder
-
     base = base_model_folder(config.model, prepare) if "base" in config.eval.models.values() else ""
     return {name: evaluation.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from coalign import calibration, judging
-from coalign.artifacts import RunFolder, digest_model_files, digest_weights
+from coalign.artifacts import RunFolder, base_model_folder, digest_model_files, digest_weights
 from coalign.commandline import parse_command_line
 from coalign.config import (
     STEP_TABLES,
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
 
     from coalign.encoding import Codec
-    from coalign.models import base_model_folder, load_tokenizer
+    from coalign.models import load_tokenizer
     from coalign.pool import run_shards
     from coalign.workers import make_score_worker
 

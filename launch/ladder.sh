@@ -11,8 +11,8 @@ python -c 'import coalign' 2>/dev/null || {
     echo "error: coalign can't be imported; set up the environment first: make setup" >&2
     exit 1
 }
-printf -v TRAIN_LAUNCHER '%q ' "${train_launcher[@]}"
-export TRAIN_LAUNCHER
+export TRAIN_LAUNCHER=""
+[ "${#train_launcher[@]}" -eq 0 ] || printf -v TRAIN_LAUNCHER '%q ' "${train_launcher[@]}"
 # The workers of a private cluster, 0 when none is needed; a mistake in the words is for ladder.py to explain.
 workers="$(python - "$@" <<'PYTHON'
 import os

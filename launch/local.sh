@@ -74,8 +74,12 @@ for step in $steps; do
     echo "== $step"
     case "$step" in
     sft | align)
-        port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-        run_command "${train_launcher[@]}" --master_port "$port" "$launch/$step.py" "$@" || fail "$step" $?
+        launcher=(python)
+        if [ "${#train_launcher[@]}" -gt 0 ]; then
+            port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+            launcher=("${train_launcher[@]}" --master_port "$port")
+        fi
+        run_command "${launcher[@]}" "$launch/$step.py" "$@" || fail "$step" $?
         ;;
     *)
         case "$step" in prepare | rank) ;; *) await_cluster || fail "$step" $? ;; esac

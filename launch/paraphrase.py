@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coalign import filtering
-from coalign.artifacts import RunFolder, StepFolder, digest_file, digest_model_files
+from coalign.artifacts import RunFolder, StepFolder, base_model_folder, digest_file, digest_model_files
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_values
 from coalign.process import announce, derive_seed, run_step, set_up_logging
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         wanted[task.id] = missing + table.num_wordings * task.seen if table.num_wordings else 0
     total = sum(wanted.values())
     plan = f"{len(files.wordings)} wordings from files, {total} rewrites wanted from the model for {len(tasks)} tasks"
-    announce("paraphrase", changed_values(config, STEP_TABLES["paraphrase"]), plan)
+    announce("paraphrase", changed_values(config, STEP_TABLES["paraphrase"]), plan, total > 0)
     answers, too_long = generate(config, step, prepared, tasks, wanted) if total else ({}, [])
     dropped += too_long
     held_out = filtering.held_out_texts(by_task, table.max_similarity)
@@ -82,7 +82,7 @@ def generate(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return each task's answers in the order in which they are tried, and rows for tasks too long for the context."""
     from coalign.encoding import Codec, check_lengths
-    from coalign.models import base_model_folder, load_tokenizer
+    from coalign.models import load_tokenizer
     from coalign.pool import run_shards
     from coalign.workers import Sampling, make_generate_worker
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coalign.artifacts import RunFolder, digest_model_files
+from coalign.artifacts import RunFolder, base_model_folder, digest_model_files, digest_replay
 from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
@@ -16,12 +16,10 @@ def main(argv: list[str]) -> None:
     config = parse_command_line("sft", argv)
     set_up_logging(config.log.level)
     exit_with_launcher()
-    from coalign.items import Encoder, replay_digest, sft_stream, training_wordings
-
     run = RunFolder(config.run, argv)
     needs = {"prepare": run.step("prepare"), "paraphrase": run.step("paraphrase")}
     settings = table_values(config, STEP_TABLES["sft"], with_neutral=False)
-    step = run.begin("sft", settings, needs, replay_digest(config.sft) | digest_model_files(config.model))
+    step = run.begin("sft", settings, needs, digest_replay(config.sft) | digest_model_files(config.model))
     if step is None:
         return
 
@@ -30,7 +28,8 @@ def main(argv: list[str]) -> None:
     from coalign.development import make_dev_measure
     from coalign.encoding import Codec
     from coalign.engine import DeepSpeedEngine, export, init_ranks
-    from coalign.models import base_model_folder, load_tokenizer
+    from coalign.items import Encoder, sft_stream, training_wordings
+    from coalign.models import load_tokenizer
     from coalign.objectives import sft_objective
     from coalign.training import Plan, check_packing, train
 

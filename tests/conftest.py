@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
+import os
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +60,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(
                 f"skip outside ALLOWED_SKIPS of tests/conftest.py: {test_id}: {reason}", red=True
             )
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Return a function that returns a folder of a name, filled by the first process of the tests that asks for it.
+
+    The others wait meanwhile, and nobody changes it afterwards. What failed once is not tried again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_once(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, outcome = shared / name, shared / f"{name}.outcome"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not outcome.exists():
+                    folder.mkdir()
+                    try:
+                        fill(folder)
+                    except BaseException:
+                        outcome.write_text(traceback.format_exc(), "utf-8")
+                        raise
+                    outcome.write_text("", "utf-8")
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+        assert not (failure := outcome.read_text("utf-8")), f"{name} could not be made:\n{failure[-6000:]}"
+        return folder
+
+    return make_once
 
 
 @pytest.fixture(autouse=True)

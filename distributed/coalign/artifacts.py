@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from coalign.config import ModelTable, RunTable
+from coalign.config import ModelTable, RunTable, SftTable
 from coalign.errors import UserError
 from coalign.process import rank
 from coalign.records import dump_line
@@ -176,6 +176,26 @@ def digest_model_files(model: ModelTable) -> dict[str, str]:
     if Path(model.chat_template).is_file():
         files["model.chat_template"] = digest_file(Path(model.chat_template))
     return files
+
+
+def digest_replay(table: SftTable) -> dict[str, str]:
+    """Return the digest of the file that sft.replay names; UserError when it is not there."""
+    if not table.replay:
+        return {}
+    if not Path(table.replay).is_file():
+        raise UserError(f"sft.replay={table.replay!r}: no such file")
+    return {"sft.replay": digest_file(Path(table.replay))}
+
+
+def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
+    """Return the folder or hub name of the model that everything starts from."""
+    if model.init == "random":
+        return str(prepare_folder / "model")
+    if not model.path:
+        raise UserError(
+            'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'
+        )
+    return model.path
 
 
 class StepFolder:

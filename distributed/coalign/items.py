@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coalign.artifacts import digest_file
 from coalign.batching import Item, permutations
 from coalign.config import AlignTable, SftTable
 from coalign.encoding import Codec
@@ -152,15 +151,6 @@ def _replay_items(table: SftTable, encoder: Encoder, held_out: set[str]) -> list
     if not items:
         raise UserError(f"sft.replay={table.replay!r} holds no usable row")
     return items
-
-
-def replay_digest(table: SftTable) -> dict[str, str]:
-    """Return the digest of the replay file, for the manifest."""
-    if not table.replay:
-        return {}
-    if not Path(table.replay).is_file():
-        raise UserError(f"sft.replay={table.replay!r}: no such file")
-    return {"sft.replay": digest_file(Path(table.replay))}
 
 
 def group_items(

@@ -40,17 +40,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
-    """Return the folder or hub name of the model that everything starts from."""
-    if model.init == "random":
-        return str(prepare_folder / "model")
-    if not model.path:
-        raise UserError(
-            'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'
-        )
-    return model.path
-
-
 def check_model_folder(folder: str) -> None:
     """Raise UserError when a local folder can't be a safetensors model with a tokenizer."""
     path = Path(folder)

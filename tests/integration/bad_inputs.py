@@ -1,6 +1,6 @@
 """A working folder with a tiny run in it, and recipes run in this process as their command lines would run.
 
-Used by test_bad_input.py. Relative paths in configs and messages count from the working folder.
+Used by test_bad_input.py and test_reuse.py. Relative paths in configs and messages count from the working folder.
 """
 
 from __future__ import annotations
@@ -155,6 +155,12 @@ def make_world(folder: Path) -> World:
     return world
 
 
+def losses(folder: Path) -> list[float]:
+    """Return the loss after every update of a training step."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
 def load_main(step: str) -> Callable[[list[str]], None]:
     """Return the main function of launch/STEP.py."""
     spec = importlib.util.spec_from_file_location(f"recipe_{step}", ROOT / "launch" / f"{step}.py")
@@ -178,6 +184,7 @@ def run_recipe(step: str, *arguments: str) -> Outcome:
             code = 1
             traceback.print_exc()
     gc.collect()  # what hangs on the exception may hold a lock
+    gc.freeze()  # the next collection passes over what is here to stay: the hundred thousands of objects of the engines
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -217,7 +224,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_command(words: list[str], timeout: float = 120, **variables: str) -> Outcome:
+def run_command(words: list[str], timeout: float = 400, **variables: str) -> Outcome:
     """Run a command of its own in the working folder; `variables` are added to the environment."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(

@@ -99,6 +99,21 @@ class Clusters:
     tokens: set[str] = dataclasses.field(default_factory=set)
     breaches: set[str] = dataclasses.field(default_factory=set)
 
+    def to_values(self) -> dict[str, list[Any]]:
+        """Return what JSON can hold of it."""
+        return {
+            "heads": sorted(self.heads),
+            "folders": sorted(map(str, self.folders)),
+            "tokens": sorted(self.tokens),
+            "breaches": sorted(self.breaches),
+        }
+
+    @classmethod
+    def from_values(cls, values: dict[str, list[Any]]) -> Clusters:
+        """Return what `to_values` was asked of."""
+        folders = {Path(name) for name in values["folders"]}
+        return cls(set(values["heads"]), folders, set(values["tokens"]), set(values["breaches"]))
+
     def watch(self, command: Command, seconds: float = 2 * LIMIT_SECONDS) -> None:
         """Look at a command's processes until it ends."""
         deadline = time.monotonic() + seconds
@@ -244,6 +259,15 @@ class Run:
         curve = {row["step"]: row["loss"] for row in rows}
         assert len(curve) == len(rows), "an update is in metrics.jsonl twice"
         return curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A finished run, what its command printed, and what was seen of its clusters meanwhile."""
+
+    run: Run
+    printed: str
+    clusters: Clusters
 
 
 def random_delay(longest: float) -> float:

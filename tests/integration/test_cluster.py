@@ -7,38 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Clusters, Run, random_delay, until
+from commands import LIMIT_SECONDS, Clusters, Run, Watched, random_delay, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
 
-def test_one_cluster_serves_all_steps(watched: tuple[Run, Clusters]) -> None:
+def test_one_cluster_serves_all_steps(watched: Watched) -> None:
     """One head was started, the four steps that generate were connected to it, and its folder is gone."""
-    run, clusters = watched
+    clusters = watched.clusters
     assert len(clusters.heads) == 1
-    printed = "".join(path.read_text("utf-8") for path in (run.path.parent / "printed").glob("*.out"))
-    addresses = re.findall(r"2 Ray workers on (\S+),", printed)
+    addresses = re.findall(r"2 Ray workers on (\S+),", watched.printed)
     assert len(addresses) == 4 and len(set(addresses)) == 1 and addresses[0].startswith("127.0.0.1:")
     assert len(clusters.folders) == 1
     assert not any(folder.exists() for folder in clusters.folders)
 
 
-def test_nobody_else_can_use_it(watched: tuple[Run, Clusters]) -> None:
+def test_nobody_else_can_use_it(watched: Watched) -> None:
     """It listens on 127.0.0.1 alone; its token is fresh and in no file, log or command line."""
-    run, clusters = watched
+    clusters = watched.clusters
     (token,) = clusters.tokens
     assert len(token) == 64
     assert not clusters.breaches
-    assert not clusters.files_with_token(run.path.parent)
-
-
-def test_complete_steps_start_no_cluster(finished: Run) -> None:
-    """Where no step that generates is left, Ray is not started."""
-    clusters = Clusters()
-    command = finished.start_all()
-    clusters.watch(command)
-    assert command.wait().returncode == 0
-    assert not clusters.heads
+    for place in (watched.run.path, watched.run.path.parent / "printed"):
+        assert not clusters.files_with_token(place)
 
 
 def test_a_failed_step_ends_the_cluster(copy_of: Callable[..., Run]) -> None:
@@ -61,14 +52,14 @@ def test_a_killed_script_leaves_nothing(step: str, copy_of: Callable[..., Run]) 
     run = copy_of(*order[order.index(step) :])
     command = run.start_all()
     printed = command.folder / f"{command.tag}.out"
-    until(lambda: f"== {step}\n" in printed.read_text("utf-8"), 120, command.output, command.end)
+    until(lambda: f"== {step}\n" in printed.read_text("utf-8"), LIMIT_SECONDS, command.output, command.end)
     random_delay(6.0)
     folders = [Path("/tmp", found) for p in command.all("coalign-ray-") for found in _folders(p.cmdline())]
     command.kill()
     command.wait()
     assert not any(folder.exists() for folder in folders)
     if step == "align":
-        run.all_steps()
+        run.step("align", ranks=2)
 
 
 def _folders(words: list[str]) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from commands import CONFIG, LIMIT_SECONDS, ROOT, start
 
+from integration.bad_inputs import run_recipe
+
 ARMS = ("sft_ia", "sft_ia_more", "cat", "cat_lambda0")
 # Epochs, so that cat's own number of updates decides; everything as small as it can be.
 SMALL = (
@@ -17,9 +19,9 @@ SMALL = (
 )
 
 
-def ladder(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def ladder(folder: Path, *words: str, code: int = 0, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     command = ["bash", "launch/ladder.sh", str(CONFIG.relative_to(ROOT)), f"run.folder={folder}", "run.name=tiny"]
-    done = start([*command, *words], folder / "printed", {"RANKS": "1"}).wait(4 * LIMIT_SECONDS)
+    done = start([*command, *words], folder / "printed", {"RANKS": str(ranks)}).wait(4 * LIMIT_SECONDS)
     assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -79,12 +81,14 @@ def test_a_ladder_runs_shared_steps_once_and_goes_on_where_it_stopped(tmp_path: 
 
 
 def test_a_dry_run_starts_nothing_and_mistakes_answer_at_once(tmp_path: Path) -> None:
-    done = ladder(tmp_path, "--dry-run", "--seeds", "0")
+    done = ladder(tmp_path, "--dry-run", "--seeds", "0", ranks=2)
     commands = [line for line in done.stdout.splitlines() if "launch/" in line]
     assert len(commands) == 29 and sum("launch/prepare.py" in line for line in commands) == 1
-    assert sum("deepspeed.launcher.runner --num_gpus 1" in line for line in commands) == 12
+    assert sum("deepspeed.launcher.runner --num_gpus 2" in line for line in commands) == 12
     assert not (tmp_path / "tiny").exists()
     assert "'cats' is no arm; choose among base, sft" in ladder(tmp_path, "--arms", "cats", code=2).stderr
-    assert "rank.pool" in ladder(tmp_path, "rank.pool=own", code=2).stderr
-    assert "did you mean 'name'" in ladder(tmp_path, "run.nmae=x", code=2).stderr
-    assert "--dry-run" in ladder(tmp_path, "--help").stdout
+    mistakes = {"rank.pool=own": "rank.pool", "run.nmae=x": "did you mean 'name'"}
+    for word, said in mistakes.items():
+        outcome = run_recipe("ladder", str(CONFIG), word)
+        assert outcome.code == 2 and said in outcome.stderr
+    assert "--dry-run" in run_recipe("ladder", "--help").stdout

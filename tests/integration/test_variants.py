@@ -1,82 +1,89 @@
-"""The same commands with other settings: adapters, ZeRO 3, other losses, no gold answers."""
+"""Training through the real command with other settings: adapters, ZeRO 3, a reference model; all without gold answers.
+
+What comes after training knows nothing of how it was done; test_reuse.py has another loss.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import STEPS, Run, assert_same_curve
+from commands import CONFIG, ROOT, Run, assert_same_curve
 
-pytestmark = [pytest.mark.slow, pytest.mark.deepspeed, pytest.mark.timeout(600)]
+from integration.bad_inputs import run_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.deepspeed, pytest.mark.timeout(900)]
+SHARED = {
+    "sft": ("prepare", "paraphrase"),
+    "align": ("prepare", "paraphrase", "sft", "sample", "judge", "rank"),
+}
 
 
-def borrow(run: Run, *steps: str) -> str:
-    """Return the setting that takes steps from another run."""
-    return "run.inputs={" + ", ".join(f'{step} = "{run.path}"' for step in steps) + "}"
-
-
-def check_run(run: Run, steps: tuple[str, ...]) -> None:
-    """Fail unless the steps are complete, the models load and all numbers are there."""
-    from transformers import AutoModelForCausalLM
-
-    for step in steps:
-        assert run.complete(step), step
-    for step in {"sft", "align"} & set(steps):
-        model = AutoModelForCausalLM.from_pretrained(run.path / step / "model")
-        assert not [name for name in model.state_dict() if "lora" in name]
-    result = json.loads((run.path / "eval" / "metrics.json").read_text("utf-8"))
-    assert all(model["cr"]["mean"] is not None for model in result["models"].values())
+def train(step: str, finished: Run, folder: Path, *settings: str) -> Run:
+    """Run a training step on two ranks with what another run has made before it."""
+    run = Run(folder / "variant")
+    borrowed = "run.inputs={" + ", ".join(f'{name} = "{finished.path}"' for name in SHARED[step]) + "}"
+    run.step(step, borrowed, *settings, ranks=2)
+    return run
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("step", "settings"),
     [
-        ["model.lora.enabled=true", "model.lora.rank=8", "sft.learning_rate=1e-2"],
-        ["train.zero_stage=3", "model.lora.enabled=true"],
+        ("sft", ["model.lora.enabled=true", "model.lora.rank=8", "sft.learning_rate=1e-2"]),
+        ("align", ["train.zero_stage=3", "model.lora.enabled=true", "align.learning_rate=1e-2"]),
     ],
     ids=["lora", "zero3-lora"],
 )
-def test_the_pipeline_with_other_training_settings(settings: list[str], finished: Run, tmp_path: Path) -> None:
-    """All steps from sft to eval work, the loss falls, and the exported models load as plain ones."""
-    run = Run(tmp_path / "variant")
-    run.all_steps(borrow(finished, "prepare", "paraphrase"), "generation.workers=0", *settings)
-    check_run(run, STEPS[2:])
-    losses = list(run.curve("sft").values())
-    assert losses[-1] < losses[0] - 0.2  # adapters on untrained weights can learn little
+def test_adapters_train_and_leave_a_plain_model(step: str, settings: list[str], finished: Run, tmp_path: Path) -> None:
+    """The loss falls, and the exported model is another one and loads as a plain one."""
+    from transformers import AutoModelForCausalLM
+
+    run = train(step, finished, tmp_path, *settings)
+    losses = list(run.curve(step).values())
+    # Adapters on untrained weights can learn little; align starts from trained ones, and its batches differ.
+    assert losses[-1] < losses[0] - 0.2 if step == "sft" else sum(losses[-10:]) < sum(losses[:10])
+    model = AutoModelForCausalLM.from_pretrained(run.path / step / "model")
+    assert not [name for name in model.state_dict() if "lora" in name]
+    assert run.manifest(step)["outputs"]["model"] != finished.manifest(step)["outputs"]["model"]
 
 
 def test_zero_3_trains_as_zero_2_does(finished: Run, tmp_path: Path) -> None:
     """The loss curve does not depend on how the states are sharded."""
-    run = Run(tmp_path / "zero3")
-    shared = ("prepare", "paraphrase", "sft", "sample", "judge", "rank")
-    run.step("align", borrow(finished, *shared), "train.zero_stage=3", ranks=2)
+    run = train("align", finished, tmp_path, "train.zero_stage=3")
     assert_same_curve(run.curve("align"), finished.curve("align"), 1e-4)
 
 
-@pytest.mark.parametrize("loss", ["logistic", "dpo"])
-def test_align_with_another_loss(loss: str, finished: Run, tmp_path: Path) -> None:
-    """The other ranking losses train a model of their own and lower their loss."""
-    run = Run(tmp_path / loss)
-    shared = ("prepare", "paraphrase", "sft", "sample", "judge", "rank")
-    run.step("align", borrow(finished, *shared), f"align.loss={loss}", "align.rank_weight=2.0", ranks=2)
-    assert (run.path / "align" / "reference.jsonl").exists() == (loss == "dpo")
+def test_align_with_a_reference(finished: Run, tmp_path: Path) -> None:
+    """DPO's form keeps what the reference says, trains a model of its own and lowers its loss."""
+    run = train("align", finished, tmp_path, "align.loss=dpo", "align.rank_weight=2.0")
+    assert (run.path / "align" / "reference.jsonl").exists()
     assert run.manifest("align")["outputs"]["model"] != finished.manifest("align")["outputs"]["model"]
     losses = list(run.curve("align").values())
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-def test_the_pipeline_without_gold_answers(finished: Run, tmp_path: Path) -> None:
-    """With judge.gold=false no gold answer gets into a group, and everything up to eval works."""
-    run = Run(tmp_path / "unlabelled")
-    shared = ("prepare", "paraphrase", "sft", "sample")
+@pytest.mark.usefixtures("_one_rank")
+def test_no_gold_answer_gets_into_a_group_without_gold(
+    copy_of: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With judge.gold=false every candidate was sampled, and everything up to eval works, here in this process."""
+    monkeypatch.chdir(ROOT)
+    run = copy_of("judge", "rank", "align", "eval")
     # An untrained model's answers agree over no two wordings.
-    run.all_steps(borrow(finished, *shared), "judge.gold=false", "rank.min_agreement=0", "generation.workers=0")
-    check_run(run, ("judge", "rank", "align", "eval"))
-    responses = {
-        (row["example"], row["text"])
-        for row in map(json.loads, (finished.path / "sample/responses.jsonl").read_text("utf-8").splitlines())
-    }
-    for line in (run.path / "rank/groups.jsonl").read_text("utf-8").splitlines():
-        group = json.loads(line)
-        assert all((group["example"], c["text"]) in responses for c in group["candidates"])
+    settings = ("judge.gold=false", "rank.min_agreement=0", "align.max_steps=10", "eval.noise_inputs=0")
+    for step in ("judge", "rank", "align", "eval"):
+        outcome = run_recipe(step, str(CONFIG), *run.place, "generation.workers=0", *settings)
+        assert outcome.code == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run.path / name).read_text("utf-8").splitlines()]
+
+    sampled = {(row["example"], row["text"]) for row in rows_of("sample/responses.jsonl")}
+    groups = rows_of("rank/groups.jsonl")
+    assert groups and all((g["example"], c["text"]) in sampled for g in groups for c in g["candidates"])
+    result = json.loads((run.path / "eval" / "metrics.json").read_text("utf-8"))
+    assert all(model["cr"]["mean"] is not None for model in result["models"].values())

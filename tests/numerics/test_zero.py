@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,20 +52,20 @@ OFFLOADED: dict[str, dict[str, Any]] = {
     "offload2": {"train": {"zero_stage": 2, "offload_optimizer": True}},
     "offload3": {"train": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
 }
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
 RESUMED = ("zero0", "zero1", "zero2", "lora2", "hinge2", "zero3", "lora3")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="session")
+def source(made_once: MakeOnce) -> str:
     """Return a random model folder."""
-    folder = tmp_path_factory.mktemp("source") / "model"
     table = RandomTable(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, context=64)
-    make_random_model(folder, ["a few words to learn a tokenizer from"], table, seed=0)
-    return str(folder)
+    words = ["a few words to learn a tokenizer from"]
+    return str(made_once("zero_source", lambda folder: make_random_model(folder / "model", words, table, 0)) / "model")
 
 
 def launch(cases: list[Case], num_ranks: int, folder: Path) -> str:
-    """Train the cases one after another in one `deepspeed` command and return what it printed."""
+    """Train the cases one after another in one command and return what it printed; one rank needs no launcher."""
     spec = folder / "spec.json"
     for case in cases:
         case.path.mkdir(exist_ok=True)
@@ -73,7 +74,8 @@ def launch(cases: list[Case], num_ranks: int, folder: Path) -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("zero_ranks.py")
-    command = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(port), "--log_level", "warning"]
+    launcher = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(port), "--log_level", "warning"]
+    command = launcher if num_ranks > 1 else [sys.executable]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     sources = os.pathsep.join([str(script.parents[1]), str(Path(coalign.__file__).parents[1])])
     done = subprocess.run(
@@ -135,13 +137,15 @@ def cut_back(case: Case, folder: Path) -> Case:
     return dataclasses.replace(case, folder=str(folder))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+@pytest.fixture(scope="session")
+def two_ranks(source: str, made_once: MakeOnce) -> dict[str, Case]:
     """Train on two ranks."""
-    folder = tmp_path_factory.mktemp("two")
-    cases = make_cases(CASES | SPOILT | {"bfloat16": BFLOAT16["bfloat16 zero2"]}, source, folder)
-    launch(list(cases.values()), 2, folder)
-    return cases
+    shapes = CASES | SPOILT | {"bfloat16": BFLOAT16["bfloat16 zero2"]}
+
+    def fill(folder: Path) -> None:
+        launch(list(make_cases(shapes, source, folder).values()), 2, folder)
+
+    return make_cases(shapes, source, made_once("zero_two_ranks", fill))
 
 
 @pytest.fixture(scope="module")

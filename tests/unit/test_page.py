@@ -18,6 +18,7 @@ from coalign.arms import ARMS
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
 from coalign.records import Example, Response, Task
+from integration.bad_inputs import run_recipe
 from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -553,15 +554,15 @@ def test_report_rebuilds_one_run_and_compares_several(tmp_path: Path) -> None:
     single = run_report(str(tmp_path / "one"))
     assert single.returncode == 0, single.stderr
     check_page((tmp_path / "one" / "eval" / "report.html").read_text("utf-8"))
-    both = run_report(str(tmp_path / "one"), str(tmp_path / "two" / "eval"))
-    assert both.returncode == 0, both.stderr
+    both = run_recipe("report", str(tmp_path / "one"), str(tmp_path / "two" / "eval"))
+    assert both.code == 0, both.stderr
     assert both.stdout.count("SFT (IA) + CAT") == 2
     text = (tmp_path / "one" / "eval" / "compare.html").read_text("utf-8")
     check_page(text)
     assert "8 of 8 and 8 tasks have the same items" in text and "align.margin" in text
     assert not (tmp_path / "two" / "eval" / "report.html").exists()
-    out = run_report(str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.html"))
-    assert out.returncode == 0 and (tmp_path / "c.html").is_file()
+    out = run_recipe("report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.html"))
+    assert out.code == 0 and (tmp_path / "c.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -577,9 +578,13 @@ def test_report_rebuilds_one_run_and_compares_several(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_clear_line(words: tuple[str, ...], says: str) -> None:
-    found = run_report(*words)
-    assert found.returncode == 2 and says in found.stderr and found.stderr.count("\n") == 1
-    assert "usage" in run_report("--help").stdout
+    found = run_recipe("report", *words)
+    assert found.code == 2 and says in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_help_says_how_it_is_used() -> None:
+    found = run_recipe("report", "--help")
+    assert found.code == 0 and found.stdout.startswith("usage: python launch/report.py RUN")
 
 
 def test_an_arm_names_the_eval_that_it_is_part_of(tmp_path: Path) -> None:
