@@ -122,7 +122,7 @@ def padded_update(engine: TorchEngine, items: Sequence[Item]) -> Update:
     total = 0.0
     for start in range(0, len(items), PLAIN_ROWS):
         part = items[start : start + PLAIN_ROWS]
-        batch = collate(part, PAD, False, engine.dtype)
+        batch = collate(part, PAD, False)
         loss, _ = objective.loss(token_logps(engine.model, batch), batch, part, tokens)
         engine.backward(loss, last=start + PLAIN_ROWS >= len(items))
         total += float(loss.detach())
