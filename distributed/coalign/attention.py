@@ -75,7 +75,9 @@ def dense_mask(layout: RowLayout, window: int | None, dtype: torch.dtype) -> Ten
 def block_mask(layout: RowLayout, window: int | None) -> BlockMask:
     """Return the same as blocks, of which FlexAttention computes those that are not empty."""
     rows, width = layout.segments_BT.shape
-    return create_block_mask(layout.rule(window), rows, None, width, width, device=str(layout.segments_BT.device))
+    mask = create_block_mask(layout.rule(window), rows, None, width, width, device=str(layout.segments_BT.device))
+    mask.ndim = 4  # type: ignore[attr-defined]  # which GPT-2 asks for, as if it were a tensor
+    return mask
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
