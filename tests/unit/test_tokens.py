@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coalign import tokens
 from coalign.batching import Item, row_tokens
 from coalign.errors import UserError
 from coalign.tokens import TokenRows, TokenWriter, as_rows, columns_of, forked_map, open_rows, prepare_rows
@@ -106,27 +104,24 @@ def test_processes_work_in_order_and_report_errors(monkeypatch: pytest.MonkeyPat
         list(forked_map(refuse, list(range(20))))
 
 
-def test_processes_end_with_the_one_that_forked_them(tmp_path: Path) -> None:
+def test_processes_end_with_the_one_that_forked_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed, it leaves nobody behind who would hold the step's lock."""
-    script = f"""
-import os, pathlib, time
-from coalign import tokens
-os.sched_getaffinity = lambda _: {{0, 1}}
-def work(chunk):
-    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
-    time.sleep(600)
-list(tokens.forked_map(work, [0, 1]))
-"""
-    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": source_root()})
-    until(lambda: len(list(tmp_path.iterdir())) == 2, 300)
-    parent.kill()
-    parent.wait()
+    two_cores(monkeypatch)
+
+    def work(chunk: int) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(600)
+
+    parent = os.fork()
+    if not parent:
+        list(forked_map(work, [0, 1]))
+        os._exit(1)
+    until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
     children = [Path("/proc", path.name) for path in tmp_path.iterdir()]
+    assert all(path.exists() for path in children)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
     until(lambda: not any(path.exists() for path in children), 60)
-
-
-def source_root() -> str:
-    return str(Path(tokens.__file__).resolve().parents[1])
 
 
 def until(happened: Any, seconds: float) -> None:
