@@ -7,7 +7,7 @@ from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
-from coalign.records import Example, Group, Wording, read_records
+from coalign.records import Example, Group, Wording, read_records, read_rows
 
 
 def main(argv: list[str]) -> None:
@@ -25,28 +25,29 @@ def main(argv: list[str]) -> None:
 
     from coalign.development import make_dev_measure
     from coalign.encoding import Codec
-    from coalign.engine import DeepSpeedEngine, export, init_ranks
-    from coalign.items import Encoder, group_items, group_stream
+    from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
+    from coalign.items import Encoder, group_stream, write_groups
     from coalign.losses import RankingForm
     from coalign.models import load_tokenizer
     from coalign.objectives import align_objective
+    from coalign.tokens import TokenWriter, open_rows, prepare_rows, read_meta
     from coalign.training import Plan, check_shared_prefix, reference_logps, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = str(needs["policy"] / "model")
     codec = Codec(load_tokenizer(source, config.model), config.model)
-    all_examples = read_records(Example, needs["prepare"] / "examples.jsonl")
+    examples, rows = needs["prepare"] / "examples.jsonl", step.path / "shards" / "rows"
     wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
-    encoder = Encoder(codec, config.model.too_long)
-    items = group_items(
-        read_records(Group, needs["rank"] / "groups.jsonl"),
-        {e.id: e for e in all_examples},
-        {(w.task, w.id): w for w in wordings},
-        encoder,
-    )
-    dropped = encoder.report()
+
+    def encode(writer: TokenWriter) -> None:
+        groups = read_records(Group, needs["rank"] / "groups.jsonl")
+        by_id = {e.id: e for e in read_records(Example, examples)}
+        by_name = {(w.task, w.id): w for w in wordings}
+        write_groups(writer, groups, by_id, by_name, Encoder(codec, config.model.too_long))
 
     device = init_ranks()
+    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    items, found = open_rows(rows), read_meta(rows)["counts"]
     engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
     if config.train.shared_prefix:
         check_shared_prefix(engine, items, codec.pad_id)
@@ -56,14 +57,14 @@ def main(argv: list[str]) -> None:
     plan = Plan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
     words = f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     announce("align", changed_values(config, STEP_TABLES["align"]), words)
-    measure = make_dev_measure(engine, codec, all_examples, wordings, config.train)
+    measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)
     form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
     objective = align_objective(form, config.train.shared_prefix)
     totals = train(engine, plan, objective, config.train, config.log, step.path, measure)
     export(engine, step.path / "model", codec, stream)
     if rank() == 0:
-        step.write_output("dropped.jsonl", dropped)
-        counts = totals | {"groups": len(items), "dropped": len(dropped)}
+        step.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
+        counts = totals | found
         write_card(step, run, counts, codec.end_of_turn)
         step.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 

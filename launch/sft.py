@@ -7,8 +7,7 @@ from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
-from coalign.records import Example, Wording, read_records
-from coalign.text import normalise_input
+from coalign.records import Example, Wording, read_records, read_rows
 
 
 def main(argv: list[str]) -> None:
@@ -27,39 +26,43 @@ def main(argv: list[str]) -> None:
 
     from coalign.development import make_dev_measure
     from coalign.encoding import Codec
-    from coalign.engine import DeepSpeedEngine, export, init_ranks
-    from coalign.items import Encoder, sft_stream, training_wordings
+    from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
+    from coalign.items import Encoder, training_wordings, write_sft
     from coalign.models import load_tokenizer
     from coalign.objectives import sft_objective
+    from coalign.tokens import TokenWriter, open_rows, prepare_rows, read_meta
     from coalign.training import Plan, check_packing, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, needs["prepare"])
     codec = Codec(load_tokenizer(source, config.model), config.model)
-    examples = [e for e in read_records(Example, needs["prepare"] / "examples.jsonl")]
+    examples, rows = needs["prepare"] / "examples.jsonl", step.path / "shards" / "rows"
     wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
-    encoder = Encoder(codec, config.model.too_long)
-    rows = [e for e in examples if e.split == config.sft.split]
     chosen = training_wordings(wordings, config.sft.wordings)
-    held_out = {normalise_input(e.input) for e in examples if e.split != config.sft.split}
-    stream = sft_stream(rows, chosen, encoder, config.sft, config.run.seed, held_out)
-    dropped = encoder.report()
-    plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
-    words = (
-        f"{len(rows)} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of {plan.batch_items}"
-    )
-    announce("sft", changed_values(config, STEP_TABLES["sft"]), f"{words} rows, {plan.num_tokens} tokens")
+
+    def encode(writer: TokenWriter) -> None:
+        encoder = Encoder(codec, config.model.too_long)
+        write_sft(writer, read_records(Example, examples), chosen, encoder, config.sft, config.run.seed)
 
     device = init_ranks()
+    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    stream, found = open_rows(rows), read_meta(rows)["counts"]
+    plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
+    words = (
+        f"{found['inputs']} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of"
+        f" {plan.batch_items} rows, {plan.num_tokens} tokens"
+    )
+    announce("sft", changed_values(config, STEP_TABLES["sft"]), words)
+
     engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
-    measure = make_dev_measure(engine, codec, examples, wordings, config.train)
+    measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)
     totals = train(engine, plan, sft_objective(), config.train, config.log, step.path, measure)
     export(engine, step.path / "model", codec, stream)
     if rank() == 0:
-        step.write_output("dropped.jsonl", dropped)
-        counts = totals | {"rows": len(stream), "dropped": len(dropped), "inputs": len(rows)}
+        step.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
+        counts = totals | found
         write_card(step, run, counts, codec.end_of_turn)
         step.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 

@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
     ("batching", "decoding"),
-    ("encoding", "attention", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
+    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
+    ("attention",),
     ("comparison",),
     ("page",),
     ("figures", "inputs", "sizing"),
@@ -51,7 +52,7 @@ ENGINES = {
     "safetensors": "models",
 }
 # Pure text and numbers: these modules answer at once, on a machine without any engine.
-PURE = {name for row in LAYERS[7:] for name in row}
+PURE = {name for row in LAYERS[LAYERS.index(("comparison",)) :] for name in row}
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
 LAZY = {"process", "charts", "exhibits"}  # torch, matplotlib: imported within the function that needs them
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}

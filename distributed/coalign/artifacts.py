@@ -218,6 +218,10 @@ class StepFolder:
         self.spent = 0.0  # seconds of earlier attempts
         self._lock_stream: Any = None
 
+    def digest(self, *made_with: str) -> str:
+        """Return a digest of the settings, the inputs and what else decides what is made of them here."""
+        return digest_value([self.config, self.inputs, *made_with])
+
     def open(self) -> bool:
         """Return True when the step is already complete with this config and these inputs.
 

@@ -1,47 +1,178 @@
-"""Attention masks of rows that several items share, and of items whose responses share a prompt.
+"""Which tokens of a row see one another: one rule, as a dense mask (SDPA, eager) or a block mask (FlexAttention).
 
-Used by batching and training. Knows a model's config, no model. Shape suffixes: B rows, T tokens.
+Used by batching, logprobs, training and the engine. Knows a model's config and how it attends, no items. Shape
+suffixes: B rows, H heads, T tokens (of queries, of keys), D head size.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BLOCKS = "coalign_blocks"  # our attention's name among those of transformers
+MIN_WIDTH = 128  # tokens: FlexAttention's own block
+BUCKETS_AN_OCTAVE = 8  # widths to which rows are padded between two powers of two
+MAX_KERNELS = 64  # widths, twice (with gradient and without); torch would stop to compile after 8
+
+MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
 
-def sliding_window(config: Any) -> tuple[int | None, bool]:
-    """Return how many tokens back a model's layers see, with the one that looks (None: all), and whether all do."""
-    text_config = config.get_text_config()
-    window: int | None = getattr(text_config, "sliding_window", None)
-    kinds = set(getattr(text_config, "layer_types", None) or ["sliding_attention"])
-    if not window or "sliding_attention" not in kinds:
-        return None, True
-    return window, len(kinds) == 1
-
-
-def group_mask(
-    segments_BT: Tensor,
-    dtype: torch.dtype,
-    items_BT: Tensor | None = None,
-    positions_BT: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Return the additive mask (B, 1, T, T) of rows that hold items side by side, and an item's continuations too.
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """What tokens belong to, in rows that hold items side by side, and an item's continuations too.
 
     `segments_BT` is -1 on padding, 0 on a prompt and k on its k-th continuation; `items_BT` tells the items of a row
-    apart (one a row without it). A token sees what came before it in its item's prompt and in its own segment,
-    less than `window` positions back. Padding sees itself alone, so that no softmax runs over nothing.
+    apart; `positions_BT` are a token's own, which restart after the prompt for every continuation.
     """
-    width = segments_BT.shape[1]
-    query_BT1, key_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
-    causal_TT = torch.ones(width, width, dtype=torch.bool, device=segments_BT.device).tril()
-    visible_BTT = causal_TT & ((key_B1T == 0) | (key_B1T == query_BT1)) & (query_BT1 >= 0) & (key_B1T >= 0)
-    if items_BT is not None:
-        visible_BTT &= items_BT.unsqueeze(2) == items_BT.unsqueeze(1)
-    if window is not None and positions_BT is not None:
-        visible_BTT &= positions_BT.unsqueeze(2) - positions_BT.unsqueeze(1) < window
-    visible_BTT |= torch.eye(width, dtype=torch.bool, device=segments_BT.device)
-    mask_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=segments_BT.device)
-    return mask_BTT.masked_fill(~visible_BTT, torch.finfo(dtype).min).unsqueeze(1)
+
+    segments_BT: Tensor
+    items_BT: Tensor
+    positions_BT: Tensor
+
+    def to(self, device: torch.device) -> RowLayout:
+        """Return the layout on a device."""
+        return RowLayout(self.segments_BT.to(device), self.items_BT.to(device), self.positions_BT.to(device))
+
+    def rule(self, window: int | None) -> MaskRule:
+        """Return who sees whom, by indices of row, head, query and key that are broadcast (FlexAttention's mask_mod).
+
+        A token sees what came before it in its item's prompt and in its own segment, less than `window` positions
+        back. Padding sees itself alone, so that no softmax runs over nothing.
+        """
+        segments_BT, items_BT, positions_BT = self.segments_BT, self.items_BT, self.positions_BT
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            of_query, of_key = segments_BT[row, query], segments_BT[row, key]
+            seen = (key <= query) & (items_BT[row, query] == items_BT[row, key])
+            seen = seen & (of_key >= 0) & ((of_key == 0) | (of_key == of_query))
+            if window is not None:
+                seen = seen & (positions_BT[row, query] - positions_BT[row, key] < window)
+            return seen | (query == key)
+
+        return sees
+
+
+def dense_mask(layout: RowLayout, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask (B, 1, T, T)."""
+    rows, width = layout.segments_BT.shape
+    device = layout.segments_BT.device
+    row_B111 = torch.arange(rows, device=device).view(-1, 1, 1, 1)
+    place_T = torch.arange(width, device=device)
+    seen_B1TT = layout.rule(window)(row_B111, row_B111, place_T.view(1, 1, -1, 1), place_T.view(1, 1, 1, -1))
+    return torch.zeros(seen_B1TT.shape, dtype=dtype, device=device).masked_fill_(~seen_B1TT, torch.finfo(dtype).min)
+
+
+def block_mask(layout: RowLayout, window: int | None) -> BlockMask:
+    """Return the same as blocks, of which FlexAttention computes those that are not empty."""
+    rows, width = layout.segments_BT.shape
+    mask = create_block_mask(layout.rule(window), rows, None, width, width, device=str(layout.segments_BT.device))
+    mask.ndim = 4  # type: ignore[attr-defined]  # which GPT-2 asks for, as if it were a tensor
+    return mask
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Return {kind of layer: how many positions back it sees, with the one that looks (None: all)}."""
+    text_config = config.get_text_config()
+    window: int | None = getattr(text_config, "sliding_window", None) or None
+    kinds = set(getattr(text_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def mask_for(model: Any, mask: Tensor | RowLayout) -> Mask:
+    """Return what a model takes as `attention_mask`: (B, T) as it is, a layout in the form that the model attends by.
+
+    A model whose layers have unlike windows takes a mask for each kind.
+    """
+    if isinstance(mask, Tensor):
+        return mask
+    inner = bare(model)
+    dtype = next(inner.parameters()).dtype
+
+    def make(window: int | None) -> Tensor | BlockMask:
+        return block_mask(mask, window) if uses_blocks(model) else dense_mask(mask, window, dtype)
+
+    windows = layer_windows(inner.config)
+    masks = {kind: make(window) for kind, window in windows.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def bare(model: Any) -> Any:
+    """Return the network itself of what may be an engine's wrapper."""
+    return getattr(model, "module", model)
+
+
+def uses_blocks(model: Any) -> bool:
+    """Return whether a model attends by block masks."""
+    return getattr(bare(model).config, "_attn_implementation", None) == BLOCKS
+
+
+def use_blocks(model: Any) -> bool:
+    """Let a model that attends by SDPA attend by blocks where rows are shared; return whether it does.
+
+    Models that have an attention of their own, beside transformers' interface, go on as they are.
+    """
+    network = bare(model)
+    if network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation(BLOCKS)
+    return uses_blocks(model)
+
+
+def use_dense(model: Any) -> None:
+    """Let a model attend by SDPA with a dense mask again."""
+    bare(model).set_attn_implementation("sdpa")
+
+
+def bucket(width: int) -> int:
+    """Return the width that a row is padded to, so that kernels are compiled for few of them."""
+    step = max(MIN_WIDTH, 2 ** (max(width - 1, 1).bit_length() - 1) // BUCKETS_AN_OCTAVE)
+    return -(-width // step) * step
+
+
+def attend_by_blocks(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Compute attention of one layer: by FlexAttention under a block mask, and by SDPA under any other.
+
+    Queries, keys and values are (B, H, T, D), the result (B, T, H, D), as transformers wants it.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attended
+    if options.get("softcap") is not None:
+        raise ValueError("attention by blocks has no soft cap")
+    queries_a_key = query.shape[1] // key.shape[1]
+    if queries_a_key & (queries_a_key - 1):  # the kernel shares keys among 2, 4, 8 ... heads alone
+        key, value = (x.repeat_interleave(queries_a_key, dim=1) for x in (key, value))
+    attend = _compiled() if query.is_cuda else flex_attention
+    found_BHTD = attend(
+        query,
+        key,
+        value,
+        block_mask=attention_mask,
+        scale=options.get("scaling"),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return found_BHTD.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _compiled() -> Any:
+    """Return FlexAttention compiled, a kernel for each shape; as it is, it would make all scores."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_KERNELS)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+AttentionInterface.register(BLOCKS, attend_by_blocks)
+AttentionMaskInterface.register(BLOCKS, sdpa_mask)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalign.attention import group_mask
+from coalign.attention import RowLayout
 from coalign.logprobs import Batch
 
 
@@ -52,7 +52,7 @@ def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class _Row:
-    """A row of a batch while it is laid out: token ids, their positions, items and segments (see group_mask)."""
+    """A row of a batch while it is laid out: token ids, their positions, items and segments (see RowLayout)."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
@@ -68,19 +68,13 @@ class _Row:
 
 
 def collate(
-    items: Sequence[Item],
-    pad_id: int,
-    shared_prefix: bool,
-    dtype: torch.dtype,
-    items_per_row: Sequence[int] | None = None,
-    window: int | None = None,
+    items: Sequence[Item], pad_id: int, shared_prefix: bool, items_per_row: Sequence[int] | None = None
 ) -> Batch:
     """Lay items out for one forward pass; responses are numbered in order over all items.
 
     With `shared_prefix` an item is one prompt and all its responses side by side, each seeing the prompt and itself,
     positions restarting after the prompt; without it every response is an item with a prompt of its own.
     `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
-    `window` is the model's sliding window, needed where an item is longer.
     """
     rows: list[_Row] = []
     places: list[tuple[int, int, int]] = []  # row, place in it, target
@@ -98,17 +92,11 @@ def collate(
             places += [(len(rows) - 1, w, t) for w, t in zip(where, response, strict=True)]
             owner += [owner[-1] + 1 if owner else 0] * len(response)
             row.append(response[:-1], len(prompt), index, segment)
-    packed = len(rows) < len(parts)
-    return _to_batch(rows, places, owner, pad_id, dtype if shared_prefix or packed else None, window)
+    return _to_batch(rows, places, owner, pad_id, one_sequence_a_row=not shared_prefix and len(rows) == len(parts))
 
 
 def _to_batch(
-    rows: list[_Row],
-    places: list[tuple[int, int, int]],
-    owner: list[int],
-    pad_id: int,
-    mask_dtype: torch.dtype | None,
-    window: int | None,
+    rows: list[_Row], places: list[tuple[int, int, int]], owner: list[int], pad_id: int, one_sequence_a_row: bool
 ) -> Batch:
     width = max(len(row.ids) for row in rows)
     distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
@@ -118,13 +106,10 @@ def _to_batch(
         return torch.tensor([[fill] * (width - len(row.ids)) + values(row) for row in rows])
 
     segments_BT, positions_BT = padded(lambda row: row.segments, -1), padded(lambda row: row.positions, 0)
-    if mask_dtype is None:
-        mask = (segments_BT >= 0).long()
-    else:
-        mask = group_mask(segments_BT, mask_dtype, padded(lambda row: row.items, -1), positions_BT, window)
+    layout = RowLayout(segments_BT, padded(lambda row: row.items, -1), positions_BT)
     return Batch(
         input_ids_BT=padded(lambda row: row.ids, pad_id),
-        attention_mask=mask,
+        attention_mask=(segments_BT >= 0).long() if one_sequence_a_row else layout,
         position_ids_BT=positions_BT,
         num_kept=kept,
         kept_index_N=torch.tensor([row for row, _, _ in places]) * kept + kept - distance_N,
@@ -144,22 +129,29 @@ class MicroBatch:
 
 
 def micro_batches(
-    items: Sequence[Item], max_tokens: int, world: int, shared_prefix: bool, pack_tokens: int = 0
+    items: Sequence[Item],
+    max_tokens: int,
+    world: int,
+    shared_prefix: bool,
+    pack_tokens: int = 0,
+    max_padding: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Cut one update's items into micro-batches and deal them out: result[rank] is that rank's list.
 
-    Items share rows of up to `pack_tokens` tokens (0: none does). Rows of like length go together, padded tokens stay
-    within `max_tokens` (a longer row goes alone). Every rank gets as many micro-batches of as many tokens as can be; an
-    empty one stands for "nothing left", so that collectives match.
+    Items share rows of up to `pack_tokens` tokens (0: none does). Rows of like length go together: padded tokens stay
+    within `max_tokens` (a longer row goes alone), and padding alone within `max_padding` (None: whatever comes of it).
+    Every rank gets as many micro-batches of as many tokens as can be; an empty one stands for "nothing left", so that
+    collectives match.
     """
     sizes = [row_tokens(item, shared_prefix) for item in items]
+    padding = max_tokens if max_padding is None else max_padding
     packing = pack_tokens > 0 and all(rows == 1 for _, rows in sizes)
     if packing:
         packs = _even_packs([tokens for tokens, _ in sizes], min(pack_tokens, max_tokens), world)
         sizes = [(sum(sizes[i][0] for i in pack), 1) for pack in packs]
     else:
         packs = [[i] for i in range(len(items))]
-    dealt = _deal(_cut(packs, sizes, max_tokens, world), sizes, world)
+    dealt = _deal(_cut(packs, sizes, max_tokens, padding, world), sizes, world)
     return [
         [
             MicroBatch(
@@ -172,19 +164,23 @@ def micro_batches(
     ]
 
 
-def _cut(packs: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], limit: int, world: int) -> list[list[int]]:
+def _cut(
+    packs: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], limit: int, max_padding: int, world: int
+) -> list[list[int]]:
     """Return packs by micro-batch, as even as can be, and as many micro-batches as all ranks can work on."""
     order = sorted(range(len(packs)), key=lambda p: (-sizes[p][0], packs[p]))
 
     def cut(limit: int) -> list[list[int]]:
         parts: list[list[int]] = []
-        width = rows = 0
+        width = rows = padding = 0
         for p in order:
-            if not parts or width * (rows + sizes[p][1]) > limit:
+            tokens, count = sizes[p]
+            padding += (width - tokens) * count
+            if not parts or width * (rows + count) > limit or padding > max_padding:
                 parts.append([])
-                width, rows = sizes[p][0], 0  # the longest comes first
+                width, rows, padding = tokens, 0, 0  # the longest comes first
             parts[-1].append(p)
-            rows += sizes[p][1]
+            rows += count
         return parts
 
     largest = max(_cost([p], sizes) for p in order)
@@ -213,9 +209,12 @@ def _deal(parts: Sequence[list[int]], sizes: Sequence[tuple[int, int]], world: i
 
 
 def _even_packs(lengths: Sequence[int], pack_tokens: int, world: int) -> list[list[int]]:
-    """Return best-fit packs, as even as can be without more of them than the ranks share out anyway."""
-    longest = max(lengths)
-    width = _smallest(longest, max(pack_tokens, longest), world, lambda width: len(best_fit(lengths, width)))
+    """Return best-fit packs, as even as can be without more of them than the ranks share out anyway.
+
+    What is longer than a pack has a row of its own, and makes the others no wider.
+    """
+    longest = max((length for length in lengths if length <= pack_tokens), default=pack_tokens)
+    width = _smallest(longest, pack_tokens, world, lambda width: len(best_fit(lengths, width)))
     return best_fit(lengths, width)
 
 
@@ -226,7 +225,10 @@ def _smallest(low: int, high: int, world: int, count: Callable[[int], int]) -> i
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Return indices in packs of at most `width` tokens: the longest first, each where it leaves least room."""
+    """Return indices in packs of at most `width` tokens: the longest first, each where it leaves least room.
+
+    What is longer is a pack alone.
+    """
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, pack), in order
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -215,8 +215,10 @@ class TrainTable(Table):
     micro_batch_tokens: Positive = _field(
         8192, "padded tokens a rank computes at once; a step accumulates as many as its batch needs", neutral=True
     )
-    pack_tokens: NonNegative = _field(
-        256, "tokens of a row that several items share without seeing one another (0: none does)", neutral=True
+    pack_tokens: Annotated[int, Field(ge=-1)] = _field(
+        -1,
+        "tokens of a row that several items share without seeing one another (0: none does; -1: by device)",
+        neutral=True,
     )
     eval_every: NonNegative = _field(50, "updates between dev measurements (0: never)", neutral=True)
     dev_inputs: NonNegative = _field(32, "dev inputs of the small consistency measure", neutral=True)

@@ -82,7 +82,7 @@ class DevMeasure:
     def _measure_input(self, example: Example, pairs: list[tuple[Wording, Item]]) -> tuple[list[str], dict[str, float]]:
         items = [item for _, item in pairs]
         # All wordings of an input in one batch, however long: ranks must make equally many collective calls.
-        batch = to_device(collate(items, self.codec.pad_id, False, self.engine.dtype), self.engine.device)
+        batch = to_device(collate(items, self.codec.pad_id, False), self.engine.device)
         with torch.no_grad():
             logp_N = token_logps(self.engine.model, batch)
         lengths_R = torch.bincount(batch.response_N)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from coalign.artifacts import digest_value
 from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.prompts import PLAIN_TEMPLATE
@@ -45,6 +46,13 @@ class Codec:
             )
         self.max_tokens = int(table.max_tokens or tokenizer.model_max_length)
         self.stop_ids = sorted({self.end_of_turn_id, tokenizer.eos_token_id} - {None})
+
+    def digest(self) -> str:
+        """Return a digest of everything that decides which ids a text becomes."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = fast.to_str() if fast is not None else sorted(self.tokenizer.get_vocab().items())
+        own = [self.tokenizer.chat_template, self.bos_id, self.end_of_turn_id, self.max_tokens]
+        return digest_value([type(self.tokenizer).__name__, rules, *own])
 
     @property
     def end_of_turn(self) -> str:

@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from coalign.artifacts import digest_file, write_json
+from coalign.attention import use_blocks, use_dense, uses_blocks
 from coalign.batching import Item, collate
 from coalign.config import ModelTable, TrainTable
 from coalign.encoding import Codec
@@ -32,6 +34,7 @@ from coalign.errors import UserError
 from coalign.logprobs import evaluation_mode, to_device, token_logps
 from coalign.models import attach_lora, export_model, load_model, merge_lora, pick_device, pick_dtype
 from coalign.process import local_rank, rank, world_size
+from coalign.tokens import as_rows
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
@@ -130,6 +133,8 @@ class DeepSpeedEngine:
             del partitioned  # a model that is loaded later, to check an export, is whole again
         else:
             network = load_model(self.source, self.table, self.dtype)
+        if self.device.type == "cuda" and self.train.pack_tokens:
+            use_blocks(network)
         if self.table.lora.enabled:
             network = attach_lora(network, self.table.lora)
         if self.train.gradient_checkpointing:
@@ -222,9 +227,12 @@ class DeepSpeedEngine:
                 )
                 self._to_universal(folder)
             dist.barrier()
+            by_blocks = uses_blocks(self._engine)
             del self._engine, self._optimizer
             gc.collect()
             self._start(universal=True)
+            if uses_blocks(self._engine) and not by_blocks:
+                use_dense(self._engine)  # the check at the start found it to be inexact
             self._load(folder.parent / f".{folder.name}.universal", "all")
             dist.barrier()
             if rank() == 0:
@@ -274,7 +282,7 @@ def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[
 
     Called by every rank. Raises RuntimeError when a check fails; then no folder is left.
     """
-    batch = collate(_few(items), codec.pad_id, False, engine.dtype)
+    batch = collate(_few(items), codec.pad_id, False)
     with torch.no_grad(), evaluation_mode(engine.model):
         live_N = token_logps(engine.model, to_device(batch, engine.device)).cpu()
     tolerance = 1e-4 if engine.dtype is torch.float32 else 0.1
@@ -307,10 +315,11 @@ def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[
 def _few(items: Sequence[Item]) -> list[Item]:
     """Return the shortest items, one response each, up to four or CHECKED_TOKENS tokens: the check runs on a CPU."""
     chosen: list[Item] = []
-    for item in sorted(items, key=lambda item: (item.longest(), item.name))[:4]:
-        if chosen and sum(i.longest() for i in chosen) + item.longest() > CHECKED_TOKENS:
+    lengths = as_rows(items).sizes.longest
+    for index in np.argsort(lengths, kind="stable")[:4].tolist():
+        if chosen and sum(i.longest() for i in chosen) + int(lengths[index]) > CHECKED_TOKENS:
             break
-        chosen.append(dataclasses.replace(item, responses=item.responses[:1]))
+        chosen.append(dataclasses.replace(items[index], responses=items[index].responses[:1]))
     return chosen
 
 

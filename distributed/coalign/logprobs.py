@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from coalign.attention import RowLayout, bucket, mask_for, uses_blocks
+
 # Logits that exist at once: they stay in a CPU's cache; a GPU wants large products.
 BLOCK_LOGITS_CPU = 2**20
 BLOCK_LOGITS_GPU = 2**26
@@ -32,12 +34,12 @@ class Batch:
     """What one forward pass reads, and where its response tokens are predicted.
 
     Rows are aligned at the right, so that predictions of responses lie in the last `num_kept` positions;
-    `kept_index_N` points into the flattened (B, num_kept) positions. `attention_mask` is (B, T), or (B, 1, T, T) for
-    shared-prefix rows.
+    `kept_index_N` points into the flattened (B, num_kept) positions. `attention_mask` is (B, T), or the layout of rows
+    that several sequences share.
     """
 
     input_ids_BT: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | RowLayout
     position_ids_BT: Tensor
     num_kept: int
     kept_index_N: Tensor
@@ -50,8 +52,25 @@ class Batch:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on a device."""
     values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+    moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor | RowLayout) else v for k, v in values.items()}
     return Batch(**moved)
+
+
+def widen(batch: Batch, width: int) -> Batch:
+    """Return a batch of shared rows with padding at the left up to `width`; predictions stay where they are."""
+    layout = batch.attention_mask
+    assert isinstance(layout, RowLayout)
+    missing = (width - batch.input_ids_BT.shape[1], 0)
+    return dataclasses.replace(
+        batch,
+        input_ids_BT=F.pad(batch.input_ids_BT, missing),
+        position_ids_BT=F.pad(batch.position_ids_BT, missing),
+        attention_mask=RowLayout(
+            F.pad(layout.segments_BT, missing, value=-1),
+            F.pad(layout.items_BT, missing, value=-1),
+            F.pad(layout.positions_BT, missing),
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -69,8 +88,11 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
     """Return log P(token given what it may see) of every response token of a batch: (N,), in float32 at least.
 
     Where nothing happens to a model's logits after its head, the head's module computes log-probs in their place
-    (`fused_logps`); it stays a module that is called, so that ZeRO-3 gathers its weights.
+    (`fused_logps`); it stays a module that is called, so that ZeRO-3 gathers its weights. Shared rows of a model that
+    attends by blocks get a width for which there may be a kernel already.
     """
+    if uses_blocks(model) and isinstance(batch.attention_mask, RowLayout):
+        batch = widen(batch, bucket(batch.input_ids_BT.shape[1]))
     head = _plain_head(model)
     if head is None or not _returns_unchanged(model, head, batch.input_ids_BT):
         return _logps_from_logits(model, batch)
@@ -85,8 +107,8 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
         return _logits(model, batch.input_ids_BT, batch.attention_mask, batch.position_ids_BT, batch.num_kept).view(-1)
 
 
-def _logits(model: Any, ids_BT: Tensor, mask: Tensor, positions_BT: Tensor, num_kept: int) -> Tensor:
-    inputs = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions_BT}
+def _logits(model: Any, ids_BT: Tensor, mask: Tensor | RowLayout, positions_BT: Tensor, num_kept: int) -> Tensor:
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_for(model, mask), "position_ids": positions_BT}
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=num_kept).logits
     return logits
 

@@ -20,7 +20,7 @@ from coalign.losses import RankingForm, ranking_loss, sft_loss
 class Objective:
     """What one update minimises: the denominator of its items, and the loss of one micro-batch with summed parts.
 
-    `packed` says whether items may share rows (up to train.pack_tokens), `shared_prefix` how a group is laid out.
+    `shared_prefix` says how a group is laid out.
     `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums
     that are added over micro-batches and ranks; `describe(sums)` turns them into what is logged.
     """
@@ -29,7 +29,6 @@ class Objective:
     loss: Callable[[Tensor, Batch, Sequence[Item], int], tuple[Tensor, dict[str, float]]]
     describe: Callable[[dict[str, float]], dict[str, float]]
     shared_prefix: bool = False
-    packed: bool = False
 
 
 def sft_objective() -> Objective:
@@ -41,7 +40,7 @@ def sft_objective() -> Objective:
     def describe(sums: dict[str, float]) -> dict[str, float]:
         return {"answer_tokens": sums["answer_tokens"]}
 
-    return Objective(lambda items: sum(item.num_response_tokens for item in items), loss, describe, packed=True)
+    return Objective(lambda items: sum(item.num_response_tokens for item in items), loss, describe)
 
 
 def align_objective(form: RankingForm, shared_prefix: bool) -> Objective:

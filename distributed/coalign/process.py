@@ -121,6 +121,18 @@ def exit_with_script() -> None:
         _exit_when(lambda: not Path("/proc", script).exists(), f"the script of this step ({script}) is gone, stopping")
 
 
+def exit_with_parent() -> None:
+    """End this process soon after the one that started it, whatever ended that one."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
 def _exit_when(happened: Callable[[], bool], words: str, grace_seconds: float = 30.0) -> None:
     """Watch in a thread; send this process SIGTERM when it has happened, and end it after a time.
 

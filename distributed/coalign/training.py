@@ -17,23 +17,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coalign.artifacts import digest_file, write_rows
-from coalign.attention import sliding_window
-from coalign.batching import Item, MicroBatch, collate, micro_batches, row_tokens
+from coalign.attention import use_dense, uses_blocks
+from coalign.batching import Item, MicroBatch, collate, micro_batches
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.logprobs import Batch, evaluation_mode, sum_by_response, to_device, token_logps
 from coalign.objectives import Objective
 from coalign.process import Preemption, rank, world_size
 from coalign.records import read_rows
+from coalign.tokens import TokenRows, as_rows
 from coalign.training_log import TrainingLog
 
 logger = logging.getLogger("coalign")
 
 CHECKPOINT_META = "checkpoint.json"
+# Tokens of a row that items share, where train.pack_tokens leaves it open. A dense mask costs the square of a row.
+PACK_ON_CPU, PACK_UNDER_MASK = 256, 1024
+# Padding of a micro-batch, in tokens: what one micro-batch more would cost. A CPU has no use for large ones.
+PADDING_ON_CPU = 64
 
 
 class Engine(Protocol):
@@ -54,10 +60,10 @@ class Engine(Protocol):
 def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
     """Raise UserError when the model does not compute shared-prefix groups as it computes separate rows.
 
-    Compares log-probs of the largest group both ways, on the live model; called by every rank.
+    Compares log-probs of the largest, the longest and the shortest group, which share a row, with those of one row a
+    response, on the live model; called by every rank.
     """
-    item = max(items, key=lambda i: (len(i.responses), len(i.prompt), i.name))
-    _compare_layouts(engine, [item], pad_id, True, max(item.longest() for item in items))
+    _compare_layouts(engine, _extremes(items), pad_id, True)
 
 
 def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
@@ -65,40 +71,60 @@ def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
 
     Compares log-probs of the longest and the shortest item both ways, on the live model; called by every rank.
     """
-    ordered = sorted(items, key=lambda i: (i.longest(), i.name))
-    _compare_layouts(engine, [ordered[-1], ordered[0]], pad_id, False, ordered[-1].longest())
+    _compare_layouts(engine, _extremes(items), pad_id, False)
 
 
-def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool, longest: int) -> None:
-    """Raise UserError when log-probs of items in one row differ from those of one row a response."""
+def _extremes(items: Sequence[Item]) -> list[Item]:
+    """Return the items with the most responses, with the longest and with the shortest of them, each once."""
+    sizes = as_rows(items).sizes
+    most = np.lexsort((sizes.prompt, sizes.responses))[-1]
+    found = {int(most): None, int(sizes.longest.argmax()): None, int(sizes.longest.argmin()): None}
+    chosen = [items[i] for i in found]
+    return chosen if len(chosen) > 1 else chosen * 2
+
+
+def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool) -> None:
+    """Raise UserError when log-probs of items in one row differ from those of one row a response.
+
+    A model that attends by blocks, and not exactly, attends by dense masks from then on, which is said.
+    """
     what, key = ("shared-prefix groups", "shared_prefix=false") if shared_prefix else ("packed rows", "pack_tokens=0")
-    window, in_all_layers = sliding_window(engine.model.module.config)
-    if window and not in_all_layers and longest > window:
-        raise UserError(
-            f"{what} of up to {longest} tokens exceed the sliding window of {window} that some of the model's layers"
-            f" have; set train.{key}"
-        )
-    found = []
-    for together in (True, False):
-        share = [len(items)] if together else None
-        batch = collate(items, pad_id, shared_prefix and together, engine.dtype, share, window)
-        try:
-            with torch.no_grad(), evaluation_mode(engine.model):
-                found.append(token_logps(engine.model, to_device(batch, engine.device)))
-        except (TypeError, ValueError, IndexError) as error:
-            if not together:
-                raise
-            raise UserError(
-                f"this model does not take the attention mask of {what} ({error}); set train.{key}"
-            ) from error
-    difference = float((found[0] - found[1]).abs().max())
-    if not difference <= (1e-3 if engine.dtype is torch.float32 else 0.5):
-        raise UserError(
-            f"this model does not compute {what} exactly (log-probs differ by {difference:.2g}); set train.{key}"
-        )
+    with torch.no_grad(), evaluation_mode(engine.model):
+        plain_N = token_logps(engine.model, to_device(collate(items, pad_id, False), engine.device))
+        if uses_blocks(engine.model):
+            complaint = _complaint_of_layout(engine, items, pad_id, shared_prefix, plain_N, Exception)
+            if engine.mean([float(bool(complaint))])[0] == 0:
+                return
+            logger.warning("%s are computed without FlexAttention: %s", what, complaint or "another rank failed")
+            use_dense(engine.model)
+        expected = (TypeError, ValueError, IndexError)
+        complaint = _complaint_of_layout(engine, items, pad_id, shared_prefix, plain_N, expected)
+    if complaint:
+        raise UserError(f"this model can't compute {what}: {complaint}; set train.{key}")
 
 
-def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> list[Item]:
+def _complaint_of_layout(
+    engine: Engine,
+    items: Sequence[Item],
+    pad_id: int,
+    shared_prefix: bool,
+    plain_N: Tensor,
+    expected: type[Exception] | tuple[type[Exception], ...],
+) -> str:
+    """Return what is wrong with log-probs of items in one row, or nothing; `expected` errors count as wrong."""
+    batch = collate(items, pad_id, shared_prefix, [len(items)])
+    try:
+        together_N = token_logps(engine.model, to_device(batch, engine.device))
+    except torch.OutOfMemoryError:
+        raise
+    except expected as error:
+        return f"it does not take their attention mask ({error})"
+    difference = float((together_N - plain_N).abs().max())
+    exact = difference <= (1e-3 if engine.dtype is torch.float32 else 0.5)
+    return "" if exact else f"log-probs differ by {difference:.2g} from those of separate rows"
+
+
+def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> TokenRows:
     """Return the items with the starting model's summed log-probs as DPO's reference, stored in `path`.
 
     Called by every rank before the first update; a stored file is read instead.
@@ -106,24 +132,23 @@ def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings
     if not path.exists():
         found = _all_logps(engine, items, pad_id, settings)
         if rank() == 0:
-            write_rows(
-                path, ({"name": item.name, "logps": list(logps)} for item, logps in zip(items, found, strict=True))
-            )
+            rows = ({"name": item.name, "logps": list(logps)} for item, logps in zip(items, found, strict=True))
+            write_rows(path, rows)
         engine.mean([0.0])  # the others wait until the file is there
-    stored = {row["name"]: tuple(row["logps"]) for _, row in read_rows(path)}
-    return [dataclasses.replace(item, reference=stored[item.name]) for item in items]
+    stored = {row["name"]: row["logps"] for _, row in read_rows(path)}
+    flat = [logp for item in items for logp in stored[item.name]]
+    return as_rows(items).with_reference(np.array(flat, np.float64))
 
 
 def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable) -> list[tuple[float, ...]]:
-    offsets = list(itertools.accumulate((len(item.responses) for item in items), initial=0))
+    offsets = [0, *as_rows(items).sizes.responses.cumsum().tolist()]
     flat = [0.0] * offsets[-1]
-    position = {item.name: offset for item, offset in zip(items, offsets, strict=False)}
+    shared, budget = settings.shared_prefix, pack_budget(engine, settings)
     for start in range(0, len(items), 256):  # some at a time: micro-batches of like length, all ranks in step
-        dealt = micro_batches(
-            items[start : start + 256], settings.micro_batch_tokens, world_size(), settings.shared_prefix
-        )
-        for part in dealt[rank()]:
-            batch, _ = _batch_of(engine, part, items[0], pad_id, settings.shared_prefix)
+        some = items[start : start + 256]
+        position = {item.name: offset for item, offset in zip(some, offsets[start:], strict=False)}
+        for part in micro_batches(some, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]:
+            batch, _ = _batch_of(engine, part, some[0], pad_id, shared)
             with torch.no_grad(), evaluation_mode(engine.model):
                 logp_R = sum_by_response(token_logps(engine.model, batch), batch).tolist()
             values = iter(logp_R)
@@ -132,6 +157,23 @@ def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: Tra
                     flat[position[item.name] + k] = next(values)
     total = [v * world_size() for v in engine.mean(flat)]
     return [tuple(total[a:b]) for a, b in itertools.pairwise(offsets)]
+
+
+def pack_budget(engine: Engine, settings: TrainTable) -> tuple[int, int]:
+    """Return how many tokens of a row items may share, and how many of a micro-batch may be padding.
+
+    Blocks make a row of a whole micro-batch as cheap as its items alone; under a dense mask rows stay narrow.
+    """
+    whole = settings.micro_batch_tokens
+    if engine.device.type == "cpu":
+        widest, padding = PACK_ON_CPU, PADDING_ON_CPU * world_size()
+    else:
+        widest, padding = PACK_UNDER_MASK, whole // 8
+    if settings.pack_tokens >= 0:
+        widest = settings.pack_tokens
+    if settings.pack_tokens and uses_blocks(engine.model):
+        widest = whole
+    return min(widest, whole), padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +193,7 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """Return the tokens of all rows, each group's prompt counted once."""
-        return sum(row_tokens(item, shared_prefix=True)[0] for item in self.items)
+        return int(as_rows(self.items).sizes.shared_tokens.sum())
 
 
 def learning_rate_at(step: int, num_steps: int, highest: float, settings: TrainTable) -> float:
@@ -228,14 +270,13 @@ def _update(
 ) -> dict[str, float]:
     """Make one update and return its log line; the loss does not depend on how items are split or dealt out."""
     denominator = objective.denominator(items)
-    pack_tokens = settings.pack_tokens if objective.packed else 0
-    dealt = micro_batches(items, settings.micro_batch_tokens, world_size(), objective.shared_prefix, pack_tokens)
-    mine = dealt[rank()]
+    budget, shared = pack_budget(engine, settings), objective.shared_prefix
+    mine = micro_batches(items, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]
     sums: dict[str, float] = {}
     suspects: set[str] = set()  # rows of a micro-batch whose loss is not finite
     total = tokens = 0.0
     for index, part in enumerate(mine):
-        batch, rows = _batch_of(engine, part, items[0], pad_id, objective.shared_prefix)
+        batch, rows = _batch_of(engine, part, items[0], pad_id, shared)
         loss, parts = objective.loss(token_logps(engine.model, batch), batch, rows, denominator)
         weight = 1.0 if part.items else 0.0
         engine.backward(loss * weight, last=index == len(mine) - 1)
@@ -262,9 +303,7 @@ def _batch_of(
 ) -> tuple[Batch, tuple[Item, ...]]:
     """Return a micro-batch on the device and its items; where nothing is left, `filler` for the collectives' sake."""
     items = part.items or (filler,)
-    window, _ = sliding_window(engine.model.module.config)
-    batch = collate(items, pad_id, shared_prefix, engine.dtype, part.items_per_row, window)
-    return to_device(batch, engine.device), items
+    return to_device(collate(items, pad_id, shared_prefix, part.items_per_row), engine.device), items
 
 
 def _stop_on_nan(what: str, items: Sequence[Item]) -> None:

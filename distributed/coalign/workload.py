@@ -28,6 +28,7 @@ from coalign.memory import element_bytes
 from coalign.prompts import NUM_VARIANTS
 from coalign.shapes import Shape, count_lora_parameters, count_parameters
 
+PACK_TOKENS = 256  # what a token sees of a packed row, at most, where blocks are passed over (training.PACK_ON_CPU too)
 QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite, without what is asked about
 
 
@@ -67,13 +68,20 @@ def group_size(tables: Tables) -> int:
     return min(tables.rank.max_candidates, tables.sample.wordings_per_input * tables.sample.samples + 1)
 
 
+def pack_width(train: TrainTable) -> int:
+    """Return the tokens whose attention is computed in a row that items share.
+
+    Where the device decides, a GPU passes over the blocks in which nobody sees anybody: PACK_TOKENS are near the truth.
+    """
+    return min(PACK_TOKENS if train.pack_tokens < 0 else train.pack_tokens, train.micro_batch_tokens)
+
+
 def row_widths(tables: Tables, counts: Counts) -> dict[str, int]:
     """Return the tokens of the widest row by stage: a pack in sft, a prompt with its responses (or one) in align."""
     responses = group_size(tables) if tables.train.shared_prefix else 1
     longest_prompt = max(1, counts.longest_tokens - counts.answer_tokens)
-    pack = min(tables.train.pack_tokens, tables.train.micro_batch_tokens)
     return {
-        "sft": max(pack, counts.longest_tokens),
+        "sft": max(pack_width(tables.train), counts.longest_tokens),
         "align": longest_prompt + responses * max(tables.sample.max_new_tokens, counts.answer_tokens),
     }
 
@@ -112,7 +120,7 @@ def checkpoint_bytes(shape: Shape, model: ModelTable, train: TrainTable) -> floa
 
 
 def num_updates(stage: StageTable, items: int, batch: int) -> int:
-    """Return the updates of a stage, as items.sft_stream and group_stream deal them out."""
+    """Return the updates of a stage, as items.write_sft and group_stream deal them out."""
     return stage.max_steps or math.ceil(math.ceil(stage.epochs * items) / batch)
 
 
@@ -185,7 +193,7 @@ def _training(step: str, tables: Tables, shape: Shape, counts: Counts) -> Work:
     if step == "sft":
         stage, batch, items = tables.sft, tables.sft.batch_rows, counts.inputs[tables.sft.split]
         item_tokens = counts.prompt_tokens + counts.answer_tokens
-        width = max(min(train.pack_tokens, train.micro_batch_tokens), item_tokens)
+        width = max(pack_width(train), item_tokens)
     else:
         stage, batch, items = tables.align, tables.align.batch_groups, _num_groups(tables, counts)
         responses = group_size(tables)

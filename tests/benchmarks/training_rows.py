@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
 
 from benchmarks.networks import LARGE, PAD, SMALL, TINY, Shape, make_network
 from benchmarks.rows import Row, Side, peak_mebibytes
 from benchmarks.workloads import equal_items, even_groups, real_groups, sft_items, token_ratio
+from coalign import training
 from coalign.batching import Item, collate, row_tokens
 from coalign.config import TrainTable
 from coalign.logprobs import token_logps
@@ -23,7 +25,7 @@ from coalign.objectives import Objective, align_objective, sft_objective
 from coalign.training import _update
 from numerics.engine import TorchEngine
 
-TABLE = TrainTable(precision="float32")  # all else by default: micro-batches of 8192 tokens, packs of 256
+TABLE = TrainTable(precision="float32")  # all else by default: micro-batches of 8192 tokens, packs of 256 on a CPU
 PLAIN_ROWS = 16  # of a padded batch
 LIMIT = 8192  # padded tokens of the plain side's one micro-batch in the memory rows
 
@@ -86,12 +88,22 @@ def fill_micro_batch(groups: Sequence[Item], limit: int) -> list[Item]:
     return chosen
 
 
+def at_once(side: Side) -> Side:
+    """Return the side with micro-batches that padding does not end."""
+
+    def work() -> Update:
+        with mock.patch.object(training, "PADDING_ON_CPU", LIMIT):
+            return side.work()
+
+    return Side(work)
+
+
 def memory_row(shape: Shape, what: str, groups: list[Item], tiny: bool) -> Row:
     """Return what the passes of an align step hold at most, beside weights, gradients and optimizer."""
     engine = GradientEngine(make_network(shape), TABLE)
     for parameter in engine.trained:
         parameter.grad = torch.zeros_like(parameter)
-    plain, ours = align_sides(engine, groups)
+    plain, ours = (at_once(side) for side in align_sides(engine, groups))
     return Row(
         f"align step, peak tensor MiB, {len(groups)} {what}, {shape.name}",
         "one row per response, one micro-batch of 8,192 tokens",
@@ -122,7 +134,7 @@ def padded_update(engine: TorchEngine, items: Sequence[Item]) -> Update:
     total = 0.0
     for start in range(0, len(items), PLAIN_ROWS):
         part = items[start : start + PLAIN_ROWS]
-        batch = collate(part, PAD, False, engine.dtype)
+        batch = collate(part, PAD, False)
         loss, _ = objective.loss(token_logps(engine.model, batch), batch, part, tokens)
         engine.backward(loss, last=start + PLAIN_ROWS >= len(items))
         total += float(loss.detach())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -99,33 +99,60 @@ def test_beginnings_and_equal_requests_are_computed_once() -> None:
     assert twice == [*once, *once]
 
 
-def all_cuts(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield every way to cut a sequence of `count` into neighbouring parts."""
-    for cuts in itertools.product([False, True], repeat=count - 1):
-        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), count]
-        yield list(itertools.pairwise(edges))
+def all_partitions(rows: list[int]) -> Iterator[list[list[int]]]:
+    """Yield every way to put rows into groups."""
+    if not rows:
+        yield []
+        return
+    for rest in all_partitions(rows[1:]):
+        yield [[rows[0]], *rest]
+        for place, group in enumerate(rest):
+            yield [*rest[:place], [rows[0], *group], *rest[place + 1 :]]
 
 
 def test_groups_save_the_most_tokens() -> None:
-    """Against every way to cut the sorted sequences; a prefix is common to its group and ends where it has to."""
+    """Against every way to put rows into groups; a prefix is common to its group and ends where it has to."""
     source = random.Random(0)
-    for _ in range(60):
-        sequences = [tuple(source.randint(1, 2) for _ in range(source.randint(2, 8))) for _ in range(7)]
+    nested = 0
+    for trial in range(60):
+        # Many branches of few tokens, or long stems where one beginning continues another.
+        letters, length = (2, 8) if trial % 2 else (1, 14)
+        sequences = [tuple(source.randint(1, letters) for _ in range(source.randint(2, length))) for _ in range(7)]
         sequences = list(dict.fromkeys(sequences))
-        firsts = [source.randint(1, len(s) - 1) for s in sequences]
+        firsts = [source.randint(1, len(s)) for s in sequences]
         groups = group_by_prefix(sequences, firsts)
         assert sorted(i for g in groups for i in g.rows) == list(range(len(sequences)))
         for group in groups:
             assert len({sequences[i][: group.prefix] for i in group.rows}) == 1
             assert all(group.prefix <= firsts[i] for i in group.rows)
-        ordered = sorted(range(len(sequences)), key=lambda i: sequences[i])
 
-        def common(rows: list[int], sequences: list[Any] = sequences, firsts: list[int] = firsts) -> int:
+        def saved(rows: list[int], sequences: list[Any] = sequences, firsts: list[int] = firsts) -> int:
             limit = min(firsts[i] for i in rows)
-            return max(n for n in range(limit + 1) if len({sequences[i][:n] for i in rows}) == 1)
+            common = max(n for n in range(limit + 1) if len({sequences[i][:n] for i in rows}) == 1)
+            return common * (len(rows) - 1)
 
-        best = max(sum(common(ordered[a:b]) * (b - a - 1) for a, b in parts) for parts in all_cuts(len(sequences)))
+        best = max(sum(map(saved, parts)) for parts in all_partitions(list(range(len(sequences)))))
         assert sum(group.prefix * (len(group.rows) - 1) for group in groups) == best
+        nested += len({g.prefix for g in groups if len(g.rows) > 1}) > 1
+    assert nested > 10
+
+
+@pytest.mark.parametrize("shape", ["one beginning for all", "every row a beginning of the next"])
+def test_many_rows_are_grouped_in_little_time(shape: str) -> None:
+    """Four times as many rows take about four times as long, and not sixteen times."""
+    source = random.Random(1)
+
+    def seconds(count: int) -> float:
+        rows = [(5, 6, *random_ids(source, 6)) for _ in range(count)]
+        if shape != "one beginning for all":
+            rows = [(5,) * (1 + i // 8) + (6 + i % 8,) for i in range(count // 8)]
+        started = time.process_time()
+        groups = group_by_prefix(rows, [len(row) for row in rows])
+        assert sum(len(group.rows) for group in groups) == len(rows)
+        return time.process_time() - started
+
+    seconds(500)
+    assert min(seconds(8000) for _ in range(2)) < 9 * min(seconds(2000) for _ in range(3)) + 0.05
 
 
 def test_scores_of_all_single_tokens_sum_to_one() -> None:

@@ -31,7 +31,7 @@ def test_log_probs_equal_the_models_own_loss(family: str, dtype: torch.dtype, to
     """Padded rows of unlike lengths give what the model's loss gives for each row alone."""
     model = network(family, dtype)
     items = random_items(6)
-    batch = collate(items, pad_id=0, shared_prefix=False, dtype=dtype)
+    batch = collate(items, pad_id=0, shared_prefix=False)
     with torch.no_grad():
         logp_N = token_logps(model, batch)
     assert logp_N.dtype == dtype and bool((logp_N < 0).all())
@@ -59,14 +59,14 @@ def test_log_probs_of_a_model_that_ignores_logits_to_keep() -> None:
         def forward(self, logits_to_keep: int, **inputs: object) -> object:
             return self.module(**inputs)
 
-    batch = collate(random_items(4), 0, False, torch.float64)
+    batch = collate(random_items(4), 0, False)
     with torch.no_grad():
         assert torch.allclose(token_logps(AllPositions(), batch), token_logps(network("llama"), batch), atol=1e-12)
 
 
 def test_log_probs_of_bfloat16_weights_are_float32() -> None:
     """The softmax of a bfloat16 model runs in float32, so that small differences survive."""
-    batch = collate(random_items(3), 0, False, torch.bfloat16)
+    batch = collate(random_items(3), 0, False)
     with torch.no_grad():
         logp_N = token_logps(network("llama", torch.bfloat16), batch)
         exact_N = token_logps(network("llama", torch.float32), batch)
@@ -107,7 +107,7 @@ def test_the_fused_head_equals_the_full_softmax(shape: str, dtype: torch.dtype, 
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    batch = collate(random_items(7), 0, shared, dtype)
+    batch = collate(random_items(7), 0, shared)
     found, expected = gradients(model, token_logps, batch), gradients(model, plain_logps, batch)
     assert fused(model)
     assert torch.allclose(found[0], expected[0], rtol=0, atol=tolerance)
@@ -121,7 +121,7 @@ def test_the_fused_head_equals_the_full_softmax(shape: str, dtype: torch.dtype, 
 def test_logits_that_change_after_the_head_are_taken_as_they_are(family: str) -> None:
     """A model that caps or scales its logits is noticed, and its log-probs are those of what it returns."""
     model = network(family, torch.float32)
-    batch = collate(random_items(7), 0, False, torch.float32)
+    batch = collate(random_items(7), 0, False)
     found, expected = gradients(model, token_logps, batch), gradients(model, plain_logps, batch)
     assert not fused(model)
     assert torch.allclose(found[0], expected[0], rtol=0, atol=1e-5)
@@ -146,7 +146,7 @@ class LargestLogits(TorchDispatchMode):
 def test_the_logits_never_exist_in_full() -> None:
     """No tensor of either pass spans the vocabulary, while the slow twin's do."""
     model = network("llama", torch.float32, vocab_size=VOCABULARY + 1)
-    batch = collate(random_items(7), 0, False, torch.float32)
+    batch = collate(random_items(7), 0, False)
     token_logps(model, batch)
     sizes = []
     for logps in (token_logps, plain_logps):
@@ -158,7 +158,7 @@ def test_the_logits_never_exist_in_full() -> None:
 
 def test_the_head_stays_a_module_that_is_called() -> None:
     """Hooks of the head run, as ZeRO-3 needs to gather its weights, and afterwards it computes logits again."""
-    model, batch = network("llama"), collate(random_items(3), 0, False, torch.float64)
+    model, batch = network("llama"), collate(random_items(3), 0, False)
     calls: list[torch.Size] = []
     token_logps(model, batch)
     model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))

@@ -26,8 +26,8 @@ def sft_items(count: int, seed: int = 0) -> list[Item]:
     return [dataclasses.replace(item, responses=item.responses[:1]) for item in random_items(count, seed)]
 
 
-def lay_out(part: MicroBatch, shared_prefix: bool = False, dtype: torch.dtype = torch.float64) -> Any:
-    return collate(part.items, 0, shared_prefix, dtype, part.items_per_row)
+def lay_out(part: MicroBatch, shared_prefix: bool = False) -> Any:
+    return collate(part.items, 0, shared_prefix, part.items_per_row)
 
 
 def update(model: Any, items: Sequence[Item], *, pack_tokens: int, world: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -38,7 +38,7 @@ def update(model: Any, items: Sequence[Item], *, pack_tokens: int, world: int) -
     total = 0.0
     for part in itertools.chain(*micro_batches(items, 60, world, False, pack_tokens)):
         if part.items:
-            batch = lay_out(part, dtype=next(model.parameters()).dtype)
+            batch = lay_out(part)
             loss, _ = objective.loss(token_logps(model, batch), batch, part.items, denominator)
             loss.backward()
             total += float(loss.detach())
@@ -70,7 +70,7 @@ def test_items_of_a_row_see_nothing_of_one_another() -> None:
     """A change in one item leaves the others' log-probs as they are, to the last bit."""
     model, items = network("llama"), sft_items(3, seed=1)
     other = dataclasses.replace(items[0], prompt=random_ids(random.Random(9), len(items[0].prompt)))
-    logps = [token_logps(model, collate([i, *items[1:]], 0, False, torch.float64, [3])) for i in (items[0], other)]
+    logps = [token_logps(model, collate([i, *items[1:]], 0, False, [3])) for i in (items[0], other)]
     start = items[0].num_response_tokens
     assert not torch.equal(logps[0][:start], logps[1][:start])
     assert torch.equal(logps[0][start:], logps[1][start:])
@@ -132,6 +132,6 @@ def test_rows_longer_than_a_sliding_window_are_packed() -> None:
     """The window counts an item's own positions."""
     model, items = network("mistral", sliding_window=4), sft_items(9, seed=3)
     check_packing(engine_of(model), items, 0)
-    alone = [token_logps(model, collate([item], 0, False, torch.float64)) for item in items]
-    packed = token_logps(model, collate(items, 0, False, torch.float64, [9], window=4))
+    alone = [token_logps(model, collate([item], 0, False)) for item in items]
+    packed = token_logps(model, collate(items, 0, False, [9]))
     assert torch.allclose(packed, torch.cat(alone), rtol=0, atol=1e-9)

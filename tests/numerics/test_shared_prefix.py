@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
 
 import pytest
 import torch
 
-from coalign.attention import sliding_window
+from coalign.attention import layer_windows
 from coalign.batching import Item, collate, micro_batches
 from coalign.config import LoraTable, TrainTable
 from coalign.errors import UserError
@@ -19,15 +18,17 @@ from coalign.models import attach_lora, switch_off_dropout
 from coalign.objectives import align_objective
 from coalign.training import check_shared_prefix
 from numerics.engine import TorchEngine
-from numerics.tiny import FAMILIES, network, random_ids, random_items
+from numerics.tiny import FAMILIES, network, random_items
 
 FORM = RankingForm("hinge", rank_weight=1.0, margin=0.5)
 
 
-def computed(model: Any, items: list[Item], shared: bool, form: RankingForm = FORM) -> tuple[Any, float, list[Any]]:
+def computed(
+    model: Any, items: list[Item], shared: bool, form: RankingForm = FORM, per_row: list[int] | None = None
+) -> tuple[Any, float, list[Any]]:
     """Return log-probs, loss and gradients of all items in one batch."""
     objective = align_objective(form, shared)
-    batch = collate(items, 0, shared, next(model.parameters()).dtype, window=sliding_window(model.config)[0])
+    batch = collate(items, 0, shared, per_row)
     model.zero_grad()
     logp_N = token_logps(model, batch)
     loss, _ = objective.loss(logp_N, batch, items, objective.denominator(items))
@@ -71,7 +72,10 @@ def test_groups_equal_plain_rows(family: str, dtype: torch.dtype, tolerance: flo
     assert {1} < {len(r) for item in items for r in item.responses} and len({len(i.prompt) for i in items}) > 2
     model = network(family, dtype)
     model = prepare(model) if prepare else model
-    assert_equal(computed(model, items, True), computed(model, items, False), tolerance)
+    plain = computed(model, items, False)
+    assert_equal(computed(model, items, True), plain, tolerance)
+    for per_row in ([5], [2, 1, 2]):  # several groups a row, the last one the shortest
+        assert_equal(computed(model, items, True, per_row=per_row), plain, tolerance)
 
 
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -84,18 +88,22 @@ WINDOWS: dict[str, dict[str, Any]] = {
 def test_groups_longer_than_a_sliding_window_equal_plain_rows(family: str) -> None:
     """A window counts positions, which restart after the prompt, and not places in the row."""
     model, items = network(family, **WINDOWS[family]), random_items(5, seed=3)
-    assert max(item.longest() for item in items) > 8 and sliding_window(model.config) == (4, True)
-    assert_equal(computed(model, items, True), computed(model, items, False), 1e-9)
+    assert max(item.longest() for item in items) > 8 and list(layer_windows(model.config).values()) == [4]
+    plain = computed(model, items, False)
+    assert_equal(computed(model, items, True), plain, 1e-9)
+    assert_equal(computed(model, items, True, per_row=[3, 2]), plain, 1e-9)
     assert not torch.allclose(computed(model, items, False)[0], computed(network(family), items, False)[0], atol=1e-3)
     check_shared_prefix(engine_of(model), items, 0)
 
 
 def test_gemma2_groups_equal_plain_rows_with_soft_caps() -> None:
-    """Capped attention and capped logits: the eager kernel, in float32, as far as the window reaches."""
+    """Capped attention and capped logits: the eager kernel, in float32."""
     model = network("gemma2", torch.float32, attn_logit_softcapping=3.0)
     assert model.config._attn_implementation == "eager"
     items = random_items(5, seed=3)
-    assert_equal(computed(model, items, True), computed(model, items, False), 1e-5)
+    plain = computed(model, items, False)
+    assert_equal(computed(model, items, True), plain, 1e-5)
+    assert_equal(computed(model, items, True, per_row=[3, 2]), plain, 1e-5)
     check_shared_prefix(engine_of(model), items, 0)
 
 
@@ -117,7 +125,7 @@ def test_a_group_counts_its_prompt_once() -> None:
     """P + sum (R_k - 1) real tokens instead of K P + sum (R_k - 1)."""
     item = next(i for i in random_items(9, seed=2) if len(i.responses) > 2)
     continued = sum(len(r) - 1 for r in item.responses)
-    found = [collate([item], 0, shared, torch.float64).num_real_tokens for shared in (True, False)]
+    found = [collate([item], 0, shared).num_real_tokens for shared in (True, False)]
     assert found == [len(item.prompt) + continued, len(item.responses) * len(item.prompt) + continued]
 
 
@@ -154,29 +162,31 @@ def test_a_model_that_does_not_is_refused(model: Any) -> None:
         check_shared_prefix(engine_of(model), random_items(5, seed=3), 0)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_groups_longer_than_the_window_of_some_layers_are_refused(family: str) -> None:
-    """One mask cannot serve layers that see further than others, and shorter groups need no second one."""
-    one_of_two = {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
-    model = network(family, torch.float32, sliding_window=8, **one_of_two)
-    source = random.Random(0)
-    short = Item("short", random_ids(source, 3), (random_ids(source, 2), random_ids(source, 3)), (1, 0))
-    long = Item("long", random_ids(source, 7), (random_ids(source, 2), random_ids(source, 3)), (1, 0))
-    check_shared_prefix(engine_of(model), [short], 0)
-    with pytest.raises(UserError, match=r"sliding window of 8 that some.*set train\.shared_prefix=false"):
-        check_shared_prefix(engine_of(model), [short, long], 0)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])
+def test_layers_with_and_without_a_window_get_a_mask_each(family: str) -> None:
+    """One layer sees four positions back, the other one everything."""
+    one_of_two = {} if family == "gemma2" else {"use_sliding_window": True, "max_window_layers": 1}
+    dtype, tolerance = (torch.float32, 1e-5) if family == "gemma2" else (torch.float64, 1e-9)
+    model, items = network(family, dtype, sliding_window=4, **one_of_two), random_items(5, seed=3)
+    assert sorted(layer_windows(model.config).values(), key=str) == [4, None]
+    plain = computed(model, items, False)
+    assert_equal(computed(model, items, True), plain, tolerance)
+    assert_equal(computed(model, items, True, per_row=[2, 3]), plain, tolerance)
+    check_shared_prefix(engine_of(model), items, 0)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_gradient_does_not_depend_on_the_split(shared: bool) -> None:
-    """Any micro-batch size and any number of ranks give one loss and one gradient, in float64."""
+@pytest.mark.parametrize(
+    ("shared", "pack_tokens", "max_padding"), [(True, 0, None), (True, 40, 4), (False, 0, None), (False, 0, 4)]
+)
+def test_the_gradient_does_not_depend_on_the_split(shared: bool, pack_tokens: int, max_padding: int | None) -> None:
+    """Any micro-batch size, packs and any number of ranks give one loss and one gradient, in float64."""
     model, items = network("llama"), random_items(13, seed=4)
     objective = align_objective(FORM, shared)
     _, expected_loss, expected = computed(model, items, shared)
     seen = set()
     for max_tokens in (1, 40, 10_000):
         for world in (1, 2, 3):
-            dealt = micro_batches(items, max_tokens, world, shared)
+            dealt = micro_batches(items, max_tokens, world, shared, pack_tokens, max_padding)
             assert len(dealt) == world and len({len(part) for part in dealt}) == 1
             names = [item.name for mine in dealt for part in mine for item in part.items]
             assert sorted(names) == sorted(item.name for item in items)
@@ -184,7 +194,7 @@ def test_the_gradient_does_not_depend_on_the_split(shared: bool) -> None:
             total = 0.0
             for mine in dealt:
                 for part in (part for part in mine if part.items):
-                    batch = collate(part.items, 0, shared, torch.float64, part.items_per_row)
+                    batch = collate(part.items, 0, shared, part.items_per_row)
                     logp_N = token_logps(model, batch)
                     loss, _ = objective.loss(logp_N, batch, part.items, objective.denominator(items))
                     loss.backward()
@@ -201,4 +211,17 @@ def test_micro_batches_stay_within_the_token_budget(shared: bool) -> None:
     """Padded tokens never exceed the budget, but for a row that is longer alone."""
     items = random_items(40, seed=6)
     for part in (part for mine in micro_batches(items, 60, 2, shared) for part in mine if part.items):
-        assert collate(part.items, 0, shared, torch.float32).input_ids_BT.numel() <= 60 or len(part.items) == 1
+        assert collate(part.items, 0, shared).input_ids_BT.numel() <= 60 or len(part.items) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_padding_stays_within_its_limit(world: int) -> None:
+    """A row that is much longer than the others stands alone, with packs and without, and makes them no wider."""
+    items = [*random_items(30, seed=6), dataclasses.replace(random_items(1)[0], name="long", prompt=(5,) * 90)]
+    for pack_tokens in (0, 40):
+        parts = [p for mine in micro_batches(items, 400, world, True, pack_tokens, 12) for p in mine if p.items]
+        for part in parts:
+            batch = collate(part.items, 0, True, part.items_per_row)
+            assert batch.input_ids_BT.numel() - batch.num_real_tokens <= 12
+            assert batch.input_ids_BT.shape[1] <= 40 or [item.name for item in part.items] == ["long"]
+        assert sorted(i.name for part in parts for i in part.items) == sorted(item.name for item in items)

@@ -107,7 +107,7 @@ def dying(table: TrainTable, **when: Any) -> TorchEngine:
 
 def measure_of(engine: TorchEngine) -> Measure:
     """Return a dev measurement of the engine's weights."""
-    batch = collate(rows(4), 0, False, torch.float32)
+    batch = collate(rows(4), 0, False)
 
     def measure() -> dict[str, float]:
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_training_learns_and_logs_every_update(tmp_path: Path) -> None:
         part = items[3 * k : 3 * k + 3]
         assert line["answer_tokens"] == sum(len(i.responses[0]) for i in part)
         assert line["tokens"] == sum(len(i.prompt) + len(i.responses[0]) - 1 for i in part)
-    batch = collate(items[:3], 0, False, torch.float32)
+    batch = collate(items[:3], 0, False)
     with torch.no_grad():
         start = -float(token_logps(new_engine(table).model, batch).mean())
     assert found[0]["loss"] == pytest.approx(start, abs=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coalign.attention import mask_for
 from coalign.batching import Item
 from coalign.logprobs import Batch
 
@@ -66,7 +67,9 @@ def _layer_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 def plain_logps(model: Any, batch: Batch) -> torch.Tensor:
     """Return what logprobs.token_logps does from the logits of all positions: its slow twin."""
     logits_BTV = model(
-        input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask, position_ids=batch.position_ids_BT
+        input_ids=batch.input_ids_BT,
+        attention_mask=mask_for(model, batch.attention_mask),
+        position_ids=batch.position_ids_BT,
     ).logits
     logp_BKV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).log_softmax(-1)[:, -batch.num_kept :]
     return logp_BKV.reshape(-1, logp_BKV.shape[-1])[batch.kept_index_N, batch.target_N]
