@@ -23,7 +23,8 @@ LAUNCH = ROOT / "launch"
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
-    ("training", "engine", "pool"),
+    ("training", "engine", "pool", "ranks"),
+    ("postmortem",),
     ("items", "cluster", "workers"),
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),
-    ("scoring", "machine"),
+    ("scoring", "machine", "placement"),
     ("filtering", "judging", "ranking", "evaluation", "metrics", "arms", "workload", "generation_memory"),
     ("prompts", "wordings", "instances", "intervals", "calibration", "memory", "counting"),
     ("artifacts", "commandline", "shapes"),
@@ -51,7 +52,7 @@ ENGINES = {
     "safetensors": "models",
 }
 # Pure text and numbers: these modules answer at once, on a machine without any engine.
-PURE = {name for row in LAYERS[7:] for name in row}
+PURE = {name for row in LAYERS[8:] for name in row}
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
 LAZY = {"process", "charts", "exhibits"}  # torch, matplotlib: imported within the function that needs them
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}

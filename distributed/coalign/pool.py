@@ -67,6 +67,17 @@ class _Actor:
         return self._worker(rows)
 
 
+def require_workers(cluster: Cluster, settings: GenerationTable) -> Asked:
+    """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
+    nodes = cluster.nodes()
+    asked = asked_workers(nodes, settings)
+    if not settings.ray_grows and (problem := complaint(nodes, asked)):
+        for line in table_lines(nodes, asked):
+            logger.warning("%s", line)
+        raise UserError(problem)
+    return asked
+
+
 @dataclasses.dataclass(eq=False)
 class _Member:
     """An actor of the pool: its answer to where it is, which comes when it has started, and its shards in flight."""
@@ -87,23 +98,13 @@ class _Pool:
         atexit.register(self.close)
         self.shared: set[Path] = set()  # folders that every node was seen to see
         self.wait_seconds = settings.ray_wait_seconds
-        self.asked = self._check(settings)
+        self.asked = require_workers(self.cluster, settings)
         options = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus}
         self._make = self.ray.remote(max_restarts=0, max_task_retries=0, **options)(_Actor)
         self.members = [self._start() for _ in range(settings.workers)]
         where = "a private cluster" if self.cluster.is_private else self.cluster.address
         shown = f"{self.asked.gpus:g} GPU" if self.asked.gpus else "1 CPU"
         logger.info("%d Ray workers on %s, each with %s", settings.workers, where, shown)
-
-    def _check(self, settings: GenerationTable) -> Asked:
-        """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
-        nodes = self.cluster.nodes()
-        asked = asked_workers(nodes, settings)
-        if not settings.ray_grows and (problem := complaint(nodes, asked)):
-            for line in table_lines(nodes, asked):
-                logger.warning("%s", line)
-            raise UserError(problem)
-        return asked
 
     def _start(self) -> _Member:
         actor = self._make.remote(str(Path.cwd()))
