@@ -60,9 +60,7 @@ def _script(step: str) -> str:
 def _request(step: str, argv: list[str], config: Config) -> Request:
     train, generation = config.train, config.generation
     command = (_script(step), *argv)
-    return Request(
-        command, train.ray_ranks, train.ray_cpus_per_rank, generation.ray_wait_seconds, generation.ray_grows
-    )
+    return Request(command, train.ray_ranks, train.ray_cpus_per_rank, generation.ray_wait_seconds, generation.ray_grows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Workers that sample and score with transformers, on one device or with a model's layers on several: token ids in, answers or log-probs out.
+"""Workers that sample and score with transformers, on one device or with a model's layers on several GPUs.
 
+Token ids in, answers or log-probs out.
 Used by workers.py (one worker an actor of pool.py). Knows no files but the model folder.
 """
 

@@ -29,7 +29,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """So many processes, each with its CPUs and GPUs on one node; `what` names them, `setting` says where they come from."""
+    """So many processes, each with its CPUs and GPUs on one node: what they are called, and which setting asks."""
 
     what: str
     setting: str
@@ -144,7 +144,7 @@ def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Asked:
 
 
 def spread(nodes: Sequence[Node], asked: Asked, automatic: bool, free: bool) -> dict[str, int]:
-    """Return {node id: ranks}, {} where they don't all fit: one a node where that was left to us on a CPU, else filled."""
+    """Return {node id: ranks}, {} where they don't all fit: one a node where that was left to us on CPUs."""
     if automatic and not asked.gpus:
         placed = {node.id: 1 for node in nodes if room_on(node, asked, free)}
     else:

@@ -233,7 +233,7 @@ def _generation_complaint(plan: Plan) -> str:
 
 
 def generation_changes(plan: Plan) -> Iterator[Changes]:
-    """Yield what is tried for the workers: as many as there are GPUs for, smaller batches, a whole GPU each, several."""
+    """Yield what is tried for the workers: no more than GPUs, smaller batches, a whole GPU each, several each."""
     generation, counts = plan.tables.generation, plan.counts
     most = int(plan.options.gpus / plan.worker_gpus)
     fewer: Changes = {"generation.workers": most} if 0 < most < generation.workers else {}

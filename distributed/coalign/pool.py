@@ -221,7 +221,9 @@ class _Call:
         except self.ray.exceptions.RayError as error:
             self.failed_starts += 1
             if self.failed_starts > MAX_RETRIES:
-                raise RuntimeError(f"{self.stage}: no worker starts, {self.failed_starts} died at once: {error}") from None
+                raise RuntimeError(
+                    f"{self.stage}: no worker starts, {self.failed_starts} died at once: {error}"
+                ) from None
             self._bury(member, error)
 
     def _bury(self, member: _Member, error: BaseException) -> str:

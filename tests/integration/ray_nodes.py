@@ -45,9 +45,7 @@ class Nodes:
         self.folder = folder  # what both nodes see
         self.private = private  # an empty folder, of which each node has its own
         self.token = secrets.token_hex(32)
-        self.env = {
-            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "COALIGN_"))
-        } | {
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "COALIGN_"))} | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(private),  # Ray looks for a token there
             "RAY_AUTH_MODE": "token",
@@ -67,7 +65,11 @@ class Nodes:
         ends = [["name", "eth0", "netns", str(pid)] for pid in self._inner]
         subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]], check=True)
         for node, address in enumerate(ADDRESSES):
-            for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
+            for words in (
+                ["addr", "add", f"{address}/24", "dev", "eth0"],
+                ["link", "set", "eth0", "up"],
+                ["link", "set", "lo", "up"],
+            ):
                 subprocess.run(self._enter(node, ["ip", *words]), check=True)
 
     def _add(self, name: str) -> None:
@@ -98,7 +100,9 @@ class Nodes:
 
     def start_node(self, node: int, words: list[str]) -> None:
         """Run `ray start` on one node."""
-        code, printed = self.inside(node, ["ray", "start", "--node-ip-address", ADDRESSES[node], *words], seconds=START_SECONDS)
+        code, printed = self.inside(
+            node, ["ray", "start", "--node-ip-address", ADDRESSES[node], *words], seconds=START_SECONDS
+        )
         assert code == 0, f"ray start on {NAMES[node]}:\n{printed[-3000:]}"
 
     def popen(self, node: int, words: list[str], log: Path, token: str | None = None) -> subprocess.Popen[bytes]:
