@@ -1,4 +1,4 @@
-"""The eight steps in order on a Ray cluster: training ranks are placed on its nodes, workers as well; no other launcher.
+"""The eight steps in order on a Ray cluster, which places the training ranks as well as the workers.
 
 Submit it:  ray job submit --runtime-env configs/ray_job.yaml -- python launch/ray_job.py CONFIG.toml [key=value ...]
 """

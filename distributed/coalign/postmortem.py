@@ -82,7 +82,7 @@ def explain_death(cluster: Cluster, place: Place | None, error: BaseException) -
 def reason_of(error: BaseException) -> str:
     """Return what Ray knows of a death, in one line without its identifiers and advice."""
     text = one_line(error)
-    if "memory" in text and ("running low" in text or "OOM" in text and "killed" in text and "Task was killed" in text):
+    if "running low on memory" in text:
         return f"out of memory: Ray's memory monitor killed it ({text[:300]})"
     if code := re.search(r"exit code[ :=]+(-?\d+)|exit_code=(-?\d+)", text):
         return f"exit code {code[1] or code[2]}"

@@ -284,8 +284,8 @@ class _Group:
                 return False
             if reason:
                 raise UserError(
-                    f"{self.stage}: on {met[index][0].host} {reason}; submit with --runtime-env configs/ray_job.yaml, or"
-                    " from a folder that every node sees"
+                    f"{self.stage}: on {met[index][0].host} {reason}; submit with --runtime-env configs/ray_job.yaml,"
+                    " or from a folder that every node sees"
                 )
         return True
 

@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on this machine: each node has a network, processes, host name and /tmp/ray of its own.
+"""A real Ray cluster of two nodes on this machine, each with a network, processes, host name and /tmp/ray of its own.
 
 Nothing outlives the process that made it, however that ends: a node is the first process of its own process namespace,
 which the kernel ends with its parent, and with it go network, mounts and everything that Ray has started. Needs root.
