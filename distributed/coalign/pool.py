@@ -283,7 +283,8 @@ class _Call:
                 logger.warning("%s", line)
             raise UserError(
                 f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
-                f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished shards are kept"
+                f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished"
+                " shards are kept"
             )
         limit = f"{waited:.0f} s of at most {pool.wait_seconds:g}" if nobody else "the others work"
         logger.info("%s: %s (%s)", self.stage, words, limit)

@@ -19,6 +19,7 @@ from pathlib import Path
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
 NAMES = ("alpha", "beta")
 GCS, DASHBOARD = 6379, 8265
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 600.0
 SHARES_NOTHING = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _libc = ctypes.CDLL(None)
@@ -41,13 +42,15 @@ def missing() -> str:
 class Nodes:
     """Two nodes; `start` begins Ray on them, `inside` runs a command on one of them."""
 
-    def __init__(self, folder: Path, private: Path) -> None:
+    def __init__(self, folder: Path, private: Path, checkout: Path) -> None:
+        self.checkout = checkout  # the working folder of commands
         self.folder = folder  # what both nodes see
         self.private = private  # an empty folder, of which each node has its own
         self.token = secrets.token_hex(32)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "COALIGN_"))} | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(private),  # Ray looks for a token there
+            "PYTHONPATH": str(ROOT / "distributed"),
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -59,18 +62,14 @@ class Nodes:
             "PYTHONUNBUFFERED": "1",
         }
         self._outer: list[subprocess.Popen[bytes]] = []
-        self._inner: list[int] = []
+        self.inner: list[int] = []
         for name in NAMES:
             self._add(name)
-        ends = [["name", "eth0", "netns", str(pid)] for pid in self._inner]
+        ends = [["name", "eth0", "netns", str(pid)] for pid in self.inner]
         subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]], check=True)
         for node, address in enumerate(ADDRESSES):
-            for words in (
-                ["addr", "add", f"{address}/24", "dev", "eth0"],
-                ["link", "set", "eth0", "up"],
-                ["link", "set", "lo", "up"],
-            ):
-                subprocess.run(self._enter(node, ["ip", *words]), check=True)
+            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+                subprocess.run(self._enter(node, ["ip", *words.split()]), check=True)
 
     def _add(self, name: str) -> None:
         hosts = self.folder / "hosts"
@@ -78,17 +77,18 @@ class Nodes:
         Path("/tmp/ray").mkdir(exist_ok=True)
         mounts = f"mount --bind {hosts} /etc/hosts"
         mounts += "".join(f" && mount -t tmpfs tmpfs {place}" for place in ("/dev/shm", "/tmp/ray", self.private))
-        script = f"hostname {name} && {mounts} && echo ready && exec sleep infinity"
+        script = f"hostname {name} && {mounts} && echo ready && { sleep infinity & wait; }"
         words = ["unshare", *SHARES_NOTHING, "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", script]
         outer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=_end_with_parent)
         self._outer.append(outer)
         assert outer.stdout is not None and outer.stdout.readline() == b"ready\n", f"the node {name} did not start"
         (child,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-        self._inner.append(int(child))
+        self.inner.append(int(child))
 
-    def _enter(self, node: int, words: list[str]) -> list[str]:
-        # A file system namespace of its own has its own working folder, so name the one that is meant.
-        return ["nsenter", "-t", str(self._inner[node]), *SHARES_NOTHING, f"--wd={Path.cwd()}", *words]
+    def _enter(self, node: int, words: list[str], folder: Path | None = None) -> list[str]:
+        # In another mount namespace the working folder must be named again.
+        place = ["nsenter", "-t", str(self.inner[node]), *SHARES_NOTHING, f"--wd={folder or self.folder}"]
+        return [*place, *words]
 
     def start(self, cpus: int = 2, gpus: int = 0) -> None:
         """Start Ray on both nodes."""
@@ -106,11 +106,14 @@ class Nodes:
         assert code == 0, f"ray start on {NAMES[node]}:\n{printed[-3000:]}"
 
     def popen(self, node: int, words: list[str], log: Path, token: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a command on a node as a user there would, with the cluster's token unless another is given."""
+        """Start a command on a node as a user there would, with the cluster's token unless another is given.
+
+        Its working folder is `checkout`.
+        """
         known = {"RAY_AUTH_TOKEN": self.token if token is None else token}
         with log.open("wb") as out:  # no pipe: what `ray start` leaves behind would hold it open
             return subprocess.Popen(
-                self._enter(node, words),
+                self._enter(node, words, self.checkout),
                 env=self.env | known,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -129,6 +132,21 @@ class Nodes:
             raise AssertionError(f"{words} took longer than {seconds:.0f} s:\n{log.read_text()[-3000:]}") from None
         return code, log.read_text("utf-8", "replace")
 
+    def processes(self, node: int, word: str) -> list[str]:
+        """Return the command lines on a node that hold a word."""
+        shown = subprocess.run(self._enter(node, ["ps", "-eo", "stat=,args="]), capture_output=True, text=True, check=True)
+        lines = [line.strip() for line in shown.stdout.splitlines()]
+        return [line for line in lines if word in line and not line.startswith("Z")]
+
+    def kill(self, node: int, word: str) -> None:
+        """Kill the processes of a node whose command line begins with ray:: and holds a word."""
+        subprocess.run(self._enter(node, ["pkill", "-KILL", "-f", f"^ray::{word}"]), check=True)
+
+    def pause(self, word: str, only: int | None = None) -> None:
+        """Stop such processes where they are, on both nodes or one."""
+        for node in (0, 1) if only is None else (only,):
+            subprocess.run(self._enter(node, ["pkill", "-STOP", "-f", f"^ray::{word}"]), check=False)
+
     def cut(self, node: int) -> None:
         """Pull a node's cable."""
         subprocess.run(self._enter(node, ["ip", "link", "set", "eth0", "down"]), check=True)
@@ -140,5 +158,5 @@ class Nodes:
         for outer in self._outer:
             outer.wait(20)
         deadline = time.monotonic() + 20
-        while any(Path("/proc", str(pid)).exists() for pid in self._inner) and time.monotonic() < deadline:
+        while any(Path("/proc", str(pid)).exists() for pid in self.inner) and time.monotonic() < deadline:
             time.sleep(0.02)
