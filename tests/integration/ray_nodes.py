@@ -77,7 +77,7 @@ class Nodes:
         Path("/tmp/ray").mkdir(exist_ok=True)
         mounts = f"mount --bind {hosts} /etc/hosts"
         mounts += "".join(f" && mount -t tmpfs tmpfs {place}" for place in ("/dev/shm", "/tmp/ray", self.private))
-        script = f"hostname {name} && {mounts} && echo ready && { sleep infinity & wait; }"
+        script = f"hostname {name} && {mounts} && echo ready && (sleep infinity & wait)"
         words = ["unshare", *SHARES_NOTHING, "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", script]
         outer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=_end_with_parent)
         self._outer.append(outer)
@@ -134,7 +134,8 @@ class Nodes:
 
     def processes(self, node: int, word: str) -> list[str]:
         """Return the command lines on a node that hold a word."""
-        shown = subprocess.run(self._enter(node, ["ps", "-eo", "stat=,args="]), capture_output=True, text=True, check=True)
+        command = self._enter(node, ["ps", "-eo", "stat=,args="])
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
         lines = [line.strip() for line in shown.stdout.splitlines()]
         return [line for line in lines if word in line and not line.startswith("Z")]
 

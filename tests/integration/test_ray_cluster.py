@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes: the whole pipeline as one job, jobs stopped, nodes lost, requests that can't be met."""
+"""A real Ray cluster of two nodes: the pipeline as one job, jobs stopped, nodes lost, what can't be met refused."""
 
 from __future__ import annotations
 
