@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray_nodes
-from commands import until
+from commands import assert_same_files, until
 from ray_nodes import ADDRESSES, DASHBOARD, GCS, NAMES, ROOT, Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -235,9 +235,7 @@ def test_a_killed_worker_and_a_lost_node_cost_their_shards_in_flight(nodes: Node
     assert process.wait(300) == 0, printed()[-6000:]
     assert "ended: its node beta was lost; another takes its place" in printed()
     assert printed().count("is tried again") <= 4  # two in flight of each
-    assert (run / "sample" / "responses.jsonl").read_bytes() == (
-        finished[0] / "sample" / "responses.jsonl"
-    ).read_bytes()
+    assert_same_files(run / "sample", finished[0] / "sample", ["responses.jsonl"])
 
 
 MAKE_AND_WAIT = """
