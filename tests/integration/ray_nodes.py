@@ -54,9 +54,10 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_health_check_period_ms": "1000",  # a lost node is seen in seconds, not in half a minute
-            "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_period_ms": "1000",  # a lost node is seen in seconds, a slow one is none
+            "RAY_health_check_timeout_ms": "5000",
+            "RAY_health_check_failure_threshold": "4",
+            "RAY_raylet_start_wait_time_s": "300",
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "PYTHONUNBUFFERED": "1",
