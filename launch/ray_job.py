@@ -36,8 +36,10 @@ def main(argv: list[str]) -> None:
 
     cluster = Cluster(address, 0)
     cluster.require_shared(Path(config.run.folder))
-    require_ranks(cluster, _request("align", argv, config))
-    if config.generation.workers:
+    left = {step for step in steps if read_manifest(folders[step]) is None}
+    if left.intersection(TRAINING_STEPS):
+        require_ranks(cluster, _request("align", argv, config))
+    if left and config.generation.workers:
         require_workers(cluster, config.generation)
     for step in steps:
         print(f"== {step}", flush=True)

@@ -93,6 +93,7 @@ class _Pool:
 
     def __init__(self, settings: GenerationTable) -> None:
         self.calls = 0
+        self.members: list[_Member] = []
         self.cluster = Cluster(settings.ray_address or os.environ.get("RAY_ADDRESS", ""), settings.workers)
         self.ray = self.cluster.ray
         atexit.register(self.close)

@@ -15,7 +15,7 @@ from typing import Any
 
 from coalign.cluster import Cluster, import_ray, one_line
 
-ANSWER_SECONDS = 20.0  # that a node may take to read a log
+ANSWER_SECONDS = 15.0  # that a node may take to read a log
 LAST_LINES = 8
 LAST_BYTES = 16384
 
@@ -70,10 +70,11 @@ def explain_death(cluster: Cluster, place: Place | None, error: BaseException) -
         return f"it ended before it had started: {reason_of(error)}", []
     if not cluster.is_alive(place.node):
         return f"its node {place.host} was lost", []
-    lines, kills = [], place.oom_kills
     reference = cluster.ask(place.node, read_end, place.log)
-    with contextlib.suppress(cluster.ray.exceptions.RayError):  # the node goes too: then there is no log to be had
+    try:
         lines, kills = cluster.ray.get(reference, timeout=ANSWER_SECONDS)
+    except cluster.ray.exceptions.RayError:  # Ray takes its time to count a node as lost
+        return f"its node {place.host} does not answer", []
     if kills > place.oom_kills:
         return f"out of memory: the kernel of {place.host} killed it, or a process beside it", lines
     return reason_of(error), lines

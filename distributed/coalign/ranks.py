@@ -35,6 +35,7 @@ SAY_SECONDS = 20.0  # between two lines about what is waited for
 PLACE_SECONDS = 10.0  # for a placement that fits: another job may have been quicker
 POLL_SECONDS = 1.0
 STOP_SECONDS = 30.0  # for a checkpoint, after SIGTERM
+END_SECONDS = 15.0  # for killed ranks to be gone
 SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
 LOST = None
 
@@ -119,6 +120,12 @@ class _Host:
         for process in self._ranks:
             if process.poll() is None:
                 process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill the ranks, and return when they are gone."""
+        self.signal(signal.SIGKILL)
+        for process in self._ranks:
+            process.wait()
 
 
 def _search_path() -> str:
@@ -349,7 +356,10 @@ class _Group:
         say_death(logger, who, why, lines, "the others end too")
 
     def close(self) -> None:
-        """End what is left, and give the places back."""
+        """End what is left, and give the places back: ranks of another attempt must not meet these."""
+        ending = [host.end.remote() for host in self.hosts]
+        if ending:
+            self.ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS)
         for host in self.hosts:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.kill(host)

@@ -30,9 +30,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ranks._Hos
     (tmp_path / "step.py").write_text(SCRIPT)
     made = ranks._Host(str(tmp_path))
     yield made
-    made.signal(signal.SIGKILL)
-    for process in made._ranks:
-        process.wait()
+    made.end()
 
 
 def start(host: ranks._Host, word: str, script: str = "step.py") -> str:
