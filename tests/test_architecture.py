@@ -23,7 +23,8 @@ LAUNCH = ROOT / "launch"
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
-    ("training", "engine", "pool"),
+    ("training", "engine", "pool", "ranks"),
+    ("postmortem",),
     ("items", "cluster", "workers"),
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
@@ -36,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),
-    ("scoring", "machine"),
+    ("scoring", "machine", "placement"),
     ("filtering", "judging", "ranking", "evaluation", "metrics", "arms", "workload", "generation_memory"),
     ("prompts", "wordings", "instances", "intervals", "calibration", "memory", "counting"),
     ("artifacts", "commandline", "shapes"),

@@ -1,7 +1,7 @@
 """Connections to Ray, and private clusters, each held by a process that ends it with its user. The only import of Ray.
 
-Used by pool.py (a step run alone starts its own cluster) and launch/cluster.sh (one serves all steps of a script).
-Knows neither rows nor models.
+Used by pool.py (a step run alone starts its own cluster), ranks.py, and launch/cluster.sh (one serves all steps of a
+script). Knows neither rows nor models.
 
     python -m coalign.cluster WORKERS     # prints the address; the end of its input, or of its parent, ends the cluster
 """
@@ -19,17 +19,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from coalign.errors import UserError
+from coalign.placement import Node
 
 START_SECONDS = 240.0  # an idle machine needs 2; Ray itself gives up after more than 30, see START_ATTEMPTS
 START_ATTEMPTS = 3
 MAX_PARENT = 10  # characters; Ray puts sockets deep below, whose paths may not be longer than 107
 END_SECONDS = 20.0  # for Ray's own way of ending; what is left then is killed
+ANSWER_SECONDS = 120.0  # that a node may take to start a process and read a file
+JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, and removes it with the job
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -41,11 +44,11 @@ class Cluster:
         self._holder = None if address else _start_holder(workers)
         try:
             self.address = _address_of(self._holder) if self._holder else address
-            self.ray = _import_ray()
+            self.ray = import_ray()
             try:
                 self.ray.init(address=self.address, **QUIET)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"Ray can't be reached at {self.address}: {error}") from error
+            except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
+                raise UserError(f"Ray can't be reached at {self.address}: {_first_sentences(error)}") from error
         except BaseException:
             self._end_holder()
             raise
@@ -55,6 +58,71 @@ class Cluster:
         self.ray.shutdown()
         self._end_holder()
 
+    def nodes(self) -> list[Node]:
+        """Return the living nodes on which something can run."""
+        alive = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        names = [node["NodeManagerHostname"] for node in alive]
+        free = self.ray._private.state.available_resources_per_node()  # the public call adds up all nodes
+        return [
+            Node(
+                node["NodeID"],
+                name if names.count(name) == 1 else f"{name} ({node['NodeManagerAddress']})",
+                node["Resources"].get("CPU", 0.0),
+                node["Resources"].get("GPU", 0.0),
+                free.get(node["NodeID"], {}).get("CPU", 0.0),
+                free.get(node["NodeID"], {}).get("GPU", 0.0),
+            )
+            for node, name in zip(alive, names, strict=True)
+        ]
+
+    def is_alive(self, node_id: str) -> bool:
+        """Return whether a node is part of the cluster still."""
+        return any(node["NodeID"] == node_id and node["Alive"] for node in self.ray.nodes())
+
+    def on_node(self, node_id: str) -> Any:
+        """Return what places a task or an actor on one node."""
+        return self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+    def ask(self, node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return a reference to what a function answers on a node; it waits for no CPU."""
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": self.on_node(node_id)}
+        return self.ray.remote(**options)(function).remote(*arguments)
+
+    def require_shared(self, folder: Path) -> None:
+        """Raise UserError unless every node sees what this process writes into a folder."""
+        if self.is_private:
+            return
+        if JOB_FOLDER in folder.absolute().parts:
+            raise UserError(
+                f"run.folder: {folder} lies in the job's own folder, which Ray removes with the job; use a folder that"
+                " every node sees, such as run.folder=/shared/runs"
+            )
+        probe = folder / f".seen-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text(probe.name, encoding="utf-8")
+        try:
+            found = {n.name: self.ask(n.id, _read, str(probe.absolute())) for n in self.nodes()}
+            ready, _ = self.ray.wait(list(found.values()), num_returns=len(found), timeout=ANSWER_SECONDS)
+            answers = {name: self._answer(ref, ref in ready) for name, ref in found.items()}
+        finally:
+            probe.unlink(missing_ok=True)
+        blind = {name: answer for name, answer in answers.items() if answer != probe.name}
+        if blind:
+            name, answer = next(iter(blind.items()))
+            raise UserError(
+                f"run.folder: {folder.absolute()} is not the same disk on {len(blind)} of {len(answers)} nodes (on"
+                f" {name}: {answer}); use a folder on storage that every node mounts, such as run.folder=/shared/runs"
+            )
+
+    def _answer(self, reference: Any, is_ready: bool) -> str:
+        if not is_ready:
+            return f"no answer within {ANSWER_SECONDS:.0f} s"
+        try:
+            answer: str = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            return one_line(error)
+        return answer
+
     def _end_holder(self) -> None:
         if self._holder is not None:
             assert self._holder.stdin is not None
@@ -63,7 +131,26 @@ class Cluster:
                 self._holder.wait(2 * END_SECONDS)
 
 
-def _import_ray() -> Any:
+def _read(path: str) -> str:
+    """Return what a file holds, or why it can't be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of Ray's says, on one line."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def _first_sentences(error: BaseException) -> str:
+    if type(error).__name__ != "AuthenticationError":
+        return one_line(error)
+    return "it refuses this token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what the cluster was started with"
+
+
+def import_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -132,7 +219,7 @@ def hold(workers: int) -> int:
 
 
 def _start_ray(folder: Path, cpus: int) -> str:
-    ray = _import_ray()
+    ray = import_ray()
     inside = str(folder / "r")  # Ray opens the folder that it is given to everybody, this one it leaves as it is
     context = ray.init(address="local", _temp_dir=inside, include_dashboard=False, num_cpus=cpus, **QUIET)
     signal.signal(signal.SIGTERM, _exit_on_signal)  # Ray has put its own there

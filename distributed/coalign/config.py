@@ -172,12 +172,16 @@ class GenerationTable(Table):
     )
     workers: NonNegative = _field(2, "Ray actors (0: in this process, without Ray)", neutral=True)
     gpus_per_worker: Annotated[float, Field(ge=0)] = _field(
-        -1.0, "GPUs each worker asks Ray for (-1: one if the machine has any, else none)", neutral=True
+        -1.0, "GPUs each worker asks Ray for; 2 and more share a model too large for one (-1: one if any)", neutral=True
     )
     shard_size: Positive = _field(64, "prompts a shard: the unit of work, retry and resume")
     batch_tokens: Positive = _field(8192, "tokens in flight a batch (prompt + new tokens, all rows)")
     dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
     ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
+    ray_wait_seconds: Annotated[float, Field(gt=0)] = _field(
+        600.0, "how long CPUs and GPUs are waited for that others hold, for ranks too", neutral=True
+    )
+    ray_grows: bool = _field(False, "the cluster adds nodes when asked: wait for what it has not now", neutral=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -188,6 +192,11 @@ class GenerationTable(Table):
 
     @model_validator(mode="after")
     def _check(self) -> GenerationTable:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"generation.gpus_per_worker={self.gpus_per_worker:g}: above 1 Ray gives whole GPUs; use"
+                f" {self.gpus_per_worker // 1 + 1:g}, or a part of one"
+            )
         if self.engine == "vllm" and self.mode == "exact":
             raise ValueError(
                 'generation.mode="exact" contradicts generation.engine="vllm", which batches as it sees fit; use'
@@ -228,6 +237,10 @@ class TrainTable(Table):
         100, "updates between checkpoints (0: only when asked to stop)", neutral=True
     )
     keep_last: Positive = _field(2, "checkpoints to keep", neutral=True)
+    ray_ranks: NonNegative = _field(
+        0, "ranks that launch/ray_job.py places on a cluster (0: one a GPU; without GPUs one a node)", neutral=True
+    )
+    ray_cpus_per_rank: Positive = _field(1, "CPUs that Ray keeps for each of them", neutral=True)
 
     @model_validator(mode="after")
     def _check(self) -> TrainTable:

@@ -1,5 +1,6 @@
-"""Workers that sample and score on one device with transformers: token ids in, answers or log-probs out.
+"""Workers that sample and score with transformers, on one device or with a model's layers on several GPUs.
 
+Token ids in, answers or log-probs out.
 Used by workers.py (one worker an actor of pool.py). Knows no files but the model folder.
 """
 
@@ -30,7 +31,11 @@ class _Worker:
             torch.set_num_threads(threads)
         device = pick_device()
         self.codec = Codec(load_tokenizer(folder, model), model)
-        self.model = load_model(folder, model, pick_dtype(generation.dtype, device)).to(device).eval()
+        dtype, gpus = pick_dtype(generation.dtype, device), int(generation.gpus_per_worker)
+        if device.type == "cuda" and gpus > 1:
+            self.model = load_model(folder, model, dtype, gpus).eval()
+        else:
+            self.model = load_model(folder, model, dtype).to(device).eval()
         self.max_tokens = generation.batch_tokens
         self.exact = generation.mode == "exact"
 

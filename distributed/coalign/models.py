@@ -115,9 +115,19 @@ def _context_of(config: Any) -> int:
     return _UNLIMITED
 
 
-def load_model(folder: str, table: ModelTable, dtype: torch.dtype) -> Any:
-    """Return the causal LM of a folder or hub name in `dtype`, on the CPU, dropout off; safetensors only."""
+def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int = 0) -> Any:
+    """Return the causal LM of a folder or hub name in `dtype`, dropout off; safetensors only.
+
+    On the CPU, or with its layers over `num_gpus` GPUs of this process, which accelerate deals out evenly.
+    """
     check_model_folder(folder)
+    if num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"generation.gpus_per_worker={num_gpus}, but this process sees {torch.cuda.device_count()} GPUs; use fewer"
+        )
+    spread: dict[str, Any] = {"device_map": "auto"} if num_gpus else {}
+    if num_gpus:  # what is not named is left alone
+        spread["max_memory"] = {index: torch.cuda.mem_get_info(index)[0] for index in range(num_gpus)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -126,9 +136,12 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype) -> Any:
             attn_implementation=table.attention,
             use_safetensors=True,
             trust_remote_code=False,
+            **spread,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: the model can't be loaded: {_first_line(error)}") from error
+    if {"cpu", "disk"} & {str(device) for device in getattr(model, "hf_device_map", {}).values()}:
+        raise UserError(f"{folder}: {num_gpus} GPUs are too small for the model; use a higher gpus_per_worker")
     # A sum is one pass without a copy; NaN and infinity survive it.
     bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p.detach().sum(dtype=torch.float32))), "")
     if bad:

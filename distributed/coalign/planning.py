@@ -82,7 +82,7 @@ def worker_memory(plan: Plan) -> Memory:
     tables, counts = plan.tables, plan.counts
     new_tokens = max(tables.sample.max_new_tokens, tables.eval.max_new_tokens)
     prompt = max(1, counts.longest_tokens - counts.answer_tokens)
-    share = min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    share = plan.worker_gpus * plan.gpu_bytes
     return generation_memory(plan.shape, tables.generation, share, prompt, new_tokens)
 
 
@@ -95,7 +95,7 @@ def generation_fits(plan: Plan) -> bool:
     """Return whether all workers find a GPU, or a part, that they fit."""
     workers = max(1, plan.tables.generation.workers)
     enough = workers * plan.worker_gpus <= plan.options.gpus
-    share = min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    share = plan.worker_gpus * plan.gpu_bytes
     return enough and worker_memory(plan).total_bytes <= share + 1  # a byte for rounding
 
 
@@ -220,7 +220,7 @@ def complaint(plan: Plan) -> str | None:
 
 def _generation_complaint(plan: Plan) -> str:
     generation = plan.tables.generation
-    workers, share = max(1, generation.workers), min(1.0, plan.worker_gpus) * plan.gpu_bytes
+    workers, share = max(1, generation.workers), plan.worker_gpus * plan.gpu_bytes
     needs = (
         f"a generation worker needs {worker_memory(plan).total_bytes / GB:.1f} GB of the {share / GB:.1f} that it has"
     )
@@ -233,7 +233,7 @@ def _generation_complaint(plan: Plan) -> str:
 
 
 def generation_changes(plan: Plan) -> Iterator[Changes]:
-    """Yield what is tried for the workers: as many as there are GPUs for, smaller batches, a whole GPU each."""
+    """Yield what is tried for the workers: no more than GPUs, smaller batches, a whole GPU each, several each."""
     generation, counts = plan.tables.generation, plan.counts
     most = int(plan.options.gpus / plan.worker_gpus)
     fewer: Changes = {"generation.workers": most} if 0 < most < generation.workers else {}
@@ -245,3 +245,7 @@ def generation_changes(plan: Plan) -> Iterator[Changes]:
     if plan.worker_gpus < 1:
         workers = min(max(1, generation.workers), plan.options.gpus)
         yield {"generation.gpus_per_worker": 1.0, "generation.workers": workers}
+    for gpus in (2, 4, 8):
+        if plan.worker_gpus < gpus <= plan.options.gpus:
+            workers = min(max(1, generation.workers), plan.options.gpus // gpus)
+            yield {"generation.gpus_per_worker": float(gpus), "generation.workers": workers}

@@ -71,6 +71,7 @@ class _SlotLayer(DynamicLayer):
         """Append rows: copies of prefilled prompts, aligned at the right."""
         extent, width = self.extent, prefilled.keys.shape[2]
         rows, columns = slice(extent.rows, extent.rows + len(source_R)), slice(extent.high - width, extent.high)
+        source_R = source_R.to(self.keys.device)  # a layer may lie on another GPU than the first
         self.keys[rows, :, columns] = prefilled.keys[source_R]
         self.values[rows, :, columns] = prefilled.values[source_R]
 

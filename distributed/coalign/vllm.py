@@ -31,6 +31,7 @@ Ids = tuple[int, ...]
 # Set where the user has not: the engine runs in this process, so that what is batched together doesn't depend on when a
 # message arrives; nothing is reported to anybody; what vLLM says while it starts is not our log.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a model on several GPUs: a fork would share CUDA's state
 MAX_STEP_TOKENS = 16384  # tokens of one pass: more makes no GPU faster and takes memory from the cache
 MAX_ROWS = 256  # rows of one pass
 GPU_SHARE = 0.9  # of what a worker has of its GPU; log-probs of prompts come on top of what vLLM counts
@@ -77,7 +78,12 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
     }
     if device.type == "cuda":
         part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
-        return options | {"gpu_memory_utilization": round(GPU_SHARE * part, 4)}
+        options["gpu_memory_utilization"] = round(GPU_SHARE * part, 4)
+        if (
+            generation.gpus_per_worker > 1
+        ):  # vLLM's own processes, not Ray's, which would ask the cluster for GPUs again
+            options |= {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
+        return options
     num_blocks = math.ceil(max(generation.batch_tokens, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return options | {
         "gpu_memory_utilization": round(CPU_SHARE / max(1, generation.workers), 4),

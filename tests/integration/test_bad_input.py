@@ -927,11 +927,13 @@ def test_full_object_store_stops_the_step_and_it_resumes(
     def get(reference: Any) -> Any:
         if reference[0] == 2:
             raise raised
-        return ("host", 1), [json.loads(row) for row in reference[1]]
+        return [json.loads(row) for row in reference[1]]
 
     actor = SimpleNamespace(run=SimpleNamespace(remote=submit))
-    fake_ray = SimpleNamespace(exceptions=ray.exceptions, get=get, wait=lambda refs, num_returns: (refs[:1], refs[1:]))
-    pool = SimpleNamespace(calls=0, seen=set(), actors=[actor], ray=fake_ray)
+    member = SimpleNamespace(actor=actor, place="here", in_flight=0)
+    wait = lambda refs, num_returns, timeout: (refs[:1], refs[1:])  # noqa: E731
+    fake_ray = SimpleNamespace(exceptions=ray.exceptions, get=get, wait=wait)
+    pool = SimpleNamespace(calls=0, members=[member], ray=fake_ray, require_shared=lambda folder: None)
     run.remove("sample")
     with monkeypatch.context() as patch:
         patch.setattr("coalign.pool._pool", lambda _: pool)
@@ -952,7 +954,7 @@ def test_more_gpus_than_the_cluster_has(run: World) -> None:
     run.remove("sample")
     command = recipe_command("sample", "config.toml", "generation.workers=1", "generation.gpus_per_worker=99")
     outcome = run_command(command)
-    says = ("generation.workers=1 x gpus_per_worker=99 asks for 99 GPUs, the cluster has", "fewer GPUs a worker")
+    says = ("generation.workers=1 x gpus_per_worker=99 asks for 99 GPUs, the cluster has", "use fewer GPUs each")
     assert_one_clear_line(outcome, says)
 
 

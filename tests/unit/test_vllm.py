@@ -15,7 +15,7 @@ from coalign import commandline, vllm, workers
 from coalign.config import GenerationTable, ModelTable
 from coalign.decoding import Sampling
 from coalign.errors import UserError
-from coalign.pool import _place
+from coalign.placement import Node, asked_workers
 
 BASE = str(Path(__file__).resolve().parents[2] / "examples" / "phrasebook" / "base")
 SETTINGS = GenerationTable(engine="vllm", workers=0)
@@ -181,16 +181,19 @@ def test_memory_is_that_of_the_workers_share(monkeypatch: pytest.MonkeyPatch) ->
     whole, half = options(batch_tokens=65536), options(gpus_per_worker=0.5)
     assert (whole["gpu_memory_utilization"], half["gpu_memory_utilization"]) == (0.9, 0.45)
     assert whole["dtype"] == "bfloat16" and whole["max_num_batched_tokens"] == vllm.MAX_STEP_TOKENS
+    several = options(gpus_per_worker=2.0)
+    assert (several["tensor_parallel_size"], several["gpu_memory_utilization"]) == (2, 0.9)
+    assert "tensor_parallel_size" not in whole
     assert not {"num_gpu_blocks_override", "enforce_eager", "block_size"} & set(whole)
 
 
 def test_workers_that_would_share_a_gpu_unasked_are_refused() -> None:
-    have = {"GPU": 1.0, "CPU": 8.0}
+    one, none = Node("a", "alpha", 8, 1, 8, 1), Node("b", "beta", 8, 0, 8, 0)
     with pytest.raises(UserError, match=r"generation\.workers=1, or say generation\.gpus_per_worker=0\.5"):
-        _place(have, GenerationTable(engine="vllm", workers=2))
-    assert _place(have, GenerationTable(engine="vllm", workers=2, gpus_per_worker=0.5))["num_gpus"] == 0.5
-    assert _place(have, GenerationTable(engine="vllm", workers=1))["num_gpus"] == 1.0
-    assert _place({"CPU": 8.0}, GenerationTable(engine="vllm", workers=2))["num_gpus"] == 0.0
+        asked_workers([one], GenerationTable(engine="vllm", workers=2))
+    assert asked_workers([one], GenerationTable(engine="vllm", workers=2, gpus_per_worker=0.5)).gpus == 0.5
+    assert asked_workers([one], GenerationTable(engine="vllm", workers=1)).gpus == 1.0
+    assert asked_workers([none], GenerationTable(engine="vllm", workers=2)).gpus == 0.0
 
 
 def test_a_model_that_vllm_refuses_is_named() -> None:

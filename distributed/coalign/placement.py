@@ -1,0 +1,152 @@
+"""What is asked of a Ray cluster against what its nodes have: whether it can ever fit, what fits now, and the table.
+
+Used by pool and ranks before anything is placed. Pure numbers; knows no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from coalign.config import GenerationTable
+from coalign.errors import UserError
+
+ROUNDING = 1e-6  # Ray counts in ten-thousandths
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A living node: what it has in all, and what nobody holds now."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+    free_cpus: float
+    free_gpus: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """So many processes, each with its CPUs and GPUs on one node: what they are called, and which setting asks."""
+
+    what: str
+    setting: str
+    count: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        each = f"{self.gpus:g} GPU and " if self.gpus else ""
+        return f"{self.count} {self.what}, each with {each}{self.cpus:g} CPU on one node"
+
+
+def room_on(node: Node, asked: Asked, free: bool) -> int:
+    """Return how many of the processes fit a node: of what is free now, or of all that it has."""
+    cpus, gpus = (node.free_cpus, node.free_gpus) if free else (node.cpus, node.gpus)
+    by_cpu = math.floor(cpus / asked.cpus + ROUNDING) if asked.cpus else asked.count
+    if not asked.gpus:
+        return by_cpu
+    if asked.gpus >= 1:
+        return min(by_cpu, math.floor(gpus / asked.gpus + ROUNDING))
+    whole = math.floor(gpus + ROUNDING)  # a part lies on one GPU, never on two
+    parts = whole * math.floor(1 / asked.gpus + ROUNDING) + math.floor((gpus - whole) / asked.gpus + ROUNDING)
+    return min(by_cpu, parts)
+
+
+def fill(nodes: Sequence[Node], asked: Asked, free: bool) -> dict[str, int]:
+    """Return {node id: processes} on as few nodes as possible, roomiest first; fewer in all where not all fit."""
+    left, placed = asked.count, {}
+    for node in sorted(nodes, key=lambda node: (-room_on(node, asked, free), node.name)):
+        if count := min(left, room_on(node, asked, free)):
+            placed[node.id] = count
+            left -= count
+    return placed
+
+
+def table_lines(nodes: Sequence[Node], asked: Asked) -> list[str]:
+    """Return the table asked / free, a line a node."""
+    rows = [("node", "GPU free of all", "CPU free of all", "room now", "room in all")]
+    for node in sorted(nodes, key=lambda node: node.name):
+        gpus, cpus = f"{node.free_gpus:g} of {node.gpus:g}", f"{node.free_cpus:g} of {node.cpus:g}"
+        rows.append((node.name, gpus, cpus, str(room_on(node, asked, True)), str(room_on(node, asked, False))))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [f"asked: {asked} ({asked.setting})", *lines]
+
+
+def complaint(nodes: Sequence[Node], asked: Asked) -> str:
+    """Return why a request can never be met by these nodes, with a way out; nothing when it can."""
+    room = sum(room_on(node, asked, False) for node in nodes)
+    if room >= asked.count:
+        return ""
+    have_gpus, have_cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    short, need, have = ("GPUs", asked.gpus * asked.count, have_gpus)
+    if need <= have and asked.cpus * asked.count > have_cpus:
+        short, need, have = ("CPUs", asked.cpus * asked.count, have_cpus)
+    largest = max((node.gpus if short == "GPUs" else node.cpus for node in nodes), default=0)
+    where = f" on {len(nodes)} nodes with at most {largest:g}" if len(nodes) > 1 else ""
+    way = f"use {room} {asked.what} or fewer" if room else f"use fewer {short} each"
+    return f"{asked.setting} asks for {need:g} {short}, the cluster has {have:g}{where}; {way}, or start more nodes"
+
+
+def waiting_words(nodes: Sequence[Node], asked: Asked, missing: int) -> str:
+    """Return what is waited for, and what is free meanwhile."""
+    shown = []
+    for node in sorted(nodes, key=lambda node: node.name)[:8]:
+        gpus = f"{node.free_gpus:g} of {node.gpus:g} GPU, " if asked.gpus else ""
+        shown.append(f"{node.name} {gpus}{node.free_cpus:g} of {node.cpus:g} CPU")
+    more = f" and {len(nodes) - 8} more nodes" if len(nodes) > 8 else ""
+    each = f"{asked.gpus:g} GPU and " if asked.gpus else ""
+    return f"waiting for {missing} of {asked.count} {asked.what} ({each}{asked.cpus:g} CPU each); free: " + (
+        "; ".join(shown) + more
+    )
+
+
+def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Asked:
+    """Return what [generation] asks for; where the GPUs are left to us, one a worker or an equal share of too few.
+
+    Raises UserError where vLLM would have to share a GPU without knowing its part.
+    """
+    workers, gpus = settings.workers, settings.gpus_per_worker
+    setting = f"generation.workers={workers}"
+    if gpus < 0:
+        have = sum(node.gpus for node in nodes)
+        gpus = share_of_gpus(nodes, workers)
+        if settings.engine == "vllm" and 0 < gpus < 1:  # each takes its part of the memory at once, so must know it
+            raise UserError(
+                f'generation.workers={workers} would share {have:g} GPU; with generation.engine="vllm" use'
+                f" generation.workers={math.floor(have)}, or say generation.gpus_per_worker={gpus:g}"
+            )
+    else:
+        setting += f" x gpus_per_worker={gpus:g}"
+    return Asked("workers", setting, workers, 1.0, gpus)
+
+
+def share_of_gpus(nodes: Sequence[Node], workers: int) -> float:
+    """Return the GPUs a worker gets when the user leaves it to us: one, or a part of one where there are too few."""
+    whole = sum(math.floor(node.gpus) for node in nodes)
+    if whole < 1:
+        return 0.0
+    return 1.0 if whole >= workers else math.floor(100 / math.ceil(workers / whole)) / 100
+
+
+def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Asked:
+    """Return what training asks for: a GPU a rank; on a cluster without GPUs CPUs alone.
+
+    Left to us (0), every GPU gets a rank, or every node where there are none.
+    """
+    gpus = sum(math.floor(node.gpus) for node in nodes)
+    count = ranks or gpus or len(nodes)
+    return Asked("ranks", f"train.ray_ranks={ranks or f'0, here {count}'}", count, cpus_per_rank, 1.0 if gpus else 0.0)
+
+
+def spread(nodes: Sequence[Node], asked: Asked, automatic: bool, free: bool) -> dict[str, int]:
+    """Return {node id: ranks}, {} where they don't all fit: one a node where that was left to us on CPUs."""
+    if automatic and not asked.gpus:
+        placed = {node.id: 1 for node in nodes if room_on(node, asked, free)}
+    else:
+        placed = fill(nodes, asked, free)
+    return placed if sum(placed.values()) == asked.count else {}

@@ -1,0 +1,69 @@
+"""The eight steps in order on a Ray cluster, which places the training ranks as well as the workers.
+
+Submit it:  ray job submit --runtime-env configs/ray_job.yaml -- python launch/ray_job.py CONFIG.toml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from coalign.artifacts import TRAINING_STEPS, RunFolder, read_manifest
+from coalign.cluster import Cluster
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, Config
+from coalign.errors import UserError
+from coalign.pool import require_workers
+from coalign.process import run_command, run_step, set_up_logging
+from coalign.ranks import Request, require_ranks, run_ranks
+
+
+def main(argv: list[str]) -> None:
+    """Run every step that is not complete; leave with the exit code of the first that fails."""
+    config = parse_command_line("ray_job", argv)
+    set_up_logging(config.log.level)
+    address = config.generation.ray_address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise UserError(
+            "no Ray cluster is named; submit this with ray job submit (docs/running.md), or set RAY_ADDRESS or"
+            " generation.ray_address; without a cluster use launch/local.sh"
+        )
+    os.environ["RAY_ADDRESS"] = address  # for the steps
+    steps = [step for step in STEP_TABLES if step not in config.run.inputs]
+    folders = {step: RunFolder(config.run, []).step(step) for step in steps}
+
+    cluster = Cluster(address, 0)
+    cluster.require_shared(Path(config.run.folder))
+    left = {step for step in steps if read_manifest(folders[step]) is None}
+    if left.intersection(TRAINING_STEPS):
+        require_ranks(cluster, _request("align", argv, config))
+    if left and config.generation.workers:
+        require_workers(cluster, config.generation)
+    for step in steps:
+        print(f"== {step}", flush=True)
+        started = time.monotonic()
+        if step in TRAINING_STEPS and read_manifest(folders[step]) is None:
+            code = run_ranks(cluster, _request(step, argv, config), step)
+        else:  # a complete step says so itself, or why it is stale
+            code = run_command([sys.executable, _script(step), *argv])
+        if code:
+            print(f"ray_job: the step {step} failed (exit code {code}); mend it and submit the same again", flush=True)
+            raise SystemExit(code if code > 0 else 128 - code)
+        print(f"== {step} done in {time.monotonic() - started:.0f} s", flush=True)
+    cluster.close()
+
+
+def _script(step: str) -> str:
+    return os.path.relpath(Path(__file__).with_name(f"{step}.py"))
+
+
+def _request(step: str, argv: list[str], config: Config) -> Request:
+    train, generation = config.train, config.generation
+    command = (_script(step), *argv)
+    return Request(command, train.ray_ranks, train.ray_cpus_per_rank, generation.ray_wait_seconds, generation.ray_grows)
+
+
+if __name__ == "__main__":
+    run_step(main)
