@@ -23,24 +23,24 @@ LAUNCH = ROOT / "launch"
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
-    ("training", "engine", "pool"),
+    ("training", "engine", "pool", "ray_node"),
     ("items", "cluster", "workers"),
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
     ("batching", "decoding"),
-    ("encoding", "attention", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
+    ("encoding", "attention", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting"),
     ("comparison",),
     ("page",),
     ("figures", "inputs", "sizing"),
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),
-    ("scoring", "machine"),
+    ("scoring", "machine", "allocation", "submission"),
     ("filtering", "judging", "ranking", "evaluation", "metrics", "arms", "workload", "generation_memory"),
     ("prompts", "wordings", "instances", "intervals", "calibration", "memory", "counting"),
     ("artifacts", "commandline", "shapes"),
     ("config", "records", "process"),
-    ("text", "errors"),
+    ("text", "errors", "tables"),
 )
 ENGINES = {
     "ray": "cluster",
