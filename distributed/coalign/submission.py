@@ -125,8 +125,8 @@ def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
     seconds = parse_seconds(limit) if limit else None
     if seconds is not None and seconds < 2 * table.warn_seconds:
         raise UserError(
-            f"a time limit of {limit} is too short: a job is told to save and stop {table.warn_seconds} s before its end"
-            f" (slurm.warn_seconds); give at least {2 * table.warn_seconds // 60 + 1} minutes"
+            f"a time limit of {limit} is too short: a job is told to save and stop {table.warn_seconds} s before"
+            f" its end (slurm.warn_seconds); give at least {2 * table.warn_seconds // 60 + 1} minutes"
         )
 
 

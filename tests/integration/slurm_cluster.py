@@ -1,4 +1,4 @@
-"""A real Slurm cluster for tests, on one machine: nodes are namespaces with their own network, host name, PIDs and /tmp.
+"""A real Slurm cluster for tests, on one machine: nodes are namespaces with own network, host name, PIDs and /tmp.
 
 A process of its own holds it. When the test session ends, in whatever way, the pipe to the holder ends, and it ends the
 daemons and removes namespaces. A holder that is killed takes the daemons with it; the next one removes the rest.
