@@ -128,10 +128,17 @@ end_job() {
     exit "$code"
 }
 
+# srun hands USR2 to its tasks, once they have been started; TERM would kill Ray's keepers before they have cleaned up.
 end_ray() {
     [ -n "$ray" ] || return 0
-    kill -USR2 "$ray" 2>/dev/null # what srun hands on; TERM would kill Ray's keepers before they have cleaned up
-    while kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
+    local tries
+    for tries in {1..200}; do
+        [ $((tries % 10)) -ne 1 ] || kill -USR2 "$ray" 2>/dev/null
+        kill -0 "$ray" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -TERM "$ray" 2>/dev/null
+    wait "$ray"
     ray=""
 }
 

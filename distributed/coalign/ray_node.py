@@ -49,12 +49,12 @@ def main() -> int:
     except _JobIsOverError:
         return 0
     finally:
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
         remove_cluster(folder)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(other, signal.SIG_IGN)  # they may come several times
     raise _JobIsOverError
 
 
