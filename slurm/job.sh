@@ -44,15 +44,15 @@ begin_job() {
     export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
     unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
     export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
-    export TMPDIR="$COALIGN_TMP.batch"
-    mkdir -p -m 700 "$TMPDIR" && mkdir -p logs || fail "no temporary folder or no logs/ can be made in $PWD"
+    unset TMPDIR # srun's tasks would make it anew on every node
+    mkdir -p -m 700 "$COALIGN_TMP.batch" && mkdir -p logs || fail "no temporary folder or no logs/ can be made in $PWD"
     preflight
 }
 
 preflight() {
     local found run
     each_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1)
-    found="$(timeout --kill-after=10 "$COALIGN_START_SECONDS" env TMPDIR=/tmp "${each_node[@]}" \
+    found="$(timeout --kill-after=10 "$COALIGN_START_SECONDS" "${each_node[@]}" \
         "${python[@]}" "$root/launch/preflight.py" "$step" "${words[@]}")"
     code=$?
     [ -z "$stopping" ] || code=1
@@ -76,9 +76,13 @@ pass_on() {
 }
 
 run() {
-    work_is_srun=no
-    [ "$1" != srun ] || work_is_srun=yes
-    "$@" &
+    if [ "$1" = srun ]; then
+        work_is_srun=yes
+        "$@" &
+    else
+        work_is_srun=no
+        TMPDIR="$COALIGN_TMP.batch" "$@" &
+    fi
     work=$!
     [ -z "$stopping" ] || pass_on "$stopping" # which came a moment before
     while kill -0 "$work" 2>/dev/null; do # a signal interrupts wait
@@ -107,8 +111,10 @@ lost_nodes() {
 queue_again() {
     echo "== $step, job $job is queued again: $1"
     end_ray
-    scontrol requeue "$job" || fail "Slurm refuses to queue job $job again; submit the step anew and it goes on"
-    exit 0 # says nothing any more
+    scontrol requeue "$job"
+    # Slurm ends this script, and often scontrol too; only what scontrol itself reports is a refusal.
+    [ $? -ne 1 ] || fail "Slurm does not queue job $job again; submit the step anew and it goes on"
+    exit 0
 }
 
 end_job() {
@@ -145,5 +151,5 @@ end_ray() {
 leave() {
     trap '' USR1 TERM
     end_ray
-    rm -rf "${TMPDIR:?}"
+    rm -rf "$COALIGN_TMP.batch"
 }
