@@ -193,7 +193,7 @@ def test_gpus_and_disk_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="n1 has 2 GPUs for this job, sft needs 4"):
         allocation.check_gpus("n1", 2, 4, "sft")
     allocation.check_disk("n1", tmp_path, 0)
-    with pytest.raises(UserError, match=r"on n1: .* slurm.free_gib"):
+    with pytest.raises(UserError, match=r"on n1: .*slurm.free_gib"):
         allocation.check_disk("n1", tmp_path, 10**6)
 
 
