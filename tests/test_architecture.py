@@ -23,13 +23,13 @@ LAUNCH = ROOT / "launch"
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
-    ("training", "engine", "pool", "ranks"),
+    ("training", "engine", "pool", "ranks", "ray_node"),
     ("postmortem",),
     ("items", "cluster", "workers"),
     ("generation", "vllm", "objectives"),
     ("likelihoods",),
     ("batching", "decoding"),
-    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
+    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting"),
     ("attention",),
     ("comparison",),
     ("page",),
@@ -37,12 +37,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),
-    ("scoring", "machine", "placement"),
+    ("scoring", "machine", "placement", "allocation", "submission"),
     ("filtering", "judging", "ranking", "evaluation", "metrics", "arms", "workload", "generation_memory"),
     ("prompts", "wordings", "instances", "intervals", "calibration", "memory", "counting"),
     ("artifacts", "commandline", "shapes"),
     ("config", "records", "process"),
-    ("text", "errors"),
+    ("text", "errors", "tables"),
 )
 ENGINES = {
     "ray": "cluster",

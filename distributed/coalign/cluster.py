@@ -14,6 +14,7 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from coalign.allocation import node_names, start_seconds, wait_for
 from coalign.errors import UserError
 from coalign.placement import Node
 
@@ -45,13 +47,28 @@ class Cluster:
         try:
             self.address = _address_of(self._holder) if self._holder else address
             self.ray = import_ray()
-            try:
-                self.ray.init(address=self.address, **QUIET)
-            except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
-                raise UserError(f"Ray can't be reached at {self.address}: {_first_sentences(error)}") from error
+            nodes = node_names() if self.address == os.environ.get("RAY_ADDRESS") else []
+            self._connect(start_seconds() if nodes else 0.0)
+            wait_for(nodes, lambda: _nodes_there(self.ray, nodes), "the Ray cluster of this job")
         except BaseException:
             self._end_holder()
             raise
+
+    def _connect(self, patience: float) -> None:
+        """Connect; a cluster that starts at the same time may take so many seconds."""
+        deadline = time.monotonic() + patience
+        host, _, port = self.address.rpartition(":")
+        while True:
+            try:
+                if patience:  # Ray itself gives up in a rough way where nobody listens yet
+                    socket.create_connection((host, int(port)), timeout=5.0).close()
+                self.ray.init(address=self.address, **QUIET)
+                return
+            except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
+                if time.monotonic() > deadline or type(error).__name__ == "AuthenticationError":
+                    raise UserError(f"Ray can't be reached at {self.address}: {_first_sentences(error)}") from error
+            self.ray.shutdown()
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Disconnect; a private cluster ends."""
@@ -129,6 +146,16 @@ class Cluster:
             self._holder.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._holder.wait(2 * END_SECONDS)
+
+
+def node_resource(name: str) -> str:
+    """Return the Ray resource by which the node of a Slurm job is known."""
+    return f"coalign:{name}"
+
+
+def _nodes_there(ray: Any, names: list[str]) -> set[str]:
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {name for name in names if any(node_resource(name) in resources for resources in have)}
 
 
 def _read(path: str) -> str:

@@ -10,27 +10,13 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.config import JsonDict
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+from coalign.tables import NonNegative, Positive, Share, SlurmTable
+from coalign.tables import Table as Table
+from coalign.tables import key as _field
+
 VLLM_MAX_TEMPERATURE = 2.0
-
-
-def _field(default: Any, description: str, *, neutral: bool = False) -> Any:
-    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale."""
-    extra: JsonDict | None = {"neutral": True} if neutral else None
-    if isinstance(default, dict | list):
-        return Field(default_factory=lambda: default.copy(), description=description, json_schema_extra=extra)
-    return Field(default, description=description, json_schema_extra=extra)
-
-
-class Table(BaseModel):
-    """A TOML table."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunTable(Table):
@@ -411,6 +397,7 @@ class Config(Table):
     align: AlignTable = Field(default_factory=AlignTable)
     eval: EvalTable = Field(default_factory=EvalTable)
     log: LogTable = Field(default_factory=LogTable)
+    slurm: SlurmTable = Field(default_factory=SlurmTable)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -32,6 +32,7 @@ from coalign.config import ModelTable, TrainTable
 from coalign.encoding import Codec
 from coalign.errors import UserError
 from coalign.logprobs import evaluation_mode, to_device, token_logps
+from coalign.meeting import meet
 from coalign.models import attach_lora, export_model, load_model, merge_lora, pick_device, pick_dtype
 from coalign.process import local_rank, rank, world_size
 from coalign.tokens import as_rows
@@ -69,12 +70,11 @@ def init_ranks() -> torch.device:
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(hours=RANK_ZERO_HOURS),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(hours=RANK_ZERO_HOURS)
+    if world_size() > 1:
+        meet(backend, device, timeout)
+    deepspeed.init_distributed(backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return device
 
 

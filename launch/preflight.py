@@ -1,0 +1,51 @@
+"""Check a node of a Slurm job before the work begins; slurm/job.sh runs this on every node at once.
+
+The first node notes the start of the job as well, and prints the run's folder, a free port and its own address.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from coalign import allocation
+from coalign.artifacts import RunFolder
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES
+from coalign.errors import UserError
+from coalign.process import run_step
+from coalign.submission import GENERATING, TRAINING
+
+USAGE = "usage: python launch/preflight.py STEP [CONFIG.toml] [key=value ...]   # in a Slurm job, see slurm/job.sh"
+
+
+def main(argv: list[str]) -> None:
+    """Check this node; the error names it."""
+    if {"-h", "--help"} & {*argv}:
+        print(USAGE)
+        return
+    step, *words = argv or [""]
+    if step not in STEP_TABLES:
+        raise UserError(f"{step or 'nothing'} is no step; the steps are {', '.join(STEP_TABLES)}. {USAGE}")
+    config = parse_command_line(step, words)
+    host, is_first = socket.gethostname(), os.environ.get("SLURM_NODEID", "0") == "0"
+    job, restarts = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    run = RunFolder(config.run, words)
+    allocation.check_shared(host, run.path, f"{job}-{restarts}", is_first)
+    allocation.check_disk(host, run.path, config.slurm.free_gib)
+    gpus, nodes = allocation.count_gpus(), allocation.node_names()
+    if step in TRAINING and (config.slurm.gpus_per_node or gpus):
+        ranks = int(os.environ.get("COALIGN_RANKS_PER_NODE", "1"))
+        allocation.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
+    if step in GENERATING and config.generation.workers and config.slurm.gpus_per_node:
+        allocation.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
+    if not is_first:
+        return
+    folder = Path(config.eval.folder) if step == "eval" and config.eval.folder else run.step(step)
+    allocation.count_start(folder, job, restarts)
+    print(allocation.free_port(job), allocation.own_address(nodes), run.path.resolve())
+
+
+if __name__ == "__main__":
+    run_step(main)

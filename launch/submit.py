@@ -1,0 +1,79 @@
+"""Queue the steps of a pipeline that are missing, each after the one before it; slurm/pipeline.sh calls this."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from coalign import submission
+from coalign.artifacts import RunFolder, read_manifest
+from coalign.commandline import parse_command_line
+from coalign.config import STEP_TABLES, Config
+from coalign.process import run_step
+
+ROOT = Path(__file__).resolve().parents[1]
+USAGE = """usage: slurm/pipeline.sh [CONFIG.toml] [key=value ...] [--only STEP] [--dry-run] [flags of sbatch]
+
+Queues prepare, paraphrase, sft, sample, judge, rank, align and eval, each to start when the one before it has
+succeeded. A step that is complete or in the queue already is passed over, so the same command goes on after a failure.
+A step that fails cancels those that wait for it.
+
+What each job asks for comes from the table [slurm] of the config (configs/default.toml explains every key). Other words
+that begin with -- are given to sbatch as they stand, for every job, and win: --partition=long --account=me.
+
+  --only STEP   queue this step alone
+  --dry-run     print sbatch's commands and queue nothing"""
+
+
+def main(argv: list[str]) -> None:
+    """Plan, submit what is missing, and say how to follow it."""
+    if {"-h", "--help"} & {*argv}:
+        print(USAGE)
+        return
+    request = submission.read_words(argv, [*STEP_TABLES])
+    config = parse_command_line("pipeline", [*request.words])
+    table, generation = config.slurm, config.generation
+    submission.check_resources(table, generation.workers, generation.gpus_per_worker)
+    submission.check_time(table, [*table.options, *request.flags])
+    steps = [step for step in find_steps(config) if request.only in ("", step.name)]
+
+    def command_of(step: submission.Step, after: str) -> list[str]:
+        flags = [*submission.resource_flags(table, step.name, step.script), *request.flags]
+        return submission.make_command(ROOT, config.run.name, step, flags, request.words, after)
+
+    complete = [step.name for step in steps if read_manifest(step.folder) is not None]
+    if request.dry_run:
+        missing = [step for step in steps if step.name not in complete]
+        for before, step in zip([None, *missing], missing, strict=False):
+            print(shlex.join(command_of(step, f"JOB_{before.name}" if before else "")))
+        return
+    missing, queued, orphans = submission.plan(steps, complete, submission.queued_jobs())
+    for job in orphans:
+        submission.call(["scancel", job.number])
+        print(f"cancelled job {job.number} of {job.folder}: what it waited for is gone")
+    Path("logs").mkdir(exist_ok=True)  # or sbatch's jobs would fail without a word
+    running = {name: job.number for name, job in queued.items()}
+    submitted = submission.submit(missing, running, command_of, submission.job_environment(table, ROOT))
+    for step in steps:
+        known = {name: f"job {job.number}, {job.state.lower()} already" for name, job in queued.items()}
+        known |= {name: f"job {number}, submitted" for name, number in submitted.items()}
+        print(f"{step.name:<11} {known.get(step.name, 'complete')}")
+    if submitted:
+        name, number = next(iter(submitted.items()))
+        print("\nfollow them: squeue --me")
+        print(f"             tail -F logs/{submission.job_name(config.run.name, name)}-{number}.out")
+        print(f"stop them:   scancel {' '.join(submitted.values())}")
+
+
+def find_steps(config: Config) -> list[submission.Step]:
+    """Return the steps of this run in order, without those that come from another run."""
+    run = RunFolder(config.run, [])
+    folders = {name: run.step(name) for name in STEP_TABLES if name not in config.run.inputs}
+    if config.eval.folder:
+        folders["eval"] = Path(config.eval.folder)
+    workers = config.generation.workers
+    return [submission.Step(name, path, submission.script_of(name, workers)) for name, path in folders.items()]
+
+
+if __name__ == "__main__":
+    run_step(main)

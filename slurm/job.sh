@@ -1,0 +1,155 @@
+# shellcheck shell=bash
+# Sourced by the job scripts in this folder: what a job does before and after its step.
+#
+#     begin_job STEP [CONFIG.toml] [key=value ...]   # environment, temporary folder, preflight on every node
+#     run COMMAND...                                 # the step; a signal to stop reaches it
+#     end_job                                        # exit, or back into the queue
+#
+# begin_job sets step, words, job, attempt, nodes, python, port and address. A step ends with exit code 2 for a mistake
+# of the user's: then the job fails. It is queued again when it was told to stop (USR1 before the time limit, TERM when it
+# is preempted) and when a node of it no longer answers.
+set -uo pipefail
+
+fail() {
+    echo "error: $1" >&2
+    exit "${2:-1}"
+}
+
+stopping="" work="" code=0 ray=""
+
+begin_job() {
+    [ $# -gt 0 ] || fail "no step was named; usage: slurm/$(basename "$0") STEP [CONFIG.toml] [key=value ...]" 2
+    step="$1" words=("${@:2}") job="$SLURM_JOB_ID" attempt="${SLURM_RESTART_COUNT:-0}"
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
+    trap 'stop USR1' USR1
+    trap 'stop TERM' TERM
+    trap leave EXIT
+
+    for module in ${COALIGN_MODULES:-}; do module load "$module" || fail "the module $module can't be loaded" 2; done
+    venv="${COALIGN_VENV:-}"
+    [ -n "$venv" ] || [ -n "${VIRTUAL_ENV:-}" ] || venv="${VENV:-$root/.venv}"
+    if [ -x "$venv/bin/python" ]; then
+        export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+    elif [ -n "${COALIGN_VENV:-}" ]; then
+        fail "${nodes[0]} sees no $venv/bin/python; set slurm.venv to an environment that every node sees" 2
+    fi
+    read -ra python <<<"${COALIGN_CONTAINER:-} python"
+
+    # Since 22.05 srun no longer takes this from the job. Ranks are dealt out a node after another.
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block
+    export COALIGN_NODES="${nodes[*]}" COALIGN_START_SECONDS="${COALIGN_START_SECONDS:-300}"
+    export COALIGN_RANKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-${SLURM_TASKS_PER_NODE%%[!0-9]*}}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
+    export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
+    unset TMPDIR # srun's tasks would make it anew on every node
+    mkdir -p -m 700 "$COALIGN_TMP.batch" && mkdir -p logs || fail "no temporary folder or no logs/ can be made in $PWD"
+    preflight
+}
+
+preflight() {
+    local found run
+    each_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1)
+    found="$(timeout --kill-after=10 "$COALIGN_START_SECONDS" "${each_node[@]}" \
+        "${python[@]}" "$root/launch/preflight.py" "$step" "${words[@]}")"
+    code=$?
+    [ -z "$stopping" ] || code=1
+    [ "$code" -eq 0 ] || end_job
+    read -r port address run <<<"$(tail -n 1 <<<"$found")"
+    rm -f "$run/.seen-$job-$attempt"
+}
+
+stop() {
+    stopping="$1"
+    [ -z "$work" ] || pass_on "$1"
+}
+
+# Tells the step to stop. srun hands USR1 to its tasks, but on TERM it would kill them; Slurm sends them TERM itself.
+pass_on() {
+    if [ "$work_is_srun" = yes ]; then
+        [ "$1" != USR1 ] || kill -USR1 "$work" 2>/dev/null
+    else
+        kill -TERM "$work" 2>/dev/null
+    fi
+}
+
+run() {
+    if [ "$1" = srun ]; then
+        work_is_srun=yes
+        "$@" &
+    else
+        work_is_srun=no
+        TMPDIR="$COALIGN_TMP.batch" "$@" &
+    fi
+    work=$!
+    [ -z "$stopping" ] || pass_on "$stopping" # which came a moment before
+    while kill -0 "$work" 2>/dev/null; do # a signal interrupts wait
+        wait -n "$work" ${ray:+"$ray"}
+        if [ -n "$ray" ] && ! kill -0 "$ray" 2>/dev/null; then
+            ray=""
+            echo "error: Ray has ended on a node, see logs/ray-$job-*.log; the step is stopped" >&2
+            kill -TERM "$work" 2>/dev/null
+        fi
+    done
+    wait "$work"
+    code=$?
+    work=""
+}
+
+# Names the nodes of this job on which nothing can be started.
+lost_nodes() {
+    local node
+    for node in "${nodes[@]}"; do
+        (timeout --kill-after=5 30 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" true \
+            >/dev/null 2>&1 || echo "$node") &
+    done
+    wait
+}
+
+queue_again() {
+    echo "== $step, job $job is queued again: $1"
+    end_ray
+    scontrol requeue "$job"
+    # Slurm ends this script, and often scontrol too; only what scontrol itself reports is a refusal.
+    [ $? -ne 1 ] || fail "Slurm does not queue job $job again; submit the step anew and it goes on"
+    exit 0
+}
+
+end_job() {
+    local lost
+    case "$code" in
+    0) exit 0 ;;
+    2) exit 2 ;;
+    esac
+    if [ -n "$stopping" ]; then
+        # A job that somebody cancelled is no longer running.
+        [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit "$code"
+        queue_again "told to stop by $stopping"
+    fi
+    lost="$(lost_nodes | sort | paste -sd' ')"
+    [ -z "$lost" ] || queue_again "no answer from $lost"
+    echo "error: the step $step failed (exit code $code)" >&2
+    exit "$code"
+}
+
+# srun hands USR2 to its tasks, once they have been started; TERM would kill Ray's keepers before they have cleaned up.
+end_ray() {
+    [ -n "$ray" ] || return 0
+    local tries
+    for tries in {1..200}; do
+        [ $((tries % 10)) -ne 1 ] || kill -USR2 "$ray" 2>/dev/null
+        kill -0 "$ray" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -TERM "$ray" 2>/dev/null
+    wait "$ray"
+    ray=""
+}
+
+leave() {
+    trap '' USR1 TERM
+    end_ray
+    rm -rf "$COALIGN_TMP.batch"
+}
