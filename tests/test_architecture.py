@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("development",),
     ("training", "engine", "pool"),
     ("items", "cluster", "workers"),
-    ("generation", "vllm", "objectives"),
+    ("generation", "vllm", "objectives", "tokens"),
     ("likelihoods",),
     ("batching", "decoding"),
     ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log"),
