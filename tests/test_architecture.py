@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "engine", "pool", "ranks", "ray_node"),
     ("postmortem",),
     ("items", "cluster", "workers"),
-    ("generation", "vllm", "objectives"),
+    ("generation", "vllm", "objectives", "tokens"),
     ("likelihoods",),
     ("batching", "decoding"),
     ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting"),

@@ -16,7 +16,7 @@ from coalign import attention
 from coalign.attention import RowLayout, block_mask, bucket, dense_mask, use_blocks, uses_blocks
 from coalign.batching import Item, collate
 from coalign.config import TrainTable
-from coalign.logprobs import token_logps, widen
+from coalign.logprobs import to_device, token_logps, widen
 from coalign.training import check_packing, check_shared_prefix
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_items
@@ -175,9 +175,9 @@ def long_items(count: int) -> list[Item]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_compiled_blocks_equal_dense_masks_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
-    """Log-probs and gradients, of rows in several widths, with a kernel for each bucket and no more."""
+    """Log-probs and gradients, of rows in several widths; what is allowed is a share of their size."""
     model = gpu_model(dtype)
     attention._compiled.cache_clear()
     torch._dynamo.reset()
@@ -185,21 +185,12 @@ def test_compiled_blocks_equal_dense_masks_on_a_gpu(dtype: torch.dtype, toleranc
         items, found = long_items(count), []
         for by_blocks in (True, False):
             use_blocks(model) if by_blocks else attention.use_dense(model)
-            batch = collate(items, 0, True, [count])
-            batch = dataclasses.replace(
-                batch,
-                **{
-                    field.name: value.to("cuda")
-                    for field in dataclasses.fields(batch)
-                    if hasattr(value := getattr(batch, field.name), "to")
-                },
-            )
+            batch = to_device(collate(items, 0, True, [count]), torch.device("cuda"))
             model.zero_grad()
             logp_N = token_logps(model, batch)
             logp_N.mean().backward()
             found.append((logp_N.detach(), [p.grad.clone() for p in model.parameters()]))
-        assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=tolerance)
-        for a, b in zip(found[0][1], found[1][1], strict=True):
+        for a, b in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
             assert float((a - b).abs().max()) <= tolerance * (1 + float(b.abs().max()))
 
 
