@@ -89,9 +89,7 @@ def reason_of(error: BaseException) -> str:
         return f"exit code {code[1] or code[2]}"
     if "connection error code" in text:  # all that Ray sees of os._exit, a signal and the kernel's OOM killer alike
         return "it was killed or crashed; Ray does not see its exit code"
-    detail = re.search(
-        r"Worker exit detail: (.*?)(?: There are some potential root causes| Some common causes| The worker|$)", text
-    )
+    detail = re.search(r"Worker exit detail: (.*?)(?: There are some| Some common causes| The worker|$)", text)
     return (detail[1] if detail else re.sub(r"(class_name|actor_id|namespace|name): \S+ ?", "", text))[:300]
 
 

@@ -10,8 +10,8 @@ from coalign.postmortem import exit_words, read_end, reason_of
 
 # As Ray 2.60 words it, for os._exit and SIGKILL alike.
 DEAD = (
-    "The actor died unexpectedly before finishing this task.\n\tclass_name: _Actor\n\tactor_id: c46a98\n\tpid: 25381\n\t"
-    "namespace: e4256e6e\n\tip: 127.0.0.1\nThe actor is dead because its worker process has died. Worker exit type:"
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: _Actor\n\tactor_id: c46a98\n\tpid: 25381"
+    "\n\tnamespace: e4256e6e\n\tip: 127.0.0.1\nThe actor is dead because its worker process has died. Worker exit type:"
     " SYSTEM_ERROR Worker exit detail: {} Some common causes include: (1) the process was killed by the OOM killer"
 )
 
