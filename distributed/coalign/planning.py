@@ -229,7 +229,8 @@ def _generation_complaint(plan: Plan) -> str:
     for change in generation_changes(plan):
         if generation_fits(changed(plan, change)):
             return f"{needs}; it fits with {words_of(change)}"
-    return f"{needs}, and no setting makes it fit: a worker uses one GPU; use GPUs with more memory (--gpu-memory)"
+    way = "use GPUs with more memory (--gpu-memory)"
+    return f"{needs}, and no setting makes it fit: a worker uses GPUs of one node; {way}"
 
 
 def generation_changes(plan: Plan) -> Iterator[Changes]:

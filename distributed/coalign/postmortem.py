@@ -87,7 +87,9 @@ def reason_of(error: BaseException) -> str:
         return f"out of memory: Ray's memory monitor killed it ({text[:300]})"
     if code := re.search(r"exit code[ :=]+(-?\d+)|exit_code=(-?\d+)", text):
         return f"exit code {code[1] or code[2]}"
-    detail = re.search(r"Worker exit detail: (.*?)(?: There are some potential root causes| The worker|$)", text)
+    if "connection error code" in text:  # all that Ray sees of os._exit, a signal and the kernel's OOM killer alike
+        return "it was killed or crashed; Ray does not see its exit code"
+    detail = re.search(r"Worker exit detail: (.*?)(?: There are some| Some common causes| The worker|$)", text)
     return (detail[1] if detail else re.sub(r"(class_name|actor_id|namespace|name): \S+ ?", "", text))[:300]
 
 

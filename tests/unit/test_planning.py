@@ -301,7 +301,8 @@ def test_generation_that_does_not_fit(tmp_path: Path) -> None:
     said = str(planning.complaint(plan))
     assert "train.gradient_checkpointing=true (" in said and "generation.batch_tokens=65536" in said
     words = "train.zero_stage=3 train.gradient_checkpointing=true"
-    assert "a worker uses one GPU" in str(planning.complaint(plan_of(tmp_path, words, "--shape 70b --gpus 64")))
+    said = str(planning.complaint(plan_of(tmp_path, words, "--shape 70b --gpus 64")))
+    assert "it fits with generation.gpus_per_worker=2.0 generation.workers=2" in said
 
 
 def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:

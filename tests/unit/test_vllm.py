@@ -227,4 +227,5 @@ def test_the_environment_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyP
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "DEBUG",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
