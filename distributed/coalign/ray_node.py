@@ -40,10 +40,10 @@ def main() -> int:
     folder = Path(f"{os.environ['COALIGN_TMP']}.ray")
     try:
         for _ in range(START_ATTEMPTS):
-            started = time.monotonic()
             folder.mkdir(mode=0o700)
             (folder / HOLDER).write_text(str(os.getpid()))
             process = subprocess.Popen(start_command(names, name, folder), stdin=subprocess.DEVNULL)
+            started = time.monotonic()
             print(f"Ray has ended on {name} (exit code {process.wait()})\n{last_words(folder)}", flush=True)
             if time.monotonic() - started > start_seconds():
                 break  # it had been running
