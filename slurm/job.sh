@@ -22,6 +22,7 @@ begin_job() {
     step="$1" words=("${@:2}") job="$SLURM_JOB_ID" attempt="${SLURM_RESTART_COUNT:-0}"
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
+    export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
     trap leave EXIT
@@ -36,14 +37,14 @@ begin_job() {
     fi
     read -ra python <<<"${COALIGN_CONTAINER:-} python"
 
-    # Since 22.05 srun no longer takes this from the job. Ranks are dealt out a node after another.
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block
+    # Since 22.05 srun no longer takes the first from the job. Ranks are dealt out a node after another. A job that was
+    # submitted with --export=NONE would pass on nothing.
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block SLURM_EXPORT_ENV=ALL
     export COALIGN_NODES="${nodes[*]}" COALIGN_START_SECONDS="${COALIGN_START_SECONDS:-300}"
     export COALIGN_RANKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-${SLURM_TASKS_PER_NODE%%[!0-9]*}}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
     export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
     unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
-    export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
     unset TMPDIR # srun's tasks would make it anew on every node
     mkdir -p -m 700 "$COALIGN_TMP.batch" && mkdir -p logs || fail "no temporary folder or no logs/ can be made in $PWD"
     preflight

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from coalign.allocation import count_gpus, free_port, node_names, own_address, start_seconds
-from coalign.cluster import node_resource, remove_cluster
+from coalign.cluster import START_ATTEMPTS, node_resource, remove_cluster
 from coalign.errors import UserError
 
 HOLDER = "holder"  # file in a cluster's folder: the process that keeps it
+LAST_LINES = 40
 FOLDERS = "coalign-job*.ray"  # in /tmp: Ray's sockets have long paths, and all nodes must have the same one
 
 
@@ -38,10 +39,15 @@ def main() -> int:
     remove_leftovers()
     folder = Path(f"{os.environ['COALIGN_TMP']}.ray")
     try:
-        folder.mkdir(mode=0o700)
-        (folder / HOLDER).write_text(str(os.getpid()))
-        process = subprocess.Popen(start_command(names, name, folder), stdin=subprocess.DEVNULL)
-        print(f"Ray has ended on {name} (exit code {process.wait()})", flush=True)
+        for _ in range(START_ATTEMPTS):
+            folder.mkdir(mode=0o700)
+            (folder / HOLDER).write_text(str(os.getpid()))
+            process = subprocess.Popen(start_command(names, name, folder), stdin=subprocess.DEVNULL)
+            started = time.monotonic()
+            print(f"Ray has ended on {name} (exit code {process.wait()})\n{last_words(folder)}", flush=True)
+            if time.monotonic() - started > start_seconds():
+                break  # it had been running
+            remove_cluster(folder)
         return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -75,6 +81,15 @@ def start_command(names: list[str], name: str, folder: Path) -> list[str]:
         return [*command, "--include-dashboard=false", f"--ray-client-server-port={free_port(job, 2)}"]
     wait_for_head(host, int(port), names[0], name)
     return [*command, f"--address={address}", f"--node-ip-address={own_address(names)}"]
+
+
+def last_words(folder: Path) -> str:
+    """Return the end of what Ray's daemons have logged, since its folder goes."""
+    lines = []
+    for path in sorted((folder / "r").glob("session_2*/logs/*")):
+        if path.name.startswith(("raylet.", "gcs_server.")) and path.stat().st_size:
+            lines += [f"-- {path.name}", *path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
+    return "\n".join(lines)
 
 
 def wait_for_head(host: str, port: int, head: str, name: str) -> None:

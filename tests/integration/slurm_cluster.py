@@ -170,7 +170,9 @@ class Holder:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
-        """Start a node: namespaces of its own, in which a shell is process 1, and slurmd in them."""
+        """Start a node, unless it is up: namespaces of its own, in which a shell is process 1, and slurmd in them."""
+        if node in self.processes:
+            return
         tmp = self.root / "tmp" / node
         lines = [f"hostname {node}", f"mount --bind {self.root}/hosts /etc/hosts", "mount -t tmpfs tmpfs /dev/shm"]
         for folder in self.shared:  # those below /tmp are seen in the node's own /tmp as well

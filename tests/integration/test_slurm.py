@@ -91,8 +91,7 @@ def pipeline(slurm: SlurmCluster, shared_folder: Path, tmp_path: Path) -> Iterat
 
     yield make
     for node in NODES:
-        with contextlib.suppress(KeyError):
-            slurm.start_node(node)
+        slurm.start_node(node)
     slurm.run("scancel", "--user", "root")
     wait_until(lambda: not slurm.run("squeue", "-h").stdout, "the queue is empty")
     slurm.wait_for_nodes(*NODES)
@@ -137,7 +136,7 @@ def test_the_jobs_used_both_nodes_and_left_nothing(whole: tuple[Pipeline, dict[s
     for node in NODES:
         log = pipeline.folder / "logs" / f"ray-{jobs['sample']}-{node}.log"
         assert log.exists()
-    assert left_on_nodes(pipeline.cluster) == []
+    assert_nothing_left(pipeline.cluster)
 
 
 def test_a_second_call_submits_nothing(whole: tuple[Pipeline, dict[str, str]]) -> None:
@@ -155,6 +154,13 @@ def left_on_nodes(cluster: SlurmCluster) -> list[str]:
             if process.environ().get("COALIGN_TMP") and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline())[:200])
     return found
+
+
+def assert_nothing_left(cluster: SlurmCluster) -> None:
+    """Wait a little for the last processes to go; fail when some stay."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not left_on_nodes(cluster), "nothing is left", 30)
+    assert left_on_nodes(cluster) == []
 
 
 def test_a_failed_step_cancels_the_rest(pipeline: Callable[[Run], Pipeline], tmp_path: Path) -> None:
@@ -237,7 +243,7 @@ def test_training_goes_on_after_a_signal_and_a_lost_node(
     assert printed.count("resuming after update") == 2
     assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-6)
     assert_same_weights(run.path / "sft" / "model", finished.path / "sft" / "model", 1e-6)
-    assert left_on_nodes(cluster) == []
+    assert_nothing_left(cluster)
 
 
 def tokens_of_ray() -> set[str]:
@@ -272,13 +278,13 @@ def test_generation_survives_scancel_and_a_lost_node(
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700] * 2
     cluster.run("scancel", first)
     cluster.wait_for_nodes(*NODES)
-    wait_until(lambda: not left_on_nodes(cluster), f"left behind: {left_on_nodes(cluster)}", 30)
+    assert_nothing_left(cluster)
 
     second = mine.jobs("--only", "sample")["sample"]
     done = sampled(second, 2)
     tokens |= tokens_of_ray()
     cluster.kill_node("n2")
-    wait_until(lambda: int(cluster.job(second)["Restarts"]) == 1, f"requeued: {mine.printed('sample', second)}", 120)
+    wait_until(lambda: int(cluster.job(second)["Restarts"]) >= 1, f"requeued: {mine.printed('sample', second)}", 120)
     cluster.run("scancel", second)
     wait_until(lambda: not cluster.run("squeue", "-h").stdout, "the queue is empty")
     assert done <= {path.name for path in shards.glob("*.jsonl")}
