@@ -103,7 +103,7 @@ def test_the_whole_pipeline_is_one_job(finished: tuple[Path, str]) -> None:
     manifests = {step: json.loads((folder / step / "manifest.json").read_text("utf-8")) for step in STEPS}
     assert manifests["align"]["counts"]["ranks"] == manifests["sft"]["counts"]["ranks"] == 2
     for name in NAMES:
-        assert sum(f"on {name}" in line and "ranks " in line for line in printed.splitlines()) == 2
+        assert sum(f"on {name}" in line and ": ranks " in line for line in printed.splitlines()) == 2
         workers = [line for line in printed.splitlines() if "a worker has started" in line and f"on {name}" in line]
         assert workers and all(line.endswith("GPU 0,1") for line in workers)
     assert (folder / "eval" / "report.html").exists()
