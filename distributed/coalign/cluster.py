@@ -172,9 +172,11 @@ def one_line(error: BaseException) -> str:
 
 
 def _first_sentences(error: BaseException) -> str:
-    if type(error).__name__ != "AuthenticationError":
-        return one_line(error)
-    return "it refuses this token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what the cluster was started with"
+    """Return what Ray says, which may not tell a refused token from a cluster that isn't there."""
+    token = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what the cluster was started with"
+    if type(error).__name__ == "AuthenticationError":
+        return f"it refuses this token; {token}"
+    return f"{one_line(error)} (where a cluster runs, it may refuse this token: {token})"
 
 
 def import_ray() -> Any:
