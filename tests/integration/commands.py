@@ -114,6 +114,13 @@ class Clusters:
         folders = {Path(name) for name in values["folders"]}
         return cls(set(values["heads"]), folders, set(values["tokens"]), set(values["breaches"]))
 
+    def holders(self) -> set[str]:
+        """Return the process of every holder, which stands in the name of its folders.
+
+        On a machine too busy for Ray a holder tries again, with another head and folder.
+        """
+        return {folder.name.split("-")[2] for folder in self.folders}
+
     def watch(self, command: Command, seconds: float = 2 * LIMIT_SECONDS) -> None:
         """Look at a command's processes until it ends."""
         deadline = time.monotonic() + seconds

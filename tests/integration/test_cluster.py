@@ -13,12 +13,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
 
 def test_one_cluster_serves_all_steps(watched: Watched) -> None:
-    """One head was started, the four steps that generate were connected to it, and its folder is gone."""
+    """One cluster was started, the four steps that generate were connected to it, and its folder is gone."""
     clusters = watched.clusters
-    assert len(clusters.heads) == 1
+    assert clusters.heads and len(clusters.holders()) == 1
     addresses = re.findall(r"2 Ray workers on (\S+),", watched.printed)
     assert len(addresses) == 4 and len(set(addresses)) == 1 and addresses[0].startswith("127.0.0.1:")
-    assert len(clusters.folders) == 1
     assert not any(folder.exists() for folder in clusters.folders)
 
 
@@ -41,7 +40,7 @@ def test_a_failed_step_ends_the_cluster(copy_of: Callable[..., Run]) -> None:
     done = command.wait()
     assert done.returncode == 2
     assert "the step judge failed (exit code 2)" in done.stderr
-    assert len(clusters.heads) == 1 and not any(folder.exists() for folder in clusters.folders)
+    assert len(clusters.holders()) == 1 and not any(folder.exists() for folder in clusters.folders)
 
 
 @pytest.mark.slow
