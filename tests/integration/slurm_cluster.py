@@ -96,7 +96,7 @@ class Holder:
     """Starts the daemons, obeys `kill NODE` and `start NODE` on its input, and takes everything down at its end."""
 
     def __init__(self, root: Path, shared: list[Path]) -> None:
-        self.root, self.shared = root, shared
+        self.root, self.shared = root, [*shared, root]
         self.tag = f"{PREFIX}{os.getpid()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.env = environment(root)

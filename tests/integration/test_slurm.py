@@ -23,7 +23,7 @@ import pytest
 from commands import ROOT, STEPS, Run, assert_same_curve, assert_same_files, assert_same_weights
 from slurm_cluster import NODES, SlurmCluster, missing, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(1800)]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 JOB_SECONDS = 300.0
 PLACE = ["slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_rank=1", "slurm.time=00:30:00", "slurm.free_gib=1"]
@@ -309,7 +309,7 @@ def test_the_cluster_ends_with_a_killed_session(slurm: SlurmCluster, tmp_path: P
     session = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
     assert session.stdout is not None
     namespace = session.stdout.readline().strip()
-    assert Path("/run/netns", namespace).exists()
+    assert namespace and Path("/run/netns", namespace).exists()
     daemons = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     session.send_signal(signal.SIGKILL)
     session.wait()
