@@ -333,6 +333,7 @@ class SlurmCluster:
     def start_now(self, number: str, restarts: int) -> None:
         """Wait until a job was queued again, and lift the two minutes that Slurm then lets pass."""
         wait_until(lambda: self._queued_again(number, restarts), f"job {number} queued again: {self.job(number)}")
+        time.sleep(2.0)  # in the same second the job's new credential would count as revoked
         done = self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
         assert done.returncode == 0, done.stderr
 
