@@ -90,7 +90,7 @@ run() {
         wait -n "$work" ${ray:+"$ray"}
         if [ -n "$ray" ] && ! kill -0 "$ray" 2>/dev/null; then
             ray=""
-            echo "error: Ray has ended on a node, see logs/ray-$job-*.log; the step is stopped" >&2
+            [ -n "$stopping" ] || echo "error: Ray has ended on a node, see logs/ray-$job-*.log; the step is stopped" >&2
             kill -TERM "$work" 2>/dev/null
         fi
     done

@@ -15,6 +15,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has both, without telling mypy
 
 from coalign.allocation import node_names, start_seconds
 from coalign.errors import UserError
@@ -36,16 +37,16 @@ def meet(backend: str, device: torch.device, timeout: datetime.timedelta) -> Non
     store = _open_store()
     hosts = _gather(store)
     dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world_size(), timeout=timeout
+        backend, store=PrefixStore("group", store), rank=rank(), world_size=world_size(), timeout=timeout
     )
     _try_links(hosts, device)
 
 
-def _open_store() -> dist.TCPStore:
+def _open_store() -> TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = datetime.timedelta(seconds=start_seconds())
     try:
-        return dist.TCPStore(address, port, world_size(), rank() == 0, patience, wait_for_workers=False)
+        return TCPStore(address, port, world_size(), rank() == 0, patience, wait_for_workers=False)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -54,7 +55,7 @@ def _open_store() -> dist.TCPStore:
         ) from error
 
 
-def _gather(store: dist.TCPStore) -> list[str]:
+def _gather(store: TCPStore) -> list[str]:
     """Return every rank's host when all have come."""
     store.set(f"host {rank()}", platform.node())
     if rank() == 0:

@@ -96,7 +96,7 @@ class Holder:
     """Starts the daemons, obeys `kill NODE` and `start NODE` on its input, and takes everything down at its end."""
 
     def __init__(self, root: Path, shared: list[Path]) -> None:
-        self.root, self.shared = root, shared
+        self.root, self.shared = root, [*shared, root]
         self.tag = f"{PREFIX}{os.getpid()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.env = environment(root)
@@ -333,6 +333,7 @@ class SlurmCluster:
     def start_now(self, number: str, restarts: int) -> None:
         """Wait until a job was queued again, and lift the two minutes that Slurm then lets pass."""
         wait_until(lambda: self._queued_again(number, restarts), f"job {number} queued again: {self.job(number)}")
+        time.sleep(2.0)  # in the same second the job's new credential would count as revoked
         done = self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
         assert done.returncode == 0, done.stderr
 

@@ -23,7 +23,7 @@ import pytest
 from commands import ROOT, STEPS, Run, assert_same_curve, assert_same_files, assert_same_weights
 from slurm_cluster import NODES, SlurmCluster, missing, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(1800)]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 JOB_SECONDS = 300.0
 PLACE = ["slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_rank=1", "slurm.time=00:30:00", "slurm.free_gib=1"]
@@ -107,9 +107,9 @@ def work_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(slurm: SlurmCluster, shared_folder: Path) -> tuple[Pipeline, dict[str, str]]:
-    """Run all eight steps on two nodes, each with two ranks, and return the jobs."""
+    """Run all eight steps on two nodes of two GPUs, with as many ranks as the local run has, and return the jobs."""
     pipeline = Pipeline(slurm, work_folder(shared_folder / "work"), Run(shared_folder / "whole"))
-    jobs = pipeline.jobs("generation.workers=2")
+    jobs = pipeline.jobs("slurm.ranks_per_node=1", "slurm.cpus_per_rank=2")
     assert list(jobs) == list(STEPS)
     for step, job in jobs.items():
         pipeline.wait(step, job)
@@ -117,12 +117,13 @@ def whole(slurm: SlurmCluster, shared_folder: Path) -> tuple[Pipeline, dict[str,
 
 
 def test_the_pipeline_gives_the_local_result(whole: tuple[Pipeline, dict[str, str]], finished: Run) -> None:
-    """Four ranks on two nodes make the losses of two ranks here, and the metrics follow."""
+    """With as many ranks the losses, the texts and the metrics are those of the local run."""
     run = whole[0].run
-    assert run.manifest("sft")["counts"]["ranks"] == run.manifest("align")["counts"]["ranks"] == 4
-    assert_same_files(run.path / "paraphrase", finished.path / "paraphrase", ["wordings.jsonl"])
-    assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-4)
-    assert_same_curve(run.curve("align"), finished.curve("align"), 1e-4)
+    assert run.manifest("sft")["counts"]["ranks"] == run.manifest("align")["counts"]["ranks"] == 2
+    for step, files in (("paraphrase", "wordings"), ("sample", "responses"), ("rank", "groups"), ("eval", "answers")):
+        assert_same_files(run.path / step, finished.path / step, [f"{files}.jsonl"])
+    for step in ("sft", "align"):
+        assert_same_curve(run.curve(step), finished.curve(step), 1e-6)
     mine, theirs = (json.loads((r.path / "eval/metrics.json").read_text("utf-8"))["models"] for r in (run, finished))
     for model, values in mine.items():
         for metric in ("cr", "mcr", "accuracy", "rouge_l"):
@@ -132,7 +133,7 @@ def test_the_pipeline_gives_the_local_result(whole: tuple[Pipeline, dict[str, st
 def test_the_jobs_used_both_nodes_and_left_nothing(whole: tuple[Pipeline, dict[str, str]]) -> None:
     """Ranks met over both nodes, Ray had a node on each, and no temporary folder or process stays."""
     pipeline, jobs = whole
-    assert "4 ranks on n1, n2" in pipeline.printed("sft", jobs["sft"])
+    assert "2 ranks on n1, n2" in pipeline.printed("sft", jobs["sft"])
     for node in NODES:
         log = pipeline.folder / "logs" / f"ray-{jobs['sample']}-{node}.log"
         assert log.exists()
@@ -208,6 +209,25 @@ def test_a_mistake_is_told_and_nothing_is_queued(
     error = mine.submit(*words, code=2).stderr
     assert all(part in error for part in expected), error
     assert not mine.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING").stdout
+
+
+def test_four_ranks_make_the_losses_of_two(
+    pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run], finished: Run
+) -> None:
+    """A rank for each GPU of both nodes, whose losses differ in rounding alone; scancel leaves nothing behind.
+
+    Rounding grows with the updates of so small and fast a training: after 40 of them it is above 1e-4.
+    """
+    mine = pipeline(copy_of("sft", "sample", "judge", "rank", "align", "eval"))
+    job = mine.jobs("--only", "sft")["sft"]
+    wait_until(lambda: newest_update(mine.run, "sft") >= 30, f"30 updates:\n{mine.printed('sft', job)}", JOB_SECONDS)
+    mine.cluster.run("scancel", job)
+    mine.cluster.wait_for_nodes(*NODES)
+    assert "4 ranks on n1, n2" in mine.printed("sft", job)
+    assert not mine.run.complete("sft")
+    found, expected = mine.run.curve("sft"), finished.curve("sft")
+    assert max(abs(found[update] - expected[update]) for update in range(1, 31)) <= 1e-4
+    assert_nothing_left(mine.cluster)
 
 
 def newest_update(run: Run, step: str) -> int:
@@ -309,7 +329,7 @@ def test_the_cluster_ends_with_a_killed_session(slurm: SlurmCluster, tmp_path: P
     session = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
     assert session.stdout is not None
     namespace = session.stdout.readline().strip()
-    assert Path("/run/netns", namespace).exists()
+    assert namespace and Path("/run/netns", namespace).exists()
     daemons = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     session.send_signal(signal.SIGKILL)
     session.wait()
