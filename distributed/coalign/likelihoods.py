@@ -236,7 +236,8 @@ def _score_shared(model: Any, groups: Sequence[tuple[int, Sequence[_Row]]], code
     cache = DynamicCache()
     model(**prefixes, past_key_values=cache, use_cache=True, logits_to_keep=1)
     source_R = torch.tensor([b for b, (_, rows) in enumerate(groups) for _ in rows], device=device)
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         layer.batch_select_indices(source_R.to(layer.keys.device))  # it may lie on another GPU than the first
 
     rests = [(prefix, row) for prefix, rows in groups for row in rows]

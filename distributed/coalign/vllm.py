@@ -62,7 +62,7 @@ def _one_line(error: BaseException) -> str:
 def engine_options(folder: str, model: ModelTable, generation: GenerationTable, max_tokens: int) -> dict[str, Any]:
     """Return the arguments of vllm.LLM for a model folder whose context is `max_tokens`."""
     device = pick_device()
-    options = {
+    options: dict[str, Any] = {
         "model": folder,
         "revision": None if Path(folder).is_dir() else model.revision,
         "dtype": str(pick_dtype(generation.dtype, device)).removeprefix("torch."),
@@ -79,9 +79,7 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
     if device.type == "cuda":
         part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
         options["gpu_memory_utilization"] = round(GPU_SHARE * part, 4)
-        if (
-            generation.gpus_per_worker > 1
-        ):  # vLLM's own processes, not Ray's, which would ask the cluster for GPUs again
+        if generation.gpus_per_worker > 1:  # by vLLM's own processes: Ray's would ask the cluster for GPUs again
             options |= {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
         return options
     num_blocks = math.ceil(max(generation.batch_tokens, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
