@@ -110,8 +110,10 @@ lost_nodes() {
 }
 
 queue_again() {
-    echo "== $step, job $job is queued again: $1"
     end_ray
+    # A job that somebody has cancelled must not come back; one that Slurm has queued again already needs no help.
+    [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit 1
+    echo "== $step, job $job is queued again: $1"
     scontrol requeue "$job"
     # Slurm ends this script, and often scontrol too; only what scontrol itself reports is a refusal.
     [ $? -ne 1 ] || fail "Slurm does not queue job $job again; submit the step anew and it goes on"
@@ -124,11 +126,7 @@ end_job() {
     0) exit 0 ;;
     2) exit 2 ;;
     esac
-    if [ -n "$stopping" ]; then
-        # A job that somebody cancelled is no longer running.
-        [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit "$code"
-        queue_again "told to stop by $stopping"
-    fi
+    [ -z "$stopping" ] || queue_again "told to stop by $stopping"
     lost="$(lost_nodes | sort | paste -sd' ')"
     [ -z "$lost" ] || queue_again "no answer from $lost"
     echo "error: the step $step failed (exit code $code)" >&2
