@@ -134,7 +134,7 @@ def use_dense(model: Any) -> None:
 
 def bucket(width: int) -> int:
     """Return the width that a row is padded to, so that kernels are compiled for few of them."""
-    step = max(MIN_WIDTH, 2 ** (max(width - 1, 1).bit_length() - 1) // BUCKETS_AN_OCTAVE)
+    step = max(MIN_WIDTH, (1 << max(width - 1, 1).bit_length() - 1) // BUCKETS_AN_OCTAVE)
     return -(-width // step) * step
 
 

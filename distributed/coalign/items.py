@@ -151,7 +151,9 @@ def _write_own(
 
     def encode(draws: Sequence[tuple[int, int]]) -> tuple[Columns, list[int], Reported]:
         """Return the rows of some draws (number, input), and for each draw its row among them (-1: none)."""
-        mine, items, places = encoder.alone(), [], []
+        mine = encoder.alone()
+        places: list[int] = []
+        items: list[Item] = []
         known: dict[tuple[int, str], int] = {}
         for number, index in draws:
             example, place = inputs[index], -1
