@@ -87,7 +87,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
                     outcome.write_text("", "utf-8")
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
-        assert not (failure := outcome.read_text("utf-8")), f"{name} could not be made:\n{failure[-6000:]}"
+        if failure := outcome.read_text("utf-8"):
+            pytest.fail(f"{name} could not be made:\n{failure[-3000:]}", pytrace=False)
         return folder
 
     return make_once
