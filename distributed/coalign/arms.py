@@ -147,7 +147,6 @@ class Ladder:
     prepare_seed: int
     updates: int  # of stage 2; 0: as many as the groups of cat give
     batch_items: int
-    learning_rate: float
 
     def run_folder(self, arm: str, seed: int) -> Path:
         """Return the run that holds an arm's own steps."""
@@ -205,7 +204,6 @@ class Ladder:
                 "run.seed": seed + MORE_SEED,
                 "model.init": "pretrained",
                 "model.path": f"{self.model('sft_ia', seed)}/model",
-                "sft.learning_rate": self.learning_rate,
                 "sft.batch_rows": self.batch_items,
                 "sft.epochs": 0.0,
                 "sft.max_steps": self.updates or UPDATES,
@@ -304,7 +302,6 @@ def make_ladder(values: Settings, options: Options) -> Ladder:
         prepare_seed=first,
         updates=values["align.max_steps"],
         batch_items=values["align.batch_groups"],
-        learning_rate=values["align.learning_rate"],
     )
 
 

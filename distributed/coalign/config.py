@@ -316,6 +316,9 @@ class RankTable(Table):
         "agreement", "the best answer: what most wordings said, of the right type; judge: of those it calls correct"
     )
     min_agreement: Share = _field(0.5, "without gold: share of an input's wordings that must have said the best answer")
+    min_wording_agreement: Share = _field(
+        0.0, "drop a generated wording whose responses are right less than this often, relative to its task"
+    )
     max_candidates: Annotated[int, Field(ge=2)] = _field(8, "responses a group, best and gold kept, then by reward")
     wordings_per_input: NonNegative = _field(0, "groups an input (0: every wording it was sampled under)")
 

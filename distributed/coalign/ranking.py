@@ -1,112 +1,22 @@
 """Verdicts to groups: one wording as prompt, the distinct responses to an input ranked under it.
 
-Used by launch/rank.py. Pools the responses to an input over its wordings, picks one best answer for all of them and
-writes every candidate as the group's wording asks for it. Knows no model and no tokenizer.
+Used by launch/rank.py. Takes the responses that electing.py has pooled and ranked and writes every candidate as the
+group's wording asks for it. Knows no model and no tokenizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coalign.config import RankTable
+from coalign.electing import ExampleKey, Pooled, find_astray, merge, pool, rank_input
 from coalign.errors import UserError
-from coalign.process import derive_seed
-from coalign.records import Candidate, Example, Finish, Group, Response, Verdict, Wording
+from coalign.records import Candidate, Example, Group, Response, Verdict, Wording
 from coalign.text import normalise_answer, unit_hash
 from coalign.wordings import canonical_answer, expected_answer, render_prompt
-
-ExampleKey = tuple[str, str]  # (task, example)
-VerdictKey = tuple[str, str, str, Finish]  # (task, example, canonical text, finish)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pooled:
-    """A distinct response to one input over all its wordings; `exact` says that it matches a gold answer."""
-
-    text: str
-    reward: int
-    exact: bool
-    finish: Finish
-    count: int
-    wordings: tuple[str, ...]
-
-
-def pool(
-    responses: Iterable[Response], verdicts: Mapping[VerdictKey, Verdict], golds: Sequence[str], rewards: str = "judge"
-) -> list[Pooled]:
-    """Return the distinct canonical texts of one input's responses, in order of appearance.
-
-    A text that was once finished and once cut off is one candidate: finished, with the better of its rewards. Responses
-    that have no verdict are passed over, and so is an empty text that never ended, which has no token to train on.
-    """
-    right = {normalise_answer(gold) for gold in golds}
-    pooled: dict[str, Pooled] = {}
-    for response in responses:
-        text = response.canonical
-        verdict = None if text is None else verdicts.get((response.task, response.example, text, response.finish))
-        if text is None or verdict is None or (not text and response.finish == "length"):
-            continue
-        exact = normalise_answer(text) in right
-        whole = bool(text) and response.finish == "stop"
-        reward = verdict.reward if rewards != "exact" else (2 if exact else 1) if whole else 0
-        new = Pooled(text, reward, exact, response.finish, 1, (response.wording,))
-        pooled[text] = _merge(pooled[text], new) if text in pooled else new
-    return list(pooled.values())
-
-
-def _merge(a: Pooled, b: Pooled) -> Pooled:
-    """Return two responses as one under the text of the first."""
-    return Pooled(
-        text=a.text,
-        reward=max(a.reward, b.reward),
-        exact=a.exact or b.exact,
-        finish="stop" if "stop" in (a.finish, b.finish) else "length",
-        count=a.count + b.count,
-        wordings=tuple(dict.fromkeys((*a.wordings, *b.wordings))),
-    )
-
-
-def permute_rewards(pooled: Sequence[Pooled], seed: int) -> list[Pooled]:
-    """Return the responses with their rewards permuted (a control arm).
-
-    `exact` moves along with the reward, so that the choice of the best learns nothing from the gold answer either.
-    """
-    standings = [(item.reward, item.exact) for item in pooled]
-    random.Random(seed).shuffle(standings)
-    return [
-        dataclasses.replace(item, reward=reward, exact=exact)
-        for item, (reward, exact) in zip(pooled, standings, strict=True)
-    ]
-
-
-def preference(item: Pooled, key: ExampleKey, gold: bool) -> tuple[int, bool, int, float]:
-    """Return what the best answer is smallest in: reward, exact match (`gold` only), wordings that said it, hash."""
-    return -item.reward, not (gold and item.exact), -len(item.wordings), unit_hash("rank", *key, item.text)
-
-
-def elect(pooled: Sequence[Pooled], key: ExampleKey) -> list[Pooled]:
-    """Return the responses with reward 2 for the one that most wordings said and at most 1 for all others.
-
-    Self-consistency (arXiv 2203.11171) over wordings: without gold answers a judge tells right from wrong far worse
-    than the wordings do together. It still rules out what is of the wrong type, and decides among equals.
-    """
-    standing = [item for item in pooled if item.reward > 0]
-    if not standing:
-        return list(pooled)
-    elected = min(standing, key=lambda item: (-len(item.wordings), *preference(item, key, gold=False)))
-    return [dataclasses.replace(item, reward=2 if item is elected else min(item.reward, 1)) for item in pooled]
-
-
-def join_gold(pooled: Sequence[Pooled], gold_text: str) -> list[Pooled]:
-    """Return the responses with the gold answer among them, reward 2; a response of the same text becomes it."""
-    same = next((item for item in pooled if item.text == gold_text), None)
-    joined = Pooled(gold_text, 2, True, "stop", 0, ()) if same is None else same
-    joined = dataclasses.replace(joined, reward=2, exact=True, finish="stop")
-    return [joined, *(item for item in pooled if item.text != gold_text)]
 
 
 def write_under(wording: Wording, input_text: str, text: str) -> str | None:
@@ -169,7 +79,7 @@ def make_group(
             foreign += 1
             continue
         written = dataclasses.replace(item, text=text)
-        merged[text] = _merge(merged[text], written) if text in merged else written
+        merged[text] = merge(merged[text], written) if text in merged else written
     others = [item for text, item in merged.items() if text != best_text]
     others += [item for item in losers if item.text not in merged]
     chosen = limit_candidates(others, merged[best_text], (example.task, example.id), table.max_candidates)
@@ -192,30 +102,8 @@ def foreign_losers(responses: Iterable[Response]) -> dict[str, list[Pooled]]:
         if response.canonical is None and text and response.finish == "stop":
             theirs = found[response.wording]
             new = Pooled(text, 0, False, "stop", 1, (response.wording,))
-            theirs[text] = _merge(theirs[text], new) if text in theirs else new
+            theirs[text] = merge(theirs[text], new) if text in theirs else new
     return {wording: list(theirs.values()) for wording, theirs in found.items()}
-
-
-def rank_input(
-    pooled: Sequence[Pooled], example: Example, table: RankTable, gold: bool, seed: int
-) -> tuple[list[Pooled], Pooled | None, bool]:
-    """Return (responses of one input, the best for all its wordings, whether the gold answer joined as such).
-
-    The best is None when no response is correct and there is no gold answer to take its place.
-    """
-    key = (example.task, example.id)
-    ranked = elect(pooled, key) if not gold and table.without_gold == "agreement" else list(pooled)
-    if table.rewards == "permuted":
-        ranked = permute_rewards(ranked, derive_seed(seed, "rank", "permuted", *key))
-    if table.rewards == "gold":
-        ranked = []
-    joined = not any(item.reward == 2 for item in ranked)
-    if joined:
-        if not gold:
-            return ranked, None, False
-        ranked = join_gold(ranked, example.outputs[0].strip())
-        return ranked, ranked[0], True
-    return ranked, min(ranked, key=lambda item: preference(item, key, gold)), False
 
 
 def make_groups(
@@ -235,13 +123,28 @@ def make_groups(
     by_input: dict[ExampleKey, list[Response]] = defaultdict(list)
     for response in responses:
         by_input[response.task, response.example].append(response)
+    num_inputs = len(by_input)
+
+    def rank_one(key: ExampleKey, arm: RankTable) -> tuple[list[Pooled], Pooled | None, bool]:
+        pooled = pool(by_input[key], verdict_of, examples[key].outputs if gold else (), arm.rewards)
+        return rank_input(pooled, examples[key], arm, gold, seed)
+
     groups: list[Group] = []
     dropped: list[dict[str, Any]] = []
+    if table.min_wording_agreement:
+        # By the judge in every arm, so that a control of the rewards has the wordings of what it is compared with.
+        judged = table.model_copy(update={"rewards": "judge"})
+        right = {key: {item.text for item in rank_one(key, judged)[0] if item.reward == 2} for key in by_input}
+        astray = find_astray(by_input, right, wordings, table.min_wording_agreement)
+        dropped = [
+            {"reason": "astray_wording", "task": t, "wording": w, "agreement": a} for (t, w), a in astray.items()
+        ]
+        kept = {key: [r for r in theirs if (r.task, r.wording) not in astray] for key, theirs in by_input.items()}
+        by_input = {key: theirs for key, theirs in kept.items() if theirs}
     num_joined = num_foreign = num_losers = 0
     for key, theirs in by_input.items():
         example = examples[key]
-        pooled = pool(theirs, verdict_of, example.outputs if gold else (), table.rewards)
-        ranked, best, joined = rank_input(pooled, example, table, gold, seed)
+        ranked, best, joined = rank_one(key, table)
         num_joined += joined
         if best is None:
             dropped.append({"reason": "no_correct_response", "task": example.task, "example": example.id})
@@ -261,7 +164,7 @@ def make_groups(
                 groups.append(group)
                 num_losers += len({c.text for c in group.candidates} & {item.text for item in own})
     counts = count_groups(groups) | {
-        "inputs": len(by_input),
+        "inputs": num_inputs,
         "gold_joined": num_joined,
         "foreign_candidates": num_foreign,
         "foreign_vocabulary": num_losers,

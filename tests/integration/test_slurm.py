@@ -276,6 +276,16 @@ def tokens_of_ray() -> set[str]:
     return tokens
 
 
+def drivers(step: str) -> list[psutil.Process]:
+    """Return the processes that run a step's script now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.name().startswith("python") and str(ROOT / "launch" / f"{step}.py") in process.cmdline():
+                found.append(process)
+    return found
+
+
 def test_generation_survives_scancel_and_a_lost_node(
     pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run], finished: Run
 ) -> None:
@@ -284,10 +294,13 @@ def test_generation_survives_scancel_and_a_lost_node(
     cluster, shards = mine.cluster, mine.run.path / "sample" / "shards"
 
     def sampled(job: str, more: int) -> set[str]:
+        """Wait for finished shards, then hold the driver still: the workers would complete so small a step at once."""
         before = len(list(shards.glob("*.jsonl")))
         wait_until(
             lambda: len(list(shards.glob("*.jsonl"))) >= before + more, f"shards:\n{mine.printed('sample', job)}", 240
         )
+        for driver in drivers("sample"):
+            driver.suspend()
         assert not mine.run.complete("sample"), "there must be work left"
         return {path.name for path in shards.glob("*.jsonl")}
 

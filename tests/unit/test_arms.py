@@ -67,7 +67,6 @@ def test_more_updates_start_from_stage_1_and_are_those_of_stage_2() -> None:
         "run.seed": 1003,
         "model.init": "pretrained",
         "model.path": str(stage_1 / "model"),
-        "sft.learning_rate": config.align.learning_rate,
         "sft.batch_rows": config.align.batch_groups,
         "sft.epochs": 0.0,
         "sft.max_steps": config.align.max_steps,

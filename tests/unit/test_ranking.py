@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from coalign import ranking
+from coalign import electing, ranking
 from coalign.config import RankTable
+from coalign.electing import Pooled
 from coalign.errors import UserError
-from coalign.ranking import Pooled
 from coalign.records import Example, Group, Response, Verdict, Wording
 
 EXAMPLE = Example("e1", "mood", "Nice film", ("positive", "pos"), "align")
@@ -49,7 +50,7 @@ def test_pool_merges_equal_texts_over_wordings_and_finish() -> None:
         verdict("Positive.", 2),
     ]  # fmt: skip
     table = {(v.task, v.example, v.text, v.finish): v for v in verdicts}
-    assert ranking.pool(responses, table, EXAMPLE.outputs) == [
+    assert electing.pool(responses, table, EXAMPLE.outputs) == [
         Pooled("negative", 1, False, "stop", 1, ("plain",)),
         Pooled("positive", 2, True, "stop", 4, ("other", "mapped", "plain")),
         Pooled("Positive.", 2, True, "stop", 1, ("plain",)),
@@ -71,7 +72,7 @@ def pooled(text: str, reward: int, exact: bool = False, wordings: str = "a") -> 
 )
 def test_best_is_reward_then_exact_then_wordings(items: list[Pooled], gold: bool, best: str) -> None:
     for order in (items, items[::-1]):
-        _, chosen, joined = ranking.rank_input(order, EXAMPLE, RankTable(), gold, 0)
+        _, chosen, joined = electing.rank_input(order, EXAMPLE, RankTable(), gold, 0)
         assert chosen is not None
         assert chosen.text == best
         assert not joined
@@ -79,7 +80,7 @@ def test_best_is_reward_then_exact_then_wordings(items: list[Pooled], gold: bool
 
 def test_a_full_tie_is_broken_alike_in_any_order() -> None:
     items = [pooled(text, 2) for text in "abcdef"]
-    chosen = {ranking.rank_input(order, EXAMPLE, RankTable(), True, 0)[1] for order in (items, items[::-1])}
+    chosen = {electing.rank_input(order, EXAMPLE, RankTable(), True, 0)[1] for order in (items, items[::-1])}
     assert len(chosen) == 1
 
 
@@ -207,6 +208,37 @@ def test_without_gold_most_wordings_are_right_and_the_judge_rules_out_the_wrong_
     assert not groups and {row["reason"] for row in dropped} == {"too_little_agreement"}
     groups, dropped, _ = groups_of(responses, [verdict("positive", 0), verdict("negative", 0)], gold=False)
     assert not groups and {row["reason"] for row in dropped} == {"no_correct_response"}
+
+
+def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
+    astray, fine, harder = (Wording(f"model:{i}", "mood", "?", source="model") for i in range(3))
+    wordings = WORDINGS | {("mood", w.id): w for w in (astray, fine, harder)}
+    examples = {("mood", f"e{i}"): dataclasses.replace(EXAMPLE, id=f"e{i}") for i in range(4)}
+    responses, verdicts = [], []
+    for i in range(4):
+        words = {"plain": "negative", "model:0": "negative", "model:1": "positive"}
+        words["model:2"] = "negative" if i < 2 else "positive"
+        responses += [said(wording, text, example=f"e{i}") for wording, text in words.items()]
+        verdicts += [verdict("positive", 2, example=f"e{i}"), verdict("negative", 1, example=f"e{i}")]
+
+    def left_out(least: float, **table: Any) -> tuple[list[dict[str, Any]], set[str]]:
+        settings = RankTable(min_wording_agreement=least, **table)
+        groups, dropped, counts = ranking.make_groups(responses, verdicts, examples, wordings, settings, True, 0)
+        assert counts["inputs"] == 4
+        return dropped, {group.wording for group in groups}
+
+    everything = {"plain", "model:0", "model:1", "model:2"}
+    assert left_out(0.0) == ([], everything)
+    # Of the task's 16 responses 6 are right; model:2 has half of its four, and people's own wordings always stay.
+    row = {"reason": "astray_wording", "task": "mood", "wording": "model:0", "agreement": 0.0}
+    assert left_out(0.5) == ([row], everything - {"model:0"})
+    assert left_out(1.0)[1] == everything - {"model:0"}
+    for rewards in ("permuted", "gold", "exact"):  # controls have the wordings of what they are compared with
+        assert left_out(0.5, rewards=rewards)[1] == everything - {"model:0"}
+    only_astray = [r for r in responses if r.wording in ("model:0", "model:1") and r.example == "e0"][:1]
+    responses = only_astray + [r for r in responses if r.example != "e0"]
+    dropped, asked = left_out(0.5)
+    assert dropped == [row] and asked == everything - {"model:0"}
 
 
 def test_limit_keeps_best_and_takes_lowest_and_highest_in_turn() -> None:
