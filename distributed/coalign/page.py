@@ -21,6 +21,7 @@ from coalign import charts, figures, history
 from coalign.artifacts import TRAINING_STEPS, write_atomic, write_json
 from coalign.history import Step
 from coalign.inputs import MAX_WORDING, OUTCOME_NAMES, case_values, chosen_words, scaled_cases
+from coalign.ranking import ASTRAY
 from coalign.report import (
     HEADLINE,
     METRICS,
@@ -327,6 +328,7 @@ def data_stories(steps: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
                 "title": step_title(step),
                 "counts": step.counts,
                 "figure": figures.size_figure(step.counts, "Group sizes"),
+                "astray": [row for row in history.dropped_by_reason(step) if row["reason"] == ASTRAY],
             }
             for step in history.of_step(steps, "rank")
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from coalign.config import RankTable
@@ -17,6 +17,9 @@ from coalign.errors import UserError
 from coalign.records import Candidate, Example, Group, Response, Verdict, Wording
 from coalign.text import normalise_answer, unit_hash
 from coalign.wordings import canonical_answer, expected_answer, render_prompt
+
+ByInput = dict[ExampleKey, list[Response]]
+ASTRAY = "astray_wording"  # a reason in dropped.jsonl; the others are about inputs
 
 
 def write_under(wording: Wording, input_text: str, text: str) -> str | None:
@@ -106,6 +109,22 @@ def foreign_losers(responses: Iterable[Response]) -> dict[str, list[Pooled]]:
     return {wording: list(theirs.values()) for wording, theirs in found.items()}
 
 
+def leave_out_astray(
+    by_input: ByInput,
+    right: Mapping[ExampleKey, Collection[str]],
+    wordings: Mapping[tuple[str, str], Wording],
+    least: float,
+) -> tuple[ByInput, list[dict[str, Any]]]:
+    """Return the responses under the wordings that are not astray, see `find_astray`, and a row for each that is."""
+    astray = find_astray(by_input, right, wordings, least)
+    dropped = [
+        {"reason": ASTRAY, "task": task, "wording": name, "text": wordings[task, name].text, "agreement": share}
+        for (task, name), share in astray.items()
+    ]
+    kept = {key: [r for r in theirs if (r.task, r.wording) not in astray] for key, theirs in by_input.items()}
+    return {key: theirs for key, theirs in kept.items() if theirs}, dropped
+
+
 def make_groups(
     responses: Iterable[Response],
     verdicts: Iterable[Verdict],
@@ -120,7 +139,7 @@ def make_groups(
     `gold` is False when the judge treated the align inputs as unlabelled: gold answers are then not looked at.
     """
     verdict_of = {(v.task, v.example, v.text, v.finish): v for v in verdicts}
-    by_input: dict[ExampleKey, list[Response]] = defaultdict(list)
+    by_input: ByInput = defaultdict(list)
     for response in responses:
         by_input[response.task, response.example].append(response)
     num_inputs = len(by_input)
@@ -135,12 +154,7 @@ def make_groups(
         # By the judge in every arm, so that a control of the rewards has the wordings of what it is compared with.
         judged = table.model_copy(update={"rewards": "judge"})
         right = {key: {item.text for item in rank_one(key, judged)[0] if item.reward == 2} for key in by_input}
-        astray = find_astray(by_input, right, wordings, table.min_wording_agreement)
-        dropped = [
-            {"reason": "astray_wording", "task": t, "wording": w, "agreement": a} for (t, w), a in astray.items()
-        ]
-        kept = {key: [r for r in theirs if (r.task, r.wording) not in astray] for key, theirs in by_input.items()}
-        by_input = {key: theirs for key, theirs in kept.items() if theirs}
+        by_input, dropped = leave_out_astray(by_input, right, wordings, table.min_wording_agreement)
     num_joined = num_foreign = num_losers = 0
     for key, theirs in by_input.items():
         example = examples[key]

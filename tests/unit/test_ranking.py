@@ -230,7 +230,7 @@ def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
     everything = {"plain", "model:0", "model:1", "model:2"}
     assert left_out(0.0) == ([], everything)
     # Of the task's 16 responses 6 are right; model:2 has half of its four, and people's own wordings always stay.
-    row = {"reason": "astray_wording", "task": "mood", "wording": "model:0", "agreement": 0.0}
+    row = {"reason": "astray_wording", "task": "mood", "wording": "model:0", "text": "?", "agreement": 0.0}
     assert left_out(0.5) == ([row], everything - {"model:0"})
     assert left_out(1.0)[1] == everything - {"model:0"}
     for rewards in ("permuted", "gold", "exact"):  # controls have the wordings of what they are compared with
