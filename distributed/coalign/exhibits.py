@@ -57,11 +57,16 @@ def shown_sets(result: Row) -> list[str]:
     return [*SETS] if 0 < result["num_seen_tasks"] < result["num_tasks"] else ["all"]
 
 
+def name_seeds(seeds: Sequence[int]) -> str:
+    """Return "seed 0" or "seeds 0, 1, 2"."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def table_lines(result: Row) -> list[str]:
     """Return table.md."""
-    seeds = ", ".join(map(str, result["seeds"]))
+    seeds = name_seeds(result["seeds"])
     lines = [
-        f"# {result['name']}: {len(result['arms'])} arms, seeds {seeds}",
+        f"# {result['name']}: {len(result['arms'])} arms, {seeds}",
         "",
         f"{result['num_tasks']} tasks, {result['split']} inputs and wordings, agreement {result['agreement']}. An arm's"
         " number is the mean over the seeds of the mean over tasks; the seeds themselves stand below.",
@@ -171,8 +176,8 @@ def draw(result: Row, folder: Path) -> list[Path]:
         for column, metric in enumerate(DRAWN):
             _draw_arms(axes[0, column], result, arms, metric)
             _draw_differences(axes[1, column], result, pairs, metric)
-        seeds = ", ".join(map(str, result["seeds"]))
-        figure.suptitle(f"{result['name']}: seeds {seeds}, {result['num_tasks']} tasks", fontsize=11)
+        seeds = name_seeds(result["seeds"])
+        figure.suptitle(f"{result['name']}: {seeds}, {result['num_tasks']} tasks", fontsize=11)
         paths = [folder / "figure.svg", folder / "figure.png"]
         figure.savefig(paths[0], metadata={"Date": None})
         figure.savefig(paths[1], dpi=150)

@@ -237,10 +237,13 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", metrics)
     dropped = tmp_path / "run" / "paraphrase" / "dropped.jsonl"
     dropped.write_text(json.dumps({"reason": EVIL, "text": EVIL}) + "\n")
+    astray = [{"reason": "astray_wording", "task": EVIL, "text": EVIL, "agreement": 0.0}] * 4
+    write_rows(tmp_path / "run" / "rank" / "dropped.jsonl", [*astray, {"reason": "too_little_agreement"}])
     metrics = json.loads((folder / "metrics.json").read_text())
     text = page.write_page(folder, metrics).read_text("utf-8")
     tags = parse(text)
     assert tags.scripts == 1 and not tags.handlers and "x" not in tags.loaded
+    assert "4 generated wordings were left out" in text
     assert "中文" in text and "عربي" in text and "&lt;script&gt;alert(" in text
     style = text[text.index("<style>") : text.index("</style>")]
     assert "<script" not in style and "onerror" in style and "alert(1)>" not in style
