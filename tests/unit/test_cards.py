@@ -212,7 +212,7 @@ def test_a_ladder_fills_the_cards_of_trained_models_alone(tmp_path: Path, monkey
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    planned = arms.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2, 1e-4)
+    planned = arms.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2)
     planned.eval_folder(3).mkdir(parents=True)
     write_json(planned.eval_folder(3) / "metrics.json", {})
     filled: list[Path] = []

@@ -146,7 +146,7 @@ def test_a_folder_from_before_scores_were_written_is_named(tmp_path: Path) -> No
 
 def made_ladder(home: Path) -> arms.Ladder:
     """Return a ladder of three arms and two seeds whose every step is complete; each costs 36 s on 2 cores."""
-    plan = arms.Ladder(home, ("base", "sft_ia", "cat"), (0, 1), 0, 40, 16, 1e-4)
+    plan = arms.Ladder(home, ("base", "sft_ia", "cat"), (0, 1), 0, 40, 16)
     for run in plan.steps():
         run.folder.mkdir(parents=True)
         counts: Row = {"cores": 2}
