@@ -95,7 +95,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     data = write_rows(folder / "data.jsonl", make_data())
     wordings = write_rows(folder / "wordings.jsonl", make_wordings())
     run = Run(folder / "tiny")
-    same = ["generation.workers=0", f"data.path={data}", "data.format=jsonl", "sft.max_steps=240"]
+    same = ["generation.workers=0", f"data.path={data}", "data.format=jsonl", "data.unseen_tasks=[]"]
+    same.append("sft.max_steps=240")
     for step in ("prepare", "paraphrase", "sft"):
         run.step(step, *same)
     run.step(
