@@ -235,8 +235,7 @@ def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
     assert left_out(1.0)[1] == everything - {"model:0"}
     for rewards in ("permuted", "gold", "exact"):  # controls have the wordings of what they are compared with
         assert left_out(0.5, rewards=rewards)[1] == everything - {"model:0"}
-    only_astray = [r for r in responses if r.wording in ("model:0", "model:1") and r.example == "e0"][:1]
-    responses = only_astray + [r for r in responses if r.example != "e0"]
+    responses = [r for r in responses if r.example != "e0" or r.wording == "model:0"]  # nothing is left of e0
     dropped, asked = left_out(0.5)
     assert dropped == [row] and asked == everything - {"model:0"}
 
