@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import coalign
 from coalign.config import ModelTable, RunTable, SftTable
 from coalign.errors import UserError
 from coalign.process import rank
@@ -354,8 +355,9 @@ def _input_digest(folder: Path) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of coalign, Python and the engines, without importing them."""
-    versions = {"python": platform.python_version()}
-    for package in ("coalign", *VERSIONED_PACKAGES):
+    # Ours is known where it was not installed either, as in a Ray job that ships the package.
+    versions = {"python": platform.python_version(), "coalign": coalign.__version__}
+    for package in VERSIONED_PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

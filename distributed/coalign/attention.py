@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCKS = "coalign_blocks"  # our attention's name among those of transformers
-MIN_WIDTH = 128  # tokens: FlexAttention's own block
+BLOCK = 128  # tokens: FlexAttention's own size
 BUCKETS_AN_OCTAVE = 8  # widths to which rows are padded between two powers of two
 MAX_KERNELS = 64  # widths, twice (with gradient and without); torch would stop to compile after 8
 
@@ -73,11 +74,77 @@ def dense_mask(layout: RowLayout, window: int | None, dtype: torch.dtype) -> Ten
 
 
 def block_mask(layout: RowLayout, window: int | None) -> BlockMask:
-    """Return the same as blocks, of which FlexAttention computes those that are not empty."""
-    rows, width = layout.segments_BT.shape
-    mask = create_block_mask(layout.rule(window), rows, None, width, width, device=str(layout.segments_BT.device))
+    """Return the same as blocks, of which FlexAttention computes those that are not empty.
+
+    What a token sees are two runs of tokens, in its item's prompt and in its own segment, so that blocks follow from
+    where runs begin and end; torch's create_block_mask would ask the rule about every pair of a row's tokens.
+    """
+    width = layout.segments_BT.shape[1]
+    missing = (0, -width % BLOCK)
+    padded = RowLayout(
+        F.pad(layout.segments_BT, missing, value=-1),
+        F.pad(layout.items_BT, missing, value=-1),
+        F.pad(layout.positions_BT, missing),
+    )
+    seen_BQK, full_BQK = _seen_blocks(padded, window), _full_blocks(padded, window)
+    mask = BlockMask.from_kv_blocks(
+        *_in_order(seen_BQK & ~full_BQK),
+        *_in_order(full_BQK),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=layout.rule(window),
+        seq_lengths=(width, width),
+    )
     mask.ndim = 4  # type: ignore[attr-defined]  # which GPT-2 asks for, as if it were a tensor
     return mask
+
+
+def _seen_blocks(layout: RowLayout, window: int | None) -> Tensor:
+    """Return whether any token of block Q sees one of block K: (B, Q, K)."""
+    segments_BT, items_BT, positions_BT = layout.segments_BT, layout.items_BT, layout.positions_BT
+    rows, width = segments_BT.shape
+    index_BT = torch.arange(width, device=segments_BT.device).expand(rows, -1)
+    item_BT = _run_starts(items_BT, index_BT)
+    segment_BT = torch.maximum(item_BT, _run_starts(segments_BT, index_BT))
+    far_BT = torch.zeros_like(index_BT) if window is None else (positions_BT - window + 1).clamp(min=0)
+    # In the prompt, from the first position that is near enough; its length is the position that the segment begins at.
+    first_BT, last_BT = item_BT + far_BT, item_BT + positions_BT.gather(1, segment_BT) - 1
+    own_BT = segment_BT if window is None else torch.maximum(segment_BT, index_BT - window + 1)
+    own_BT = torch.where(segments_BT < 0, index_BT, own_BT)
+    in_prompt_BT = (segments_BT > 0) & (first_BT <= last_BT)
+
+    blocks = width // BLOCK
+    change_BQK = torch.zeros(rows, blocks, blocks + 1, dtype=torch.int32, device=segments_BT.device)
+    base_BT = (torch.arange(rows, device=segments_BT.device).unsqueeze(1) * blocks + index_BT // BLOCK) * (blocks + 1)
+    for start_BT, end_BT, there_BT in ((first_BT, last_BT, in_prompt_BT), (own_BT, index_BT, segments_BT > -2)):
+        flat, one = change_BQK.view(-1), there_BT.to(torch.int32).view(-1)
+        flat.scatter_add_(0, (base_BT + start_BT.clamp(max=width - 1) // BLOCK).view(-1), one)
+        flat.scatter_add_(0, (base_BT + end_BT.clamp(min=0) // BLOCK + 1).view(-1), -one)
+    return change_BQK.cumsum(dim=-1)[..., :-1] > 0
+
+
+def _run_starts(values_BT: Tensor, index_BT: Tensor) -> Tensor:
+    """Return where the run of equal values begins that a token is in: (B, T)."""
+    begins_BT = F.pad(values_BT[:, 1:] != values_BT[:, :-1], (1, 0), value=True)
+    return torch.where(begins_BT, index_BT, 0).cummax(dim=1).values
+
+
+def _full_blocks(layout: RowLayout, window: int | None) -> Tensor:
+    """Return where all of block Q sees all of block K, which needs no mask: K holds a prompt alone, Q later tokens."""
+    segments_BKT, items_BKT = (x.unflatten(1, (-1, BLOCK)) for x in (layout.segments_BT, layout.items_BT))
+    lowest_BK, highest_BK = items_BKT.amin(dim=-1), items_BKT.amax(dim=-1)
+    pure_BK = (lowest_BK == highest_BK) & (lowest_BK >= 0)
+    prompt_BK = pure_BK & (segments_BKT.amax(dim=-1) == 0)
+    same_BQK = (lowest_BK.unsqueeze(2) == lowest_BK.unsqueeze(1)) & pure_BK.unsqueeze(2) & prompt_BK.unsqueeze(1)
+    if window is not None:
+        return torch.zeros_like(same_BQK)
+    return same_BQK.tril(diagonal=-1)
+
+
+def _in_order(dense_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many key blocks each query block has, (B, 1, Q), and which, those first: (B, 1, Q, K)."""
+    count_BQ = dense_BQK.sum(dim=-1, dtype=torch.int32)
+    order_BQK = dense_BQK.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count_BQ.unsqueeze(1), order_BQK.unsqueeze(1)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
@@ -134,7 +201,7 @@ def use_dense(model: Any) -> None:
 
 def bucket(width: int) -> int:
     """Return the width that a row is padded to, so that kernels are compiled for few of them."""
-    step = max(MIN_WIDTH, (1 << (max(width - 1, 1).bit_length() - 1)) // BUCKETS_AN_OCTAVE)
+    step = max(BLOCK, (1 << (max(width - 1, 1).bit_length() - 1)) // BUCKETS_AN_OCTAVE)
     return -(-width // step) * step
 
 

@@ -21,6 +21,7 @@ from coalign.slots import SlotCache
 REFILL_SHARE = 8
 # Padded tokens of one pass over entering prompts: enough to use the device well, few enough to be of like lengths.
 PREFILL_TOKENS = 1024
+PREFILL_TOKENS_GPU = 8192
 
 
 class TokenIds(Protocol):
@@ -174,8 +175,9 @@ class _Decoder:
         """Let prompts in, those of like lengths in one pass."""
         del self.waiting[: len(entering)]
         room = self._room([*self.live, *(sample for i in entering for sample in self.of_prompt[i])], max_tokens)
+        at_once = PREFILL_TOKENS if self.model.device.type == "cpu" else PREFILL_TOKENS_GPU
         while entering:
-            count = max(1, PREFILL_TOKENS // len(self.prompts[entering[0]]))
+            count = max(1, at_once // len(self.prompts[entering[0]]))
             self._prefill(entering[:count], room)
             entering = entering[count:]
 

@@ -9,7 +9,7 @@ from coalign.config import GenerationTable
 from coalign.memory import CONTEXT_BYTES, Memory, Part, element_bytes, margin
 from coalign.shapes import Shape, count_parameters
 
-PREFILL_TOKENS = 1024  # decoding.PREFILL_TOKENS
+PREFILL_TOKENS = 8192  # decoding.PREFILL_TOKENS_GPU
 VLLM_SHARE = 0.9  # of a GPU, or of its part, that a vLLM worker takes
 
 

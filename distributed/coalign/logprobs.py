@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from coalign.attention import RowLayout, bucket, mask_for, uses_blocks
+
+logger = logging.getLogger("coalign")
 
 # Logits that exist at once: they stay in a CPU's cache; a GPU wants large products.
 BLOCK_LOGITS_CPU = 2**20
@@ -184,8 +188,8 @@ class _FusedLogps(torch.autograd.Function):
         for block in _blocks(hidden_UD, weight_VD):
             logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
             column_N, inside_N = _columns(target_N, block)
-            picked_N = torch.where(inside_N, logits_UC[row_N, column_N], picked_N)
-            logsumexp_U = torch.logaddexp(logsumexp_U, torch.logsumexp(logits_UC, dim=1))
+            picked_N = torch.where(inside_N, logits_UC[row_N, column_N].to(wide), picked_N)
+            logsumexp_U = torch.logaddexp(logsumexp_U, _elementwise(_logsumexp, logits_UC))
         ctx.save_for_backward(hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U)
         return picked_N - logsumexp_U[row_N]
 
@@ -198,20 +202,36 @@ class _FusedLogps(torch.autograd.Function):
         of_hidden_UD = torch.zeros_like(hidden_UD, dtype=grad_N.dtype) if needs_hidden else None
         of_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         of_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        for block in _blocks(hidden_UD, weight_VD):
-            of_logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
-            of_logits_UC.sub_(logsumexp_U.unsqueeze(1)).exp_().mul_(-grad_U.unsqueeze(1))
-            column_N, inside_N = _columns(target_N, block)
-            of_logits_UC.index_put_((row_N, column_N), torch.where(inside_N, grad_N, 0), accumulate=True)
-            narrow_UC = of_logits_UC.to(hidden_UD.dtype)
+        blocks = list(_blocks(hidden_UD, weight_VD))
+        targets = _targets_by_block(row_N, target_N, grad_N, len(hidden_UD), blocks)
+        for block, (row_P, column_P, of_target_P) in zip(blocks, targets, strict=True):
+            logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
+            # Near P = 1 the two terms cancel, so they are added before they are rounded to the head's dtype.
+            share_P = (logits_UC[row_P, column_P] - logsumexp_U[row_P]).exp_()
+            of_logits_UC = _elementwise(_softmax_term, logits_UC, logsumexp_U, grad_U)
+            of_logits_UC[row_P, column_P] = (of_target_P - share_P * grad_U[row_P]).to(of_logits_UC.dtype)
             if of_hidden_UD is not None:
-                of_hidden_UD += narrow_UC @ weight_VD[block]
+                of_hidden_UD += of_logits_UC @ weight_VD[block]
             if of_weight_VD is not None:
-                torch.mm(narrow_UC.t(), hidden_UD, out=of_weight_VD[block])
+                torch.mm(of_logits_UC.t(), hidden_UD, out=of_weight_VD[block])
             if of_bias_V is not None:
-                torch.sum(narrow_UC, 0, out=of_bias_V[block])
+                torch.sum(of_logits_UC, 0, out=of_bias_V[block])
         of_hidden_UD = None if of_hidden_UD is None else of_hidden_UD.to(hidden_UD.dtype)
         return of_hidden_UD, of_weight_VD, of_bias_V, None, None
+
+
+def _targets_by_block(
+    row_N: Tensor, target_N: Tensor, grad_N: Tensor, num_rows: int, blocks: Sequence[slice]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return, for each block of the vocabulary, the places that are targets, each once: rows, columns, gradients."""
+    place_P, place_N = torch.unique(target_N * num_rows + row_N, return_inverse=True)  # sorted by target
+    grad_P = torch.zeros(len(place_P), dtype=grad_N.dtype, device=grad_N.device).index_add_(0, place_N, grad_N)
+    edges = torch.tensor([0, *(block.stop for block in blocks)], device=place_P.device) * num_rows
+    ends = torch.searchsorted(place_P, edges).tolist()
+    return [
+        (place_P[a:b] % num_rows, place_P[a:b] // num_rows - block.start, grad_P[a:b])
+        for block, a, b in zip(blocks, ends, ends[1:], strict=False)
+    ]
 
 
 def _blocks(hidden_UD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
@@ -222,8 +242,39 @@ def _blocks(hidden_UD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
 
 def _block_logits(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
     """Return the logits of a block of the vocabulary, rounded as the head rounds them, a tensor that may be changed."""
-    logits_UC = F.linear(hidden_UD, weight_VD[block], None if bias_V is None else bias_V[block])
-    return logits_UC.to(torch.promote_types(logits_UC.dtype, torch.float32))
+    return F.linear(hidden_UD, weight_VD[block], None if bias_V is None else bias_V[block])
+
+
+def _logsumexp(logits_UC: Tensor) -> Tensor:
+    """Return each row's logsumexp, in float32 at least."""
+    return torch.logsumexp(logits_UC.to(torch.promote_types(logits_UC.dtype, torch.float32)), dim=1)
+
+
+def _softmax_term(logits_UC: Tensor, logsumexp_U: Tensor, grad_U: Tensor) -> Tensor:
+    """Return -grad_u softmax_uv, rounded to the dtype of the logits, whose place it may take."""
+    if logits_UC.dtype == logsumexp_U.dtype and not torch.compiler.is_compiling():
+        return logits_UC.sub_(logsumexp_U.unsqueeze(1)).exp_().mul_(-grad_U.unsqueeze(1))
+    wide_UC = logits_UC.to(logsumexp_U.dtype)
+    return ((wide_UC - logsumexp_U.unsqueeze(1)).exp() * -grad_U.unsqueeze(1)).to(logits_UC.dtype)
+
+
+def _elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return what a function of few passes over a block's logits finds, on a GPU compiled into as few kernels."""
+    return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function compiled for all sizes, or as it is where nothing can be compiled."""
+    fast = torch.compile(function, dynamic=True)
+    example = torch.zeros(4, 8, device="cuda", dtype=torch.bfloat16)
+    vector = torch.zeros(4, device="cuda")
+    try:
+        fast(example, *([] if function is _logsumexp else [vector, vector]))
+    except Exception as error:
+        logger.warning("log-probs are computed without compiled kernels: %s", str(error).splitlines()[0])
+        return function
+    return fast
 
 
 def _columns(target_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:

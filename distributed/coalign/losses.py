@@ -6,6 +6,7 @@ Shape suffixes: N response tokens, R responses, G groups.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ class RankingLoss:
     best: Tensor
     ranking: Tensor
     num_pairs: int
-    num_active_pairs: int
+    num_active_pairs: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,17 @@ def ranking_loss(
     log P_ref(l)))) for "dpo" (arXiv 2305.18290, equation 7), where `reference_R` are the stage-1 model's summed
     log-probs under the same wording. A group without an ordered pair still gives -p(best). An active pair is one whose
     gradient has not vanished: hinge above zero, or phi above 1 % of what two equal responses give.
+
+    `reward_R`, `best_R` and `group_R` may lie on the CPU: then nothing waits for log-probs that a GPU still computes.
     """
     p_R = logp_R / length_R
-    best = -p_R[best_R].sum()
+    best = -p_R[best_R.nonzero().squeeze(1).to(p_R.device)].sum()
     pair_RR = (group_R.unsqueeze(1) == group_R.unsqueeze(0)) & (reward_R.unsqueeze(1) > reward_R.unsqueeze(0))
     winner_P, loser_P = pair_RR.nonzero(as_tuple=True)
     if len(winner_P) == 0:
-        return RankingLoss(best, best.detach(), best.detach() * 0.0, 0, 0)
+        return RankingLoss(best, best.detach(), best.detach() * 0.0, 0, best.detach() * 0.0)
+    pairs_P = torch.bincount(group_R[winner_P])[group_R[winner_P]]
+    winner_P, loser_P, pairs_P = (values.to(p_R.device) for values in (winner_P, loser_P, pairs_P))
     if form.loss == "hinge":
         phi_P = F.relu(p_R[loser_P] - p_R[winner_P] + form.margin)
         active_P = phi_P > 0
@@ -73,13 +78,12 @@ def ranking_loss(
         else:
             score_R = p_R
         phi_P = F.softplus(form.beta * (score_R[loser_P] - score_R[winner_P]))
-        active_P = phi_P > 0.01 * torch.log(torch.tensor(2.0))
-    pairs_G = torch.bincount(group_R[winner_P], minlength=int(group_R.max()) + 1).to(phi_P.dtype)
-    ranking = (phi_P / pairs_G[group_R[winner_P]]).sum()
+        active_P = phi_P > 0.01 * math.log(2.0)
+    ranking = (phi_P / pairs_P).sum()
     return RankingLoss(
         best + form.rank_weight * ranking,
         best.detach(),
         ranking.detach(),
         len(winner_P),
-        int(active_P.sum()),
+        active_P.sum(),
     )

@@ -121,6 +121,7 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
     On the CPU, or with its layers over `num_gpus` GPUs of this process, which accelerate deals out evenly.
     """
     check_model_folder(folder)
+    without_planned_attention()
     if num_gpus > torch.cuda.device_count():
         raise UserError(
             f"generation.gpus_per_worker={num_gpus}, but this process sees {torch.cuda.device_count()} GPUs; use fewer"
@@ -148,6 +149,11 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
         raise UserError(f"{folder}: its weight {bad} holds NaN or infinity; convert or download the model again")
     switch_off_dropout(model)
     return model
+
+
+def without_planned_attention() -> None:
+    """Keep cuDNN out of attention: it plans anew for every shape, and ours are seldom seen twice."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def switch_off_dropout(model: Any) -> None:

@@ -15,6 +15,8 @@ from coalign.batching import Item
 from coalign.logprobs import Batch, sum_by_response
 from coalign.losses import RankingForm, ranking_loss, sft_loss
 
+Sums = dict[str, float | Tensor]
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -22,11 +24,12 @@ class Objective:
 
     `shared_prefix` says how a group is laid out.
     `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums
-    that are added over micro-batches and ranks; `describe(sums)` turns them into what is logged.
+    that are added over micro-batches and ranks, numbers or tensors that nobody has waited for; `describe(sums)` turns
+    them into what is logged.
     """
 
     denominator: Callable[[Sequence[Item]], int]
-    loss: Callable[[Tensor, Batch, Sequence[Item], int], tuple[Tensor, dict[str, float]]]
+    loss: Callable[[Tensor, Batch, Sequence[Item], int], tuple[Tensor, Sums]]
     describe: Callable[[dict[str, float]], dict[str, float]]
     shared_prefix: bool = False
 
@@ -34,7 +37,7 @@ class Objective:
 def sft_objective() -> Objective:
     """Return stage 1: negative log-likelihood a token, over all answer tokens of the update."""
 
-    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], tokens: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], tokens: int) -> tuple[Tensor, Sums]:
         return sft_loss(logp_N, tokens), {"answer_tokens": float(len(logp_N))}
 
     def describe(sums: dict[str, float]) -> dict[str, float]:
@@ -46,36 +49,34 @@ def sft_objective() -> Objective:
 def align_objective(form: RankingForm, shared_prefix: bool) -> Objective:
     """Return stage 2: the ranking loss of losses.ranking_loss, divided by the update's number of groups."""
 
-    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], groups: int) -> tuple[Tensor, dict[str, float]]:
-        device = logp_N.device
+    def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], groups: int) -> tuple[Tensor, Sums]:
         logp_R = sum_by_response(logp_N, batch)
         group = [g for g, item in enumerate(items) for _ in item.responses]
-        best = [k == item.best for item in items for k in range(len(item.responses))]
+        best_R = torch.tensor([k == item.best for item in items for k in range(len(item.responses))])
         reference = [x for item in items for x in item.reference]
-        length_R = torch.bincount(batch.response_N, minlength=batch.num_responses)
+        length_R = torch.tensor([len(response) for item in items for response in item.responses])
+        length = length_R.to(logp_R.device)
         parts = ranking_loss(
             logp_R,
-            length_R,
-            torch.tensor([r for item in items for r in item.rewards], device=device),
-            torch.tensor(best, device=device),
-            torch.tensor(group, device=device),
+            length,
+            torch.tensor([r for item in items for r in item.rewards]),
+            best_R,
+            torch.tensor(group),
             form,
-            torch.tensor(reference, dtype=logp_R.dtype, device=device) if reference else None,
+            torch.tensor(reference, dtype=logp_R.dtype, device=logp_R.device) if reference else None,
         )
-        p_R, best_R = (logp_R / length_R).detach(), torch.tensor(best, device=device)
-        others = p_R[~best_R]
-        lowest = [r == min(item.rewards) for item in items for r in item.rewards]
-        worst = p_R[~best_R & torch.tensor(lowest, device=device)]
+        p_R, others_R = (logp_R / length).detach(), ~best_R
+        worst_R = others_R & torch.tensor([r == min(item.rewards) for item in items for r in item.rewards])
         return parts.total / groups, {
             "groups": float(len(items)),
-            "best": float(parts.best),
-            "ranking": float(parts.ranking),
+            "best": parts.best,
+            "ranking": parts.ranking,
             "pairs": float(parts.num_pairs),
-            "active": float(parts.num_active_pairs),
-            "p_others": float(others.sum()),
-            "others": float(len(others)),
-            "p_worst": float(worst.sum()),
-            "worst": float(len(worst)),
+            "active": parts.num_active_pairs,
+            "p_others": (p_R * others_R.to(p_R.device)).sum(),
+            "others": float(others_R.sum()),
+            "p_worst": (p_R * worst_R.to(p_R.device)).sum(),
+            "worst": float(worst_R.sum()),
             "best_tokens": float(length_R[best_R].sum()),
         }
 

@@ -38,8 +38,8 @@ logger = logging.getLogger("coalign")
 CHECKPOINT_META = "checkpoint.json"
 # Tokens of a row that items share, where train.pack_tokens leaves it open. A dense mask costs the square of a row.
 PACK_ON_CPU, PACK_UNDER_MASK = 256, 1024
-# Padding of a micro-batch, in tokens: what one micro-batch more would cost. A CPU has no use for large ones.
-PADDING_ON_CPU = 64
+# Padding of a micro-batch, in tokens or as a share of it: what one micro-batch more would cost.
+PADDING_ON_CPU, PADDING_SHARE_ON_GPU = 64, 1 / 8
 
 
 class Engine(Protocol):
@@ -168,7 +168,7 @@ def pack_budget(engine: Engine, settings: TrainTable) -> tuple[int, int]:
     if engine.device.type == "cpu":
         widest, padding = PACK_ON_CPU, PADDING_ON_CPU * world_size()
     else:
-        widest, padding = PACK_UNDER_MASK, whole // 8
+        widest, padding = PACK_UNDER_MASK, round(whole * PADDING_SHARE_ON_GPU)
     if settings.pack_tokens >= 0:
         widest = settings.pack_tokens
     if settings.pack_tokens and uses_blocks(engine.model):
@@ -272,30 +272,45 @@ def _update(
     denominator = objective.denominator(items)
     budget, shared = pack_budget(engine, settings), objective.shared_prefix
     mine = micro_batches(items, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]
-    sums: dict[str, float] = {}
-    suspects: set[str] = set()  # rows of a micro-batch whose loss is not finite
-    total = tokens = 0.0
+    losses: list[Tensor] = []
+    sums: dict[str, float | Tensor] = {}
+    tokens = 0
     for index, part in enumerate(mine):
         batch, rows = _batch_of(engine, part, items[0], pad_id, shared)
         loss, parts = objective.loss(token_logps(engine.model, batch), batch, rows, denominator)
         weight = 1.0 if part.items else 0.0
         engine.backward(loss * weight, last=index == len(mine) - 1)
-        total += float(loss.detach()) * weight
-        if not math.isfinite(float(loss.detach())):
-            suspects |= {item.name for item in rows}
-        tokens += batch.num_real_tokens * weight
+        losses.append(loss.detach())
+        tokens += batch.num_real_tokens if part.items else 0
         for key, value in parts.items():
             sums[key] = sums.get(key, 0.0) + value * weight
     names = sorted(sums)
-    reduced = [v * world_size() for v in engine.mean([total, tokens, *(sums[n] for n in names)])]
+    # What was found is read once, when all of it has been asked for: a GPU is never waited for in between.
+    of_parts = _numbers(losses)
+    total = math.fsum(loss for loss, part in zip(of_parts, mine, strict=True) if part.items)
+    found = _numbers([sums[name] for name in names])
+    reduced = [v * world_size() for v in engine.mean([total, float(tokens), *found])]
     if not math.isfinite(reduced[0]):
-        found = engine.mean([float(item.name in suspects) for item in items])
-        _stop_on_nan("the loss", [item for item, share in zip(items, found, strict=True) if share > 0])
+        suspects = {
+            item.name
+            for loss, part in zip(of_parts, mine, strict=True)
+            for item in part.items
+            if not math.isfinite(loss)
+        }
+        shares = engine.mean([float(item.name in suspects) for item in items])
+        _stop_on_nan("the loss", [item for item, share in zip(items, shares, strict=True) if share > 0])
     norm = engine.step(lr)
     if not math.isfinite(norm):
         _stop_on_nan("the gradient", items)
     described = objective.describe(dict(zip(names, reduced[2:], strict=True)))
     return {"loss": reduced[0], **described, "learning_rate": lr, "grad_norm": norm, "tokens": reduced[1]}
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """Return values as numbers, those on a device by one transfer."""
+    tensors = [value.detach().double() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def _batch_of(

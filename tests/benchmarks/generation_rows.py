@@ -22,8 +22,8 @@ BATCH_ROWS = 16  # of a batch of generate
 def generate(model: Any, prompts: list[Ids], **options: Any) -> list[Ids]:
     """Return what transformers generates for one batch, padded at the left as its documentation asks."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=mask, pad_token_id=PAD, **options)
     return [row[width:] for row in out.tolist()]
@@ -38,7 +38,12 @@ def in_batches(model: Any, prompts: list[Ids], **options: Any) -> list[Ids]:
 def sampling_rows(tiny: bool) -> list[Row]:
     """Return several samples of long prompts."""
     shape, count, length = (TINY, 2, 20) if tiny else (SMALL, 8, 200)
-    model, source = make_network(shape), random.Random(1)
+    return [sampling_row(make_network(shape), shape, count, length)]
+
+
+def sampling_row(model: Any, shape: Shape, count: int, length: int) -> Row:
+    """Return 8 samples of 16 tokens of prompts that are all equally long."""
+    source = random.Random(1)
     prompts = [random_ids(source, length, shape) for _ in range(count)]
     seeds = [[8 * n + k for k in range(8)] for n in range(count)]
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "eos_token_id": None, "num_return_sequences": 8}
@@ -47,17 +52,15 @@ def sampling_rows(tiny: bool) -> list[Row]:
         found = decode(model, prompts, seeds, Sampling(16, 1.0), Codec(), BATCH_TOKENS)
         return [answer.ids for answers in found for answer in answers]
 
-    return [
-        Row(
-            f"sampling, K = 8, prompts of {length} tokens, 16 new, {shape.name}",
-            f"generate(num_return_sequences=8), {8 * count} rows at once",
-            2.5,
-            Side(ours),
-            Side(lambda: generate(model, prompts, **options)),
-            # Sampled by unlike random numbers: as many answers, as long.
-            lambda a, b: len(a) == len(b) == 8 * count and {len(x) for x in (*a, *b)} == {16},
-        )
-    ]
+    return Row(
+        f"sampling, K = 8, prompts of {length} tokens, 16 new, {shape.name}",
+        f"generate(num_return_sequences=8), {8 * count} rows at once",
+        2.5,
+        Side(ours),
+        Side(lambda: generate(model, prompts, **options)),
+        # Sampled by unlike random numbers: as many answers, as long.
+        lambda a, b: len(a) == len(b) == 8 * count and {len(x) for x in (*a, *b)} == {16},
+    )
 
 
 def count_down(model: Any) -> list[Any]:
@@ -98,7 +101,12 @@ def hooked(model: Any, work: Callable[[], list[Ids]]) -> Side:
 def mixed_rows(tiny: bool) -> list[Row]:
     """Return prompts of 20 to 60 tokens, answers of 4 to 128 tokens."""
     shape, count, longest = (TINY, 6, 12) if tiny else (SMALL, 64, 128)
-    model, source = make_network(shape), random.Random(2)
+    return [mixed_row(make_network(shape), shape, count, longest)]
+
+
+def mixed_row(model: Any, shape: Shape, count: int, longest: int) -> Row:
+    """Return answers of 4 to `longest` tokens."""
+    source = random.Random(2)
     beginnings = [random_ids(source, source.randint(19, 59), shape) for _ in range(count)]
     prompts = [[*beginning, FIRST + source.randint(3, longest - 1)] for beginning in beginnings]
 
@@ -112,7 +120,7 @@ def mixed_rows(tiny: bool) -> list[Row]:
 
     name = f"sampling, {count} prompts, mixed answers of 4-{longest} tokens, {shape.name}"
     against = f"generate, batches of {BATCH_ROWS} in arrival order"
-    return [Row(name, against, 2.8, hooked(model, ours), hooked(model, plain), list.__eq__)]
+    return Row(name, against, 2.8, hooked(model, ours), hooked(model, plain), list.__eq__)
 
 
 def judge_work(tiny: bool) -> tuple[Shape, Any, list[dict[str, Any]]]:
@@ -129,18 +137,21 @@ def close(a: list[list[float]], b: list[list[float]]) -> bool:
 def judge_rows(tiny: bool) -> list[Row]:
     """Return scoring with shared beginnings against a padded row for each response and question."""
     shape, model, requests = judge_work(tiny)
+    return [judge_row(model, shape, requests)]
+
+
+def judge_row(model: Any, shape: Shape, requests: list[dict[str, Any]]) -> Row:
+    """Return a shard of requests that a model scores both ways."""
     ratio = judge_ratio([request["prompt_ids"] for request in requests])
     scored = functools.partial(score, model, requests, Codec(), BATCH_TOKENS)
-    return [
-        Row(
-            f"judge, {len(requests)} prompts, {shape.name}, token ratio {ratio:.2f}",
-            "one padded scoring row per response and question",
-            0.6 * ratio,
-            Side(scored),
-            Side(lambda: scored(share=False)),
-            close,
-        )
-    ]
+    return Row(
+        f"judge, {len(requests)} prompts, {shape.name}, token ratio {ratio:.2f}",
+        "one padded scoring row per response and question",
+        0.6 * ratio,
+        Side(scored),
+        Side(lambda: scored(share=False)),
+        close,
+    )
 
 
 def judge_ratio(prompts: list[Ids]) -> float:

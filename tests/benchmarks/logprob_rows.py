@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import LARGE, TINY
+from benchmarks.networks import LARGE, TINY, Shape
 from benchmarks.rows import Row, Side, cpu_seconds, peak_mebibytes
 from coalign.logprobs import fused_logps
 
@@ -22,13 +22,17 @@ Found = tuple[Tensor, Tensor, Tensor]
 class Head:
     """An output projection, the hidden states before it, and the positions that predict a token of a response."""
 
-    def __init__(self, tiny: bool, half: bool) -> None:
+    def __init__(
+        self, shape: Shape, positions: int, half: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(0)
-        shape, positions = (TINY, 16) if tiny else (LARGE, POSITIONS)
-        self.hidden_TD = torch.randn(positions, shape.hidden, requires_grad=True)
-        self.weight_VD = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden) * shape.hidden**-0.5)
-        self.kept_N = torch.arange(positions // 2, positions) if half else torch.arange(positions)
-        self.target_N = torch.randint(shape.vocabulary, (len(self.kept_N),))
+        with torch.device(device):
+            self.hidden_TD = torch.randn(positions, shape.hidden, dtype=dtype, requires_grad=True)
+            weight_VD = torch.randn(shape.vocabulary, shape.hidden) * shape.hidden**-0.5
+            self.weight_VD = nn.Parameter(weight_VD.to(dtype))
+            self.index_N = torch.arange(positions // 2 if half else positions)
+            self.kept_N = torch.arange(positions // 2, positions) if half else torch.arange(positions)
+            self.target_N = torch.randint(shape.vocabulary, (len(self.kept_N),))
 
     def finish(self, logp_N: Tensor) -> Found:
         """Go back through the log-probs and return them with both gradients."""
@@ -46,7 +50,7 @@ class Head:
     def ours(self) -> Found:
         """Take the log-probs that are needed, a block of the vocabulary at a time."""
         hidden_ND = self.hidden_TD if len(self.kept_N) == len(self.hidden_TD) else self.hidden_TD[self.kept_N]
-        return self.finish(fused_logps(hidden_ND, self.weight_VD, None, torch.arange(len(self.kept_N)), self.target_N))
+        return self.finish(fused_logps(hidden_ND, self.weight_VD, None, self.index_N, self.target_N))
 
 
 def close(a: Any, b: Any) -> bool:
@@ -58,7 +62,8 @@ def logprob_rows(tiny: bool) -> list[Row]:
     """Return time and memory, where all positions predict a response token and where half of them do."""
     rows = []
     for where, (time, memory) in TARGETS.items():
-        head = Head(tiny, half="half" in where)
+        shape, positions = (TINY, 16) if tiny else (LARGE, POSITIONS)
+        head = Head(shape, positions, half="half" in where)
         name = f"log-probs, {len(head.hidden_TD)} positions, vocabulary {len(head.weight_VD)}, {where}"
         make = functools.partial(
             Row, name, "full log_softmax", ours=Side(head.ours), plain=Side(head.plain), same=close, at_most=True

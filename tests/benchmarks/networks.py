@@ -1,4 +1,4 @@
-"""Random Llamas to measure: 10M parameters, 100M with a vocabulary of 32k, and one for the tests; random token ids."""
+"""Random Llamas to measure: from one for the tests, by 10M and 100M parameters, to 0.5B and 7B; random token ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from coalign.config import RandomTable
 
@@ -32,6 +32,8 @@ class Shape:
 SMALL = Shape("10M", 4096, 320, 7, 5, 896)  # 10.2M parameters
 LARGE = Shape("100M", 32000, 768, 11, 12, 2048)  # 102M parameters
 TINY = Shape("tiny", 512, 32, 2, 2, 48)
+HALF = Shape("0.5B", 32000, 1024, 28, 16, 4096)  # 503M
+SEVEN = Shape("7B", 32000, 4096, 32, 32, 11008)  # 6.6B
 
 
 class Codec:
@@ -43,8 +45,8 @@ class Codec:
         self.stop_ids = list(stop_ids)
 
 
-def make_network(shape: Shape) -> Any:
-    """Return a network with random weights, the same every time."""
+def make_network(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Return a network with random weights, the same every time on a device."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -58,7 +60,8 @@ def make_network(shape: Shape) -> Any:
         bos_token_id=1,
         eos_token_id=STOP,
     )
-    return LlamaForCausalLM(config).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_ids(source: random.Random, length: int, shape: Shape) -> Ids:

@@ -19,7 +19,7 @@ from benchmarks.workloads import equal_items, even_groups, real_groups, sft_item
 from coalign import training
 from coalign.batching import Item, collate, row_tokens
 from coalign.config import TrainTable
-from coalign.logprobs import token_logps
+from coalign.logprobs import to_device, token_logps
 from coalign.losses import RankingForm
 from coalign.objectives import Objective, align_objective, sft_objective
 from coalign.training import _update
@@ -58,9 +58,9 @@ def align_sides(engine: TorchEngine, groups: Sequence[Item]) -> tuple[Side, Side
     return Side(lambda: update(engine, groups, plain)), Side(lambda: update(engine, groups, shared))
 
 
-def align_row(shape: Shape, what: str, groups: list[Item], max_repeats: int) -> Row:
+def align_row(engine: TorchEngine, shape: Shape, what: str, groups: list[Item], max_repeats: int = 100) -> Row:
     """Return the time of an align step."""
-    plain, ours = align_sides(TorchEngine(make_network(shape), TABLE), groups)
+    plain, ours = align_sides(engine, groups)
     ratio = token_ratio(groups)
     name = f"align step, {len(groups)} {what}, {shape.name}, token ratio {ratio:.2f}"
     against = "one row per response, length-sorted, padded"
@@ -72,8 +72,11 @@ def align_rows(shape: Shape, tiny: bool) -> list[Row]:
     shape = TINY if tiny else shape
     count, repeats = (2, 1) if tiny else (8, 2) if shape is LARGE else (16, 100)
     return [
-        align_row(shape, "real groups", real_groups(count, shape), repeats),
-        align_row(shape, "groups K=8 P=132 R=6", even_groups(count, shape), repeats),
+        align_row(TorchEngine(make_network(shape), TABLE), shape, what, groups, repeats)
+        for what, groups in (
+            ("real groups", real_groups(count, shape)),
+            ("groups K=8 P=132 R=6", even_groups(count, shape)),
+        )
     ]
 
 
@@ -92,7 +95,7 @@ def at_once(side: Side) -> Side:
     """Return the side with micro-batches that padding does not end."""
 
     def work() -> Update:
-        with mock.patch.object(training, "PADDING_ON_CPU", LIMIT):
+        with mock.patch.multiple(training, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
             return side.work()
 
     return Side(work)
@@ -134,7 +137,7 @@ def padded_update(engine: TorchEngine, items: Sequence[Item]) -> Update:
     total = 0.0
     for start in range(0, len(items), PLAIN_ROWS):
         part = items[start : start + PLAIN_ROWS]
-        batch = collate(part, PAD, False)
+        batch = to_device(collate(part, PAD, False), engine.device)
         loss, _ = objective.loss(token_logps(engine.model, batch), batch, part, tokens)
         engine.backward(loss, last=start + PLAIN_ROWS >= len(items))
         total += float(loss.detach())
@@ -159,7 +162,11 @@ def over_updates(make: Callable[[Sequence[Item]], Update], items: Sequence[Item]
 def sft_rows(tiny: bool) -> list[Row]:
     """Return packed SFT against padded batches of the same rows, and against rows that need no padding."""
     shape, size = (TINY, 8) if tiny else (SMALL, 32)  # 32: the default of sft.batch_rows
-    engine = TorchEngine(make_network(shape), TABLE)
+    return packing_rows(TorchEngine(make_network(shape), TABLE), shape, size)
+
+
+def packing_rows(engine: TorchEngine, shape: Shape, size: int) -> list[Row]:
+    """Return the rows of stage 1 on an engine, `size` rows an update."""
     items = sft_items(3 * size, shape)
     mean = round(num_tokens(items) / len(items))
     answer = round(sum(item.num_response_tokens for item in items) / len(items))
@@ -184,7 +191,11 @@ def finite(a: Update, b: Update) -> bool:
 def ranking_rows(tiny: bool) -> list[Row]:
     """Return stage 2 against stage 1, each on rows of the same lengths."""
     shape, count = (TINY, 2) if tiny else (SMALL, 32)
-    engine = TorchEngine(make_network(shape), TABLE)
+    return [ranking_row(TorchEngine(make_network(shape), TABLE), shape, count)]
+
+
+def ranking_row(engine: TorchEngine, shape: Shape, count: int) -> Row:
+    """Return stage 2 against stage 1 on an engine."""
     groups = real_groups(count, shape)
     source = random.Random(1)
     rows = [item_of_same_length(group, shape, source) for group in groups]
@@ -192,7 +203,7 @@ def ranking_rows(tiny: bool) -> list[Row]:
     ours = Side(lambda: update(engine, groups, ranking), num_tokens(groups))
     plain = Side(lambda: update(engine, rows, sft), num_tokens(rows))
     name = f"ranking, real tokens/s, {count} real groups, {shape.name}"
-    return [Row(name, "our own SFT, rows as long as the groups'", 0.9, ours, plain, finite)]
+    return Row(name, "our own SFT, rows as long as the groups'", 0.9, ours, plain, finite)
 
 
 def item_of_same_length(group: Item, shape: Shape, source: random.Random) -> Item:

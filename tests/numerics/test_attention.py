@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import random
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from coalign import attention
 from coalign.attention import RowLayout, block_mask, bucket, dense_mask, use_blocks, uses_blocks
@@ -77,6 +78,45 @@ def test_masks_say_who_sees_whom(case: str) -> None:
     dense = dense_mask(layout, window, torch.float64)
     assert torch.equal(dense == 0, expected) and dense.max() == 0 and dense.min() == torch.finfo(torch.float64).min
     assert torch.equal(create_mask(block_mask(layout, window).mask_mod, rows, None, width, width, "cpu"), expected)
+
+
+@pytest.mark.parametrize("window", [None, 5, 150, 400])
+@pytest.mark.parametrize("shared", [True, False])
+def test_blocks_are_those_that_the_rule_finds_pair_by_pair(shared: bool, window: int | None) -> None:
+    """torch's create_block_mask is the slow twin: the same blocks are computed, and those without a mask are whole."""
+    source = random.Random(6)
+    for _ in range(6):
+        items = []
+        for number in range(source.randint(3, 6)):
+            prompt = tuple(range(source.choice([1, 3, 130, 300, 520])))
+            sizes = [source.choice([1, 2, 7, 129, 260]) for _ in range(source.randint(1, 4) if shared else 1)]
+            items.append(Item(f"item{number}", prompt, tuple(tuple(range(size)) for size in sizes)))
+        cut = source.randint(1, len(items) - 1)
+        layout = layout_of(items, shared, [cut, len(items) - cut])
+        rows, width = layout.segments_BT.shape
+        expected = create_block_mask(layout.rule(window), rows, None, width, width, device="cpu")
+        found = block_mask(layout, window)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        wholly = create_mask(layout.rule(window), rows, None, width, width, device="cpu").squeeze(1)
+        for row, query, key in full_blocks(found):
+            assert wholly[row, query * 128 : (query + 1) * 128, key * 128 : (key + 1) * 128].all()
+
+
+def full_blocks(mask: BlockMask) -> list[tuple[int, int, int]]:
+    """Return the blocks that are computed without a mask: row, query block, key block."""
+    counts, order = mask.full_kv_num_blocks, mask.full_kv_indices
+    assert counts is not None and order is not None
+    places = itertools.product(range(counts.shape[0]), range(counts.shape[2]))
+    return [(b, q, int(k)) for b, q in places for k in order[b, 0, q, : int(counts[b, 0, q])]]
+
+
+def test_a_long_prompt_is_computed_without_a_mask_but_for_its_diagonal() -> None:
+    """Blocks of a prompt before the query's own one; not with a window, nor across items."""
+    items = [Item("long", tuple(range(512)), ((1, 2), (3, 4))), Item("next", (1,) * 130, ((1, 2), (3, 4)))]
+    layout = layout_of(items, True, [2])
+    before = [(0, q, k) for q in range(4) for k in range(q)]
+    assert sorted(full_blocks(block_mask(layout, None))) == before
+    assert full_blocks(block_mask(layout, 256)) == []
 
 
 def test_blocks_that_nobody_sees_are_passed_over() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coalign import logprobs
 from coalign.batching import Item, collate
 from coalign.config import LoraTable
-from coalign.logprobs import Batch, sum_by_response, token_logps
+from coalign.logprobs import Batch, fused_logps, sum_by_response, token_logps
 from coalign.models import attach_lora
 from numerics.tiny import FAMILIES, VOCABULARY, network, plain_logps, random_items
 
@@ -180,3 +180,35 @@ def test_one_position_may_predict_several_tokens() -> None:
     expected_N = (hidden_UD @ weight_VD.t() + bias_V).log_softmax(-1)[row_N, target_N]
     assert torch.allclose(logps(hidden_UD, weight_VD, bias_V), expected_N, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(logps, (hidden_UD, weight_VD, bias_V))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_compiled_blocks_equal_the_full_softmax_on_a_gpu(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs and both gradients, several blocks, sizes that were not compiled for; a position with two targets."""
+    monkeypatch.setattr(logprobs, "BLOCK_LOGITS_GPU", 30_000)
+    for positions, vocabulary in ((40, 3000), (77, 5001), (1, 700)):
+        torch.manual_seed(positions)
+        hidden_UD = torch.randn(positions, 64, device="cuda").to(dtype)
+        weight_VD = (torch.randn(vocabulary, 64, device="cuda") / 2).to(dtype)
+        row_N = torch.cat([torch.arange(positions), torch.zeros(3, dtype=torch.long)]).cuda()
+        target_N = torch.randint(vocabulary, (positions + 3,), device="cuda")
+        target_N[-1] = target_N[-2]  # twice the same place
+        weights_N = torch.randn(len(row_N), device="cuda")
+
+        def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            logits = (hidden @ weight.t()).to(dtype).double()
+            return logits.log_softmax(-1)[row_N, target_N]  # noqa: B023
+
+        found = []
+        for wide in (False, True):
+            hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden_UD, weight_VD))
+            logp_N = plain(hidden, weight) if wide else fused_logps(hidden, weight, None, row_N, target_N)
+            (logp_N * weights_N).sum().backward()
+            found.append((logp_N.detach(), hidden.grad, weight.grad))
+            assert hidden.grad is not None and weight.grad is not None
+        for a, b in zip(*found, strict=True):
+            assert a is not None and b is not None
+            assert float((a.double() - b.double()).abs().max()) <= tolerance * (1 + float(b.abs().max()))

@@ -315,7 +315,7 @@ def test_copied_constants_are_those_of_the_code() -> None:
     sources = {name: (ROOT / "distributed/coalign" / f"{name}.py").read_text() for name in ("logprobs", "decoding")}
     assert "BLOCK_LOGITS_GPU = 2**26\n" in sources["logprobs"] and memory.BLOCK_LOGITS == 2**26
     assert f"MIN_COLUMNS = {memory.MIN_COLUMNS}\n" in sources["logprobs"]
-    assert f"PREFILL_TOKENS = {generation_memory.PREFILL_TOKENS}\n" in sources["decoding"]
+    assert f"PREFILL_TOKENS_GPU = {generation_memory.PREFILL_TOKENS}\n" in sources["decoding"]
 
 
 def test_the_command_prints_a_plan(tmp_path: Path) -> None:
