@@ -130,14 +130,12 @@ def _run_starts(values_BT: Tensor, index_BT: Tensor) -> Tensor:
 
 def _full_blocks(layout: RowLayout, window: int | None) -> Tensor:
     """Return where all of block Q sees all of block K, which needs no mask: K holds a prompt alone, Q later tokens."""
-    segments_BKT, items_BKT = (x.unflatten(1, (-1, BLOCK)) for x in (layout.segments_BT, layout.items_BT))
+    segments_BKT, items_BKT = (x.view(len(x), -1, BLOCK) for x in (layout.segments_BT, layout.items_BT))
     lowest_BK, highest_BK = items_BKT.amin(dim=-1), items_BKT.amax(dim=-1)
     pure_BK = (lowest_BK == highest_BK) & (lowest_BK >= 0)
     prompt_BK = pure_BK & (segments_BKT.amax(dim=-1) == 0)
     same_BQK = (lowest_BK.unsqueeze(2) == lowest_BK.unsqueeze(1)) & pure_BK.unsqueeze(2) & prompt_BK.unsqueeze(1)
-    if window is not None:
-        return torch.zeros_like(same_BQK)
-    return same_BQK.tril(diagonal=-1)
+    return same_BQK.tril(diagonal=-1 if window is None else -same_BQK.shape[1])
 
 
 def _in_order(dense_BQK: Tensor) -> tuple[Tensor, Tensor]:

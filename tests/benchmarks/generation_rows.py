@@ -41,7 +41,7 @@ def sampling_rows(tiny: bool) -> list[Row]:
     return [sampling_row(make_network(shape), shape, count, length)]
 
 
-def sampling_row(model: Any, shape: Shape, count: int, length: int) -> Row:
+def sampling_row(model: Any, shape: Shape, count: int, length: int, batch_tokens: int = BATCH_TOKENS) -> Row:
     """Return 8 samples of 16 tokens of prompts that are all equally long."""
     source = random.Random(1)
     prompts = [random_ids(source, length, shape) for _ in range(count)]
@@ -49,7 +49,7 @@ def sampling_row(model: Any, shape: Shape, count: int, length: int) -> Row:
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "eos_token_id": None, "num_return_sequences": 8}
 
     def ours() -> list[Ids]:
-        found = decode(model, prompts, seeds, Sampling(16, 1.0), Codec(), BATCH_TOKENS)
+        found = decode(model, prompts, seeds, Sampling(16, 1.0), Codec(), batch_tokens)
         return [answer.ids for answers in found for answer in answers]
 
     return Row(
@@ -140,10 +140,10 @@ def judge_rows(tiny: bool) -> list[Row]:
     return [judge_row(model, shape, requests)]
 
 
-def judge_row(model: Any, shape: Shape, requests: list[dict[str, Any]]) -> Row:
+def judge_row(model: Any, shape: Shape, requests: list[dict[str, Any]], batch_tokens: int = BATCH_TOKENS) -> Row:
     """Return a shard of requests that a model scores both ways."""
     ratio = judge_ratio([request["prompt_ids"] for request in requests])
-    scored = functools.partial(score, model, requests, Codec(), BATCH_TOKENS)
+    scored = functools.partial(score, model, requests, Codec(), batch_tokens)
     return Row(
         f"judge, {len(requests)} prompts, {shape.name}, token ratio {ratio:.2f}",
         "one padded scoring row per response and question",

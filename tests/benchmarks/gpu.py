@@ -51,11 +51,12 @@ from coalign.objectives import Objective, align_objective, sft_objective
 from coalign.training import Engine, _update
 
 SHAPES = {shape.name: shape for shape in (HALF, SEVEN, TINY)}  # the last only to see that every line is measured
-DEVICE = "cuda"
+DEVICE, DTYPE = "cuda", torch.bfloat16
 POSITIONS = 8192  # of the head alone
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 (SXM), a second
 FULL_GIB = 18  # of memory a billion parameters: full training holds 16 bytes of each, and activations
 RANKS_TOKENS = 16384  # of an update of the engines
+BATCH_TOKENS = 65536  # generation.batch_tokens of the configs for 7B models
 Figures = dict[str, Any]
 
 
@@ -117,7 +118,7 @@ def model_flops(shape: Shape, items: Sequence[Item], lora: bool) -> float:
 
 def engine_on_gpu(shape: Shape) -> GradientEngine:
     """Return an engine that makes forward and backward passes and clips; AdamW of 7B parameters would not fit."""
-    engine = GradientEngine(make_network(shape, DEVICE, torch.bfloat16), training_rows.TABLE)
+    engine = GradientEngine(make_network(shape, DEVICE, DTYPE), training_rows.TABLE)
     engine.device = torch.device(DEVICE)
     attention.use_blocks(engine.model)
     for parameter in engine.trained:
@@ -163,16 +164,18 @@ def training_table(shape: Shape, count: int) -> Iterator[Row]:
 
 def generation_table(shape: Shape, count: int) -> Iterator[Row]:
     """Yield rows about sampling and judging."""
-    model = make_network(shape, DEVICE, torch.bfloat16)
-    yield on_gpu(generation_rows.judge_row(model, shape, judge_requests(count // 4, shape)), alike_scores)
-    yield on_gpu(generation_rows.sampling_row(model, shape, 8, 200))
+    model = make_network(shape, DEVICE, DTYPE)
+    yield on_gpu(
+        generation_rows.judge_row(model, shape, judge_requests(max(2, count // 4), shape), BATCH_TOKENS), alike_scores
+    )
+    yield on_gpu(generation_rows.sampling_row(model, shape, 8, 200, BATCH_TOKENS))
     if shape is not SEVEN:  # where 128 steps of few rows take long, and show nothing else
-        yield on_gpu(generation_rows.mixed_row(model, shape, 64, 128))
+        yield on_gpu(generation_rows.mixed_row(model, shape, count, 12 if shape is TINY else 128))
 
 
 def logprob_table(shape: Shape, count: int) -> Iterator[Row]:
     """Yield rows about the head alone."""
-    head = Head(shape, POSITIONS, False, DEVICE, torch.bfloat16)
+    head = Head(shape, POSITIONS, False, DEVICE, DTYPE)
     name = f"log-probs, {POSITIONS} positions, vocabulary {shape.vocabulary}, {shape.name}"
     row = Row(name, "full log_softmax", 1.25, Side(head.ours), Side(head.plain), close_logps, at_most=True)
     yield on_gpu(row)
@@ -229,7 +232,7 @@ def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
     """Yield figures of the engine's forms that fit the device."""
     room = torch.cuda.mem_get_info()[1] / 2**30
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
-        network = make_network(shape, DEVICE, torch.bfloat16)
+        network = make_network(shape, DEVICE, DTYPE)
         size = sum(p.numel() for p in network.parameters()) / 1e9
         network.save_pretrained(place, max_shard_size="4GB")
         (Path(place) / "tokenizer_config.json").write_text("{}\n")  # which is not read here
@@ -245,7 +248,7 @@ def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
 
 def sampling_table(shape: Shape, count: int) -> Iterator[Figures]:
     """Yield generated tokens a second, on prompts that each have 8 samples of 32 tokens."""
-    model, source = make_network(shape, DEVICE, torch.bfloat16), random.Random(5)
+    model, source = make_network(shape, DEVICE, DTYPE), random.Random(5)
     prompts = [random_ids(source, source.randint(100, 200), shape) for _ in range(count)]
     seeds = [[8 * n + k for k in range(8)] for n in range(len(prompts))]
     for budget in (8192, 65536):

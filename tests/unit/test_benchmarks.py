@@ -7,10 +7,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from benchmarks import gpu
 from benchmarks.bench import BUILDERS, SOURCES
 from benchmarks.lengths import PATH, lengths
-from benchmarks.rows import Row, Side, measure_row, reported, table_line
+from benchmarks.networks import TINY, Shape
+from benchmarks.rows import Row, Side, cpu_seconds, measure_row, reported, table_line
+from coalign.batching import Item
 
 STARTED = {"ray": [pytest.mark.slow, pytest.mark.ray], "ranks": [pytest.mark.slow, pytest.mark.deepspeed]}
 
@@ -30,6 +34,30 @@ def test_both_sides_of_a_row_find_the_same(name: str) -> None:
         found = measure_row(row, 1)
         assert found["same_result"], row.name
         assert found["plain"] >= 0 and found["ours"] >= 0 and row.against in table_line(found)
+
+
+@pytest.mark.parametrize("table", gpu.TABLES)
+def test_rows_for_a_gpu_find_the_same_on_both_sides(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, tiny and in float32, where blocks give way to masks; how a device is measured is not seen here."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "DTYPE", torch.float32)
+    monkeypatch.setattr(gpu, "POSITIONS", 64)
+    monkeypatch.setattr(gpu.attention, "use_blocks", lambda model: False)
+    rows = list(gpu.TABLES[table](TINY, 3))
+    for row in rows:
+        found = measure_row(dataclasses.replace(row, measure=cpu_seconds, warm_up=False), 1)
+        assert found["same_result"], row.name
+    assert len({row.name + row.against + row.unit for row in rows}) == len(rows) >= 2
+
+
+def test_model_flops_are_counted_by_hand() -> None:
+    """Two layers of width 4 and MLP width 8, a vocabulary of 10: one prompt of 3 tokens with responses of 1 and 3."""
+    shape = Shape("by hand", 10, 4, 2, 1, 8)
+    group = Item("group", (1, 1, 1), ((5,), (5, 6, 7)), (2, 1))
+    matrices = 2 * (4 * 4 * 4 + 3 * 4 * 8) * 5 + 4 * 10 * 4  # 3 + 2 tokens; four are predicted
+    pairs = (1 + 2 + 3) + (4 + 5)  # the second response's two inputs see the prompt, the first of them, themselves
+    assert gpu.model_flops(shape, [group], lora=False) == 6 * matrices + 12 * 2 * 4 * pairs
+    assert gpu.model_flops(shape, [group], lora=True) == 4 * matrices + 12 * 2 * 4 * pairs
 
 
 def row_of(our_seconds: float, plain_seconds: float, **changed: object) -> Row:
