@@ -161,7 +161,9 @@ class GenerationTable(Table):
         -1.0, "GPUs each worker asks Ray for; 2 and more share a model too large for one (-1: one if any)", neutral=True
     )
     shard_size: Positive = _field(64, "prompts a shard: the unit of work, retry and resume")
-    batch_tokens: Positive = _field(8192, "tokens in flight a batch (prompt + new tokens, all rows)")
+    batch_tokens: NonNegative = _field(
+        0, "tokens in flight a batch: prompt + new, all rows (0: 8192 on a CPU, on a GPU what half of its memory holds)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
     ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
     ray_wait_seconds: Annotated[float, Field(gt=0)] = _field(

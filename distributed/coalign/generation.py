@@ -14,8 +14,10 @@ from coalign.config import GenerationTable, ModelTable
 from coalign.decoding import Sampling, decode
 from coalign.encoding import Codec
 from coalign.errors import UserError
+from coalign.generation_memory import TOKENS_ON_CPU, tokens_in_flight
 from coalign.likelihoods import score
 from coalign.models import load_model, load_tokenizer, pick_device, pick_dtype
+from coalign.shapes import Shape
 from coalign.slots import has_plain_cache
 
 __all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
@@ -36,8 +38,33 @@ class _Worker:
             self.model = load_model(folder, model, dtype, gpus).eval()
         else:
             self.model = load_model(folder, model, dtype).to(device).eval()
-        self.max_tokens = generation.batch_tokens
+        self.max_tokens = generation.batch_tokens or _tokens_in_flight(self.model, generation)
         self.exact = generation.mode == "exact"
+
+
+def _tokens_in_flight(model: Any, generation: GenerationTable) -> int:
+    """Return how many tokens are computed and remembered together, by the device and what is free of its memory."""
+    if model.device.type == "cpu":
+        return TOKENS_ON_CPU
+    free, _ = torch.cuda.mem_get_info(model.device)
+    part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0  # others load beside this one
+    return tokens_in_flight(shape_of(model.config.get_text_config()), generation.dtype, part * free)
+
+
+def shape_of(config: Any) -> Shape:
+    """Return the widths of a model of any family, as far as the memory of a pass depends on them."""
+    heads = config.num_attention_heads
+    return Shape(
+        name=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", 0),
+    )
 
 
 class GenerateWorker(_Worker):

@@ -1,6 +1,7 @@
 """Memory a generation worker needs, by formula: weights, keys and values of batch_tokens, the passes beside them.
 
-Used by planning. Follows slots.py, decoding.py and likelihoods.py; h, f, q and e are those of memory.py.
+Used by planning, and by workers that are left the choice. Follows slots.py, decoding.py and likelihoods.py; h, f, q and
+e are those of memory.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from coalign.shapes import Shape, count_parameters
 
 PREFILL_TOKENS = 8192  # decoding.PREFILL_TOKENS_GPU
 VLLM_SHARE = 0.9  # of a GPU, or of its part, that a vLLM worker takes
+TOKENS_ON_CPU, LEAST_TOKENS, MOST_TOKENS = 8192, 4096, 65536  # in flight, where generation.batch_tokens is 0
+PROMPT_TOKENS, NEW_TOKENS = 96, 32  # of a row, assumed for it: the shorter rows are, the more of them need a choice
 
 
 def kv_bytes(shape: Shape, e: int) -> int:
@@ -48,6 +51,17 @@ def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int,
     rows = max(1, tokens // width)
     logits = rows * new_tokens * shape.vocabulary * e
     return tokens * (forward_bytes(shape, e, width) + kv_bytes(shape, e)) + logits
+
+
+def tokens_in_flight(shape: Shape, dtype: str, free_bytes: float) -> int:
+    """Return what generation.batch_tokens = 0 means on a GPU: a power of two that half of what is free holds."""
+    tokens = MOST_TOKENS
+    while tokens > LEAST_TOKENS:
+        table = GenerationTable(batch_tokens=tokens, dtype=dtype)  # type: ignore[arg-type]
+        if max(f(shape, table, PROMPT_TOKENS, NEW_TOKENS) for f in (sampling_bytes, scoring_bytes)) <= free_bytes / 2:
+            break
+        tokens //= 2
+    return tokens
 
 
 def generation_memory(

@@ -12,10 +12,10 @@ from typing import Any
 
 from coalign.artifacts import RunFolder
 from coalign.counting import Assumed, Counts, make_counts
-from coalign.generation_memory import generation_memory
+from coalign.generation_memory import generation_memory, tokens_in_flight
 from coalign.machine import Options
-from coalign.memory import GB, Memory, Training, training_memory
-from coalign.shapes import Shape, count_lora_parameters, find_shape, known_shape, shape_of_numbers
+from coalign.memory import CONTEXT_BYTES, GB, Memory, Training, element_bytes, training_memory
+from coalign.shapes import Shape, count_lora_parameters, count_parameters, find_shape, known_shape, shape_of_numbers
 from coalign.workload import Tables, row_widths
 
 MAX_RANKS = 1024  # more than these are not proposed
@@ -67,7 +67,12 @@ def make_plan(tables: Tables, options: Options) -> Plan:
     counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)
     if model.lora.enabled:
         count_lora_parameters(shape, model.lora)  # says now which target module there isn't
-    return Plan(tables, shape, source, counts, options)
+    plan = Plan(tables, shape, source, counts, options)
+    if tables.generation.batch_tokens:
+        return plan
+    dtype = tables.generation.dtype
+    free = plan.worker_gpus * plan.gpu_bytes - element_bytes(dtype) * count_parameters(shape) - CONTEXT_BYTES
+    return changed(plan, {"generation.batch_tokens": tokens_in_flight(shape, dtype, free)})
 
 
 def training_memories(plan: Plan) -> dict[str, Memory]:

@@ -21,6 +21,7 @@ from coalign.config import GenerationTable, ModelTable
 from coalign.decoding import Sampling
 from coalign.encoding import Codec
 from coalign.errors import UserError
+from coalign.generation_memory import MOST_TOKENS, TOKENS_ON_CPU
 from coalign.models import load_tokenizer, pick_device, pick_dtype
 
 __all__ = ["GenerateWorker", "ScoreWorker"]
@@ -62,6 +63,7 @@ def _one_line(error: BaseException) -> str:
 def engine_options(folder: str, model: ModelTable, generation: GenerationTable, max_tokens: int) -> dict[str, Any]:
     """Return the arguments of vllm.LLM for a model folder whose context is `max_tokens`."""
     device = pick_device()
+    in_flight = generation.batch_tokens or (MOST_TOKENS if device.type == "cuda" else TOKENS_ON_CPU)
     options: dict[str, Any] = {
         "model": folder,
         "revision": None if Path(folder).is_dir() else model.revision,
@@ -72,8 +74,8 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
         "load_format": "safetensors",
         "trust_remote_code": False,
         "enable_prefix_caching": True,
-        "max_num_batched_tokens": min(generation.batch_tokens, MAX_STEP_TOKENS),
-        "max_num_seqs": min(generation.batch_tokens, MAX_ROWS),
+        "max_num_batched_tokens": min(in_flight, MAX_STEP_TOKENS),
+        "max_num_seqs": min(in_flight, MAX_ROWS),
         "seed": 0,
     }
     if device.type == "cuda":
@@ -82,7 +84,7 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
         if generation.gpus_per_worker > 1:  # by vLLM's own processes: Ray's would ask the cluster for GPUs again
             options |= {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
         return options
-    num_blocks = math.ceil(max(generation.batch_tokens, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return options | {
         "gpu_memory_utilization": round(CPU_SHARE / max(1, generation.workers), 4),
         "block_size": CPU_BLOCK,

@@ -6,11 +6,14 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from coalign import generation, generation_memory
 from coalign.config import GenerationTable, ModelTable, RandomTable
 from coalign.decoding import Sampling, decode, greedy_in_step, pick_tokens
 from coalign.generation import GenerateWorker, ScoreWorker
@@ -260,3 +263,23 @@ def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
     assert [set(row) for row in whole] == [{"id", "logps"}] * 8 and [row["id"] for row in whole] == list(range(8))
     assert whole == [worker([row])[0] for row in rows]
     assert all(sum(math.exp(x) for x in row["logps"]) < 1 for row in whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_holds_as_many_tokens_as_fit_half_of_what_is_free(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widths that decide are read from the config of any family; a part of a GPU counts as a part."""
+    model = network(family, torch.float32)
+    shape = generation.shape_of(model.config.get_text_config())
+    keys = model.config.num_hidden_layers, shape.kv_width
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    assert keys == (len(cache.layers), cache.layers[0].keys.shape[1] * cache.layers[0].keys.shape[3])
+    table = GenerationTable(batch_tokens=16384)
+    needed = max(f(shape, table, 96, 32) for f in (generation_memory.sampling_bytes, generation_memory.scoring_bytes))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    for part, free in ((-1.0, 2 * needed), (1.0, 2 * needed), (0.5, 4 * needed)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (math.ceil(free), 10**12))
+        assert generation._tokens_in_flight(on_gpu, GenerationTable(gpus_per_worker=part)) == 16384
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (math.floor(0.99 * free), 10**12))
+        assert generation._tokens_in_flight(on_gpu, GenerationTable(gpus_per_worker=part)) < 16384
+    assert generation._tokens_in_flight(model, GenerationTable()) == 8192

@@ -291,6 +291,19 @@ def test_ways_are_tried_in_order(tmp_path: Path) -> None:
     assert change == {"train.micro_batch_tokens": 65536}
 
 
+def test_tokens_in_flight_are_what_half_of_the_free_memory_holds(tmp_path: Path) -> None:
+    """A power of two, by the formulas of the plan; a setting is taken as it is."""
+    free = {tokens: generation_memory.tokens_in_flight(SEVEN, "auto", tokens * GB) for tokens in (1, 10, 33, 66, 500)}
+    assert free == {1: 4096, 10: 4096, 33: 16384, 66: 32768, 500: 65536}
+    for tokens in (16384, 32768):
+        table = GenerationTable(batch_tokens=tokens)
+        needed = generation_memory.sampling_bytes(SEVEN, table, 96, 32)
+        assert generation_memory.tokens_in_flight(SEVEN, "auto", 2 * needed + 1) == tokens
+        assert generation_memory.tokens_in_flight(SEVEN, "auto", 2 * needed - 1) == tokens // 2
+    assert plan_of(tmp_path).tables.generation.batch_tokens == 32768
+    assert plan_of(tmp_path, "generation.batch_tokens=5000").tables.generation.batch_tokens == 5000
+
+
 def test_generation_that_does_not_fit(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "generation.workers=16 train.zero_stage=3 train.gradient_checkpointing=true")
     assert "it fits with generation.workers=8" in str(planning.complaint(plan))
