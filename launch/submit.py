@@ -23,7 +23,7 @@ that begin with -- are given to sbatch as they stand, for every job, and win: --
 
   --only STEP   queue this step alone
   --dry-run     print sbatch's commands and queue nothing
-  --settings    print what a job inherits from [slurm] and queue nothing; job scripts ask this where pipeline.sh did not"""
+  --settings    print what a job gets of [slurm] and queue nothing; jobs ask this that were made without this command"""
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What slurm/job.sh does around a step, with stand-ins for Slurm's commands and for a container: no process of Python's.
+"""What slurm/job.sh does around a step, with stand-ins for Slurm's commands and for a container.
 
 The job scripts on a real Slurm cluster: tests/integration/test_slurm.py.
 """
