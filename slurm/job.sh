@@ -20,17 +20,17 @@ stopping="" work="" code=0 ray="" made=""
 begin_job() {
     [ $# -gt 0 ] || fail "no step was named; usage: slurm/$(basename "$0") STEP [CONFIG.toml] [key=value ...]" 2
     step="$1" words=("${@:2}") job="$SLURM_JOB_ID" attempt="${SLURM_RESTART_COUNT:-0}"
+    export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
+    trap 'stop USR1' USR1
+    trap 'stop TERM' TERM
+    trap 'stop INT' INT HUP
+    trap leave EXIT
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     count_ranks
     # The shell of salloc may be on the login node: go on on the first node, which Ray's driver must be on.
     [ -n "${SLURMD_NODENAME:-}" ] || COALIGN_HOP="$job $ranks" exec srun --interactive --preserve-env --nodes=1 \
         --ntasks=1 --nodelist="${nodes[0]}" bash "$0" "$@"
     echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
-    export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
-    trap 'stop USR1' USR1
-    trap 'stop TERM' TERM
-    trap 'stop INT' INT HUP
-    trap leave EXIT
 
     [ -n "${COALIGN_ROOT:-}" ] || read_settings
     [ -z "${COALIGN_MODULES:-}" ] || load_modules

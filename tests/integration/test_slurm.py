@@ -39,9 +39,17 @@ class Pipeline:
 
     def submit(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Call slurm/pipeline.sh."""
-        command = ["bash", str(ROOT / "slurm" / "pipeline.sh"), "tests/integration/tiny.toml", *PLACE, *self.run.place]
+        return self.call("bash", str(ROOT / "slurm" / "pipeline.sh"), *self.words, *words, code=code)
+
+    @property
+    def words(self) -> list[str]:
+        """Return the config and the settings."""
+        return ["tests/integration/tiny.toml", *PLACE, *self.run.place]
+
+    def call(self, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command where the user works, with an active environment."""
         own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{self.cluster.env['PATH']}"}
-        done = self.cluster.run(*command, *words, cwd=self.folder, env=own)
+        done = self.cluster.run(*command, cwd=self.folder, env=own)
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
         return done
 
@@ -264,6 +272,69 @@ def test_training_goes_on_after_a_signal_and_a_lost_node(
     assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-6)
     assert_same_weights(run.path / "sft" / "model", finished.path / "sft" / "model", 1e-6)
     assert_nothing_left(cluster)
+
+
+def test_a_preempted_job_saves_its_work(pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run]) -> None:
+    """In the grace time that Slurm gives it training writes a checkpoint, makes room, and goes on there afterwards."""
+    mine = pipeline(copy_of("sft", "sample", "judge", "rank", "align", "eval"))
+    job = mine.jobs("--only", "sft", "slurm.gpus_per_node=1")["sft"]
+    wait_until(lambda: newest_update(mine.run, "sft") >= 15, f"15 updates:\n{mine.printed('sft', job)}", JOB_SECONDS)
+    urgent = mine.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    mine.cluster.wait_for_job(urgent.stdout.strip(), "COMPLETED")
+    stopped = newest_update(mine.run, "sft")
+    assert f"stopped by a signal after update {stopped}" in mine.printed("sft", job)
+    assert "is queued again: told to stop by TERM" in mine.printed("sft", job)
+    mine.cluster.start_now(job, 1)
+    wait_until(lambda: f"resuming after update {stopped} from" in mine.printed("sft", job), "it resumes", JOB_SECONDS)
+    mine.cluster.run("scancel", job)
+    assert_nothing_left(mine.cluster)
+
+
+def test_a_preempted_step_that_generates_is_queued_again(
+    pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run]
+) -> None:
+    """Its Ray nodes are told to stop, its driver is not."""
+    mine = pipeline(copy_of("sample", "judge", "rank", "align", "eval"))
+    job = mine.jobs("--only", "sample")["sample"]
+    shards = mine.run.path / "sample" / "shards"
+    wait_until(lambda: any(shards.glob("*.jsonl")), f"shards:\n{mine.printed('sample', job)}", JOB_SECONDS)
+    for driver in drivers("sample"):  # so small a step would be done at once
+        driver.suspend()
+    urgent = mine.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    mine.cluster.wait_for_job(urgent.stdout.strip(), "COMPLETED")
+    found = mine.cluster.wait_for_job(job, "PENDING", "RUNNING")
+    assert int(found["Restarts"]) == 1, mine.printed("sample", job)
+    mine.cluster.run("scancel", job)
+    assert_nothing_left(mine.cluster)
+
+
+def test_three_requeues_without_progress_are_enough(pipeline: Callable[[Run], Pipeline], tmp_path: Path) -> None:
+    """A job that is told to stop before it has done anything, again and again, fails and says why."""
+    mine = pipeline(Run(tmp_path / "stuck"))
+    job = mine.jobs("--only", "prepare")["prepare"]
+    for starts in range(1, 4):
+        begun = rf"== prepare, job {job} on n\d"
+        wait_until(lambda: len(re.findall(begun, mine.printed("prepare", job))) == starts, f"start {starts}")  # noqa: B023
+        mine.cluster.run("scancel", "--signal=USR1", "--batch", job)
+        mine.cluster.start_now(job, starts)
+    assert mine.cluster.wait_for_job(job, *ENDED)["ExitCode"] == "2:0"
+    printed = mine.printed("prepare", job)
+    assert f"job {job} was queued again 3 times without progress" in printed
+    assert printed.count("is queued again: told to stop by USR1") == 3
+    assert not mine.run.complete("prepare")
+    assert_nothing_left(mine.cluster)
+
+
+def test_steps_run_in_an_allocation_of_salloc(pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run]) -> None:
+    """From the login node's shell the scripts go to the first node, and use all nodes of the allocation."""
+    mine = pipeline(copy_of(*STEPS[1:]))
+    allocation = ["salloc", "--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=2", "bash"]
+    words = [*mine.words, "slurm.gpus_per_node=1", "sft.max_steps=5", "train.eval_every=0"]
+    mine.call(*allocation, str(ROOT / "slurm" / "ray.sbatch"), "paraphrase", *words)
+    assert mine.run.complete("paraphrase")
+    printed = mine.call(*allocation, str(ROOT / "slurm" / "deepspeed.sbatch"), "sft", *words).stdout
+    assert "2 ranks on n1, n2" in printed and mine.run.complete("sft")
+    assert_nothing_left(mine.cluster)
 
 
 def tokens_of_ray() -> set[str]:
