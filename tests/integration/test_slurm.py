@@ -298,12 +298,16 @@ def test_a_preempted_step_that_generates_is_queued_again(
     job = mine.jobs("--only", "sample")["sample"]
     shards = mine.run.path / "sample" / "shards"
     wait_until(lambda: any(shards.glob("*.jsonl")), f"shards:\n{mine.printed('sample', job)}", JOB_SECONDS)
-    for driver in drivers("sample"):  # so small a step would be done at once
+    held = drivers("sample")
+    for driver in held:  # so small a step would be done at once
         driver.suspend()
     urgent = mine.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    wait_until(lambda: mine.cluster.job(job)["PreemptTime"] != "None", "Slurm preempts the job")
+    for driver in held:
+        driver.resume()
     mine.cluster.wait_for_job(urgent.stdout.strip(), "COMPLETED")
-    found = mine.cluster.wait_for_job(job, "PENDING", "RUNNING")
-    assert int(found["Restarts"]) == 1, mine.printed("sample", job)
+    assert "is queued again: told to stop by TERM" in mine.printed("sample", job)
+    assert int(mine.cluster.job(job)["Restarts"]) == 1
     mine.cluster.run("scancel", job)
     assert_nothing_left(mine.cluster)
 
