@@ -227,14 +227,20 @@ def test_a_mistake_is_told_and_nothing_is_queued(
 def test_four_ranks_give_the_local_result_of_two(
     pipeline: Callable[[Run], Pipeline], copy_of: Callable[..., Run], finished: Run
 ) -> None:
-    """A rank for each GPU of both nodes: in every update the loss differs in rounding alone, the metrics hardly."""
-    mine = pipeline(copy_of("sft", "sample", "judge", "rank", "align", "eval"))
-    for step, job in mine.jobs().items():
-        mine.wait(step, job)
-    for step in ("sft", "align"):
-        assert mine.run.manifest(step)["counts"]["ranks"] == 4
-        assert_same_curve(mine.run.curve(step), finished.curve(step), 1e-4)
-    assert_same_metrics(mine.run, finished)
+    """A rank for each GPU of both nodes: every loss of either stage differs in rounding alone, the metrics hardly.
+
+    Stage 2 starts from what the local run has sampled: a model that differs in its last digits may draw one text of a
+    thousand otherwise, and the updates that see it are others then.
+    """
+    first = pipeline(copy_of(*STEPS[2:], name="four_sft"))
+    first.wait("sft", first.jobs("--only", "sft")["sft"])
+    second = dataclasses.replace(first, run=copy_of("align", "eval", name="four_align"))
+    for step, job in second.jobs().items():
+        second.wait(step, job)
+    for step, run in (("sft", first.run), ("align", second.run)):
+        assert run.manifest(step)["counts"]["ranks"] == 4
+        assert_same_curve(run.curve(step), finished.curve(step), 1e-4)
+    assert_same_metrics(second.run, finished)
 
 
 def newest_update(run: Run, step: str) -> int:
