@@ -55,7 +55,8 @@ def run(tmp_path: Path) -> Run:
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURMD_NODENAME": "here",
         }
-        command = ["bash", str(ROOT / "slurm" / "single.sbatch"), "rank", *words]
+        command = ["env", "--default-signal=INT"]  # which a shell lets its background ignore
+        command += ["bash", str(ROOT / "slurm" / "single.sbatch"), "rank", *words]
         env = {name: value for name, value in (env | more).items() if value}
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
 
