@@ -21,7 +21,7 @@ help:
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
 	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
-	@echo "make check        ruff, ruff format, mypy"
+	@echo "make check        ruff, ruff format, mypy, shellcheck"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
 
@@ -64,6 +64,7 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by local.sh and ladder.sh: the virtual environment, the devices of this machine, and how training starts on
 # them. Reads VENV, RANKS, OMP_NUM_THREADS, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES; sets the array train_launcher, which
 # is empty for one rank: that is the recipe alone.
@@ -34,5 +35,6 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" RAY_USAGE_STATS
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:-0}" PYTHONUNBUFFERED=1
 train_launcher=()
 if [ "$ranks" != 1 ]; then # the launcher takes seconds to start, twice
+    # shellcheck disable=SC2034 # for those who source this
     train_launcher=(python -m deepspeed.launcher.runner "${gpu_choice[@]}" --log_level warning)
 fi

@@ -6,7 +6,8 @@ set -uo pipefail
 # In braces, so that bash has read all of it before it begins: the file may change while a long run goes on.
 {
 launch="$(dirname "${BASH_SOURCE[0]}")"
-source "$launch/devices.sh"
+# shellcheck source=launch/devices.sh
+. "$launch/devices.sh"
 python -c 'import coalign' 2>/dev/null || {
     echo "error: coalign can't be imported; set up the environment first: make setup" >&2
     exit 1

@@ -26,7 +26,8 @@ for word in "$@"; do
 done
 
 launch="$(dirname "${BASH_SOURCE[0]}")"
-source "$launch/devices.sh"
+# shellcheck source=launch/devices.sh
+. "$launch/devices.sh"
 
 fail() {
     echo "local.sh: the step $1 failed (exit code $2); mend it and run the same command again" >&2

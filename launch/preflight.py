@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 from coalign import allocation
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
     if step in TRAINING and (config.slurm.gpus_per_node or gpus):
         ranks = int(os.environ.get("COALIGN_RANKS_PER_NODE", "1"))
         allocation.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
+        if is_first and ranks < gpus and not config.slurm.ranks_per_node:
+            print(f"warning: {host} has {gpus} GPUs, but {ranks} ranks (--ntasks-per-node)", file=sys.stderr)
     if step in GENERATING and config.generation.workers and config.slurm.gpus_per_node:
         allocation.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
     if not is_first:

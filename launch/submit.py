@@ -22,7 +22,8 @@ What each job asks for comes from the table [slurm] of the config (configs/defau
 that begin with -- are given to sbatch as they stand, for every job, and win: --partition=long --account=me.
 
   --only STEP   queue this step alone
-  --dry-run     print sbatch's commands and queue nothing"""
+  --dry-run     print sbatch's commands and queue nothing
+  --settings    print what a job gets of [slurm] and queue nothing; jobs ask this that were made without this command"""
 
 
 def main(argv: list[str]) -> None:
@@ -33,6 +34,10 @@ def main(argv: list[str]) -> None:
     request = submission.read_words(argv, [*STEP_TABLES])
     config = parse_command_line("pipeline", [*request.words])
     table, generation = config.slurm, config.generation
+    if request.settings:
+        for name, value in submission.job_environment(table, ROOT).items():
+            print(f"{name}={value}")
+        return
     submission.check_resources(table, generation.workers, generation.gpus_per_worker)
     submission.check_time(table, [*table.options, *request.flags])
     steps = [step for step in find_steps(config) if request.only in ("", step.name)]

@@ -5,9 +5,9 @@
 #     run COMMAND...                                 # the step; a signal to stop reaches it
 #     end_job                                        # exit, or back into the queue
 #
-# begin_job sets step, words, job, attempt, nodes, python, port and address. A step ends with exit code 2 for a mistake
-# of the user's: then the job fails. It is queued again when it was told to stop (USR1 before the time limit, TERM when it
-# is preempted) and when a node of it no longer answers.
+# begin_job sets step, words, job, attempt, nodes, ranks, python, port and address. A step ends with exit code 2 for a
+# mistake of the user's: then the job fails. It is queued again when it was told to stop (USR1 before the time limit, TERM
+# when it is preempted) and when a node of it no longer answers. Ctrl-C, in an allocation of salloc, just ends it.
 set -uo pipefail
 
 fail() {
@@ -15,39 +15,93 @@ fail() {
     exit "${2:-1}"
 }
 
-stopping="" work="" code=0 ray=""
+stopping="" work="" code=0 ray="" made=""
 
 begin_job() {
     [ $# -gt 0 ] || fail "no step was named; usage: slurm/$(basename "$0") STEP [CONFIG.toml] [key=value ...]" 2
     step="$1" words=("${@:2}") job="$SLURM_JOB_ID" attempt="${SLURM_RESTART_COUNT:-0}"
-    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
     export COALIGN_TMP="/tmp/coalign-job$job.$attempt" # on every node; the parts of it are made where they are needed
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
+    trap 'stop INT' INT HUP
     trap leave EXIT
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    count_ranks
+    # The shell of salloc may be on the login node: go on on the first node, which Ray's driver must be on.
+    [ -n "${SLURMD_NODENAME:-}" ] || COALIGN_HOP="$job $ranks" exec srun --interactive --preserve-env --nodes=1 \
+        --ntasks=1 --nodelist="${nodes[0]}" bash "$0" "$@"
+    echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
 
-    for module in ${COALIGN_MODULES:-}; do module load "$module" || fail "the module $module can't be loaded" 2; done
-    venv="${COALIGN_VENV:-}"
+    [ -n "${COALIGN_ROOT:-}" ] || read_settings
+    [ -z "${COALIGN_MODULES:-}" ] || load_modules
+    choose_python
+
+    # Since 22.05 srun no longer takes the first from the job. Ranks are dealt out a node after another. A job that was
+    # submitted with --export=NONE would pass on nothing.
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block SLURM_EXPORT_ENV=ALL
+    export COALIGN_NODES="${nodes[*]}" COALIGN_START_SECONDS="${COALIGN_START_SECONDS:-300}"
+    export COALIGN_RANKS_PER_NODE="$ranks"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
+    unset TMPDIR # srun's tasks would make it anew on every node
+    make_folders
+    preflight
+}
+
+count_ranks() {
+    ranks="${SLURM_NTASKS_PER_NODE:-${SLURM_TASKS_PER_NODE%%[!0-9]*}}"
+    case "${COALIGN_HOP:-}" in "$job "*) ranks="${COALIGN_HOP#* }" ;; esac # what srun says here is about its one task
+}
+
+# The table [slurm], which pipeline.sh passes on; in a job that sbatch or salloc made, the config is asked here.
+read_settings() {
+    local venv="${VIRTUAL_ENV:-${VENV:-$root/.venv}}" found name value
+    found="$(PATH="$venv/bin:$PATH" python "$root/launch/submit.py" --settings "${words[@]}")" ||
+        fail "the table [slurm] can't be read on ${nodes[0]}; activate the environment first, or use slurm/pipeline.sh" 2
+    while IFS="=" read -r name value; do export "$name=$value"; done <<<"$found"
+}
+
+# Where the shell that submitted had no `module`, the system's files bring it. All of that reads unset variables.
+load_modules() {
+    local place name
+    set +u
+    for place in "$LMOD_PKG/init/bash" "$MODULESHOME/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+        type module >/dev/null 2>&1 && break
+        # shellcheck source=/dev/null
+        [ ! -r "$place" ] || . "$place"
+    done
+    type module >/dev/null 2>&1 || fail "${nodes[0]} has no command module, which slurm.modules needs" 2
+    for name in $COALIGN_MODULES; do module load "$name" || fail "the module $name can't be loaded" 2; done
+    set -u
+}
+
+# Sets python: a container's, its own or that of slurm.venv inside; without one that of an environment.
+choose_python() {
+    local venv="${COALIGN_VENV:-}"
+    if [ -n "${COALIGN_CONTAINER:-}" ]; then
+        read -ra python <<<"$COALIGN_CONTAINER"
+        python+=("${venv:+$venv/bin/}python")
+        return
+    fi
+    python=(python)
     [ -n "$venv" ] || [ -n "${VIRTUAL_ENV:-}" ] || venv="${VENV:-$root/.venv}"
     if [ -x "$venv/bin/python" ]; then
         export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
     elif [ -n "${COALIGN_VENV:-}" ]; then
         fail "${nodes[0]} sees no $venv/bin/python; set slurm.venv to an environment that every node sees" 2
     fi
-    read -ra python <<<"${COALIGN_CONTAINER:-} python"
+}
 
-    # Since 22.05 srun no longer takes the first from the job. Ranks are dealt out a node after another. A job that was
-    # submitted with --export=NONE would pass on nothing.
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block SLURM_EXPORT_ENV=ALL
-    export COALIGN_NODES="${nodes[*]}" COALIGN_START_SECONDS="${COALIGN_START_SECONDS:-300}"
-    export COALIGN_RANKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-${SLURM_TASKS_PER_NODE%%[!0-9]*}}"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-    export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
-    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
-    unset TMPDIR # srun's tasks would make it anew on every node
-    mkdir -p -m 700 "$COALIGN_TMP.batch" && mkdir -p logs || fail "no temporary folder or no logs/ can be made in $PWD"
-    preflight
+make_folders() {
+    local folder
+    for folder in /tmp/coalign-job*.batch; do # of scripts that were killed
+        [ -O "$folder" ] && [ ! -d "/proc/$(cat "$folder/holder" 2>/dev/null)" ] && rm -rf "$folder"
+    done
+    mkdir -p logs || fail "no folder logs/ can be made in $PWD"
+    mkdir -m 700 "$COALIGN_TMP.batch" || fail "no temporary folder; does another step run in this allocation?"
+    made=yes
+    echo $$ >"$COALIGN_TMP.batch/holder"
 }
 
 preflight() {
@@ -58,19 +112,21 @@ preflight() {
     code=$?
     [ -z "$stopping" ] || code=1
     [ "$code" -eq 0 ] || end_job
+    # shellcheck disable=SC2034 # for those who source this
     read -r port address run <<<"$(tail -n 1 <<<"$found")"
     rm -f "$run/.seen-$job-$attempt"
 }
 
 stop() {
     stopping="$1"
+    echo "== $step, job $job is told to stop by $1"
     [ -z "$work" ] || pass_on "$1"
 }
 
 # Tells the step to stop. srun hands USR1 to its tasks, but on TERM it would kill them; Slurm sends them TERM itself.
 pass_on() {
     if [ "$work_is_srun" = yes ]; then
-        [ "$1" != USR1 ] || kill -USR1 "$work" 2>/dev/null
+        [ "$1" = TERM ] || kill -USR1 "$work" 2>/dev/null
     else
         kill -TERM "$work" 2>/dev/null
     fi
@@ -90,7 +146,8 @@ run() {
         wait -n "$work" ${ray:+"$ray"}
         if [ -n "$ray" ] && ! kill -0 "$ray" 2>/dev/null; then
             ray=""
-            [ -n "$stopping" ] || echo "error: Ray has ended on a node, see logs/ray-$job-*.log; the step is stopped" >&2
+            [ -n "$stopping" ] || is_preempted ||
+                echo "error: Ray has ended on a node, see logs/ray-$job-*.log; the step is stopped" >&2
             kill -TERM "$work" 2>/dev/null
         fi
     done
@@ -109,10 +166,17 @@ lost_nodes() {
     wait
 }
 
+# Whether Slurm wants the nodes for another job: when its grace begins it tells the job's steps, not this script.
+is_preempted() { scontrol show job "$job" | grep -q "[^a-zA-Z]PreemptTime=[0-9]"; }
+
 queue_again() {
     end_ray
     # A job that somebody has cancelled must not come back; one that Slurm has queued again already needs no help.
-    [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit 1
+    case "$(squeue --noheader --jobs="$job" --format="%T %r")" in
+    RUNNING*) ;;
+    *TimeLimit) fail "the time limit came before $step had saved its work; raise slurm.warn_seconds and submit again" ;;
+    *) exit 1 ;;
+    esac
     echo "== $step, job $job is queued again: $1"
     scontrol requeue "$job"
     # Slurm ends this script, and often scontrol too; only what scontrol itself reports is a refusal.
@@ -126,6 +190,8 @@ end_job() {
     0) exit 0 ;;
     2) exit 2 ;;
     esac
+    [ "$stopping" != INT ] || exit 130
+    [ -n "$stopping" ] || ! is_preempted || stopping="TERM, since it is preempted"
     [ -z "$stopping" ] || queue_again "told to stop by $stopping"
     lost="$(lost_nodes | sort | paste -sd' ')"
     [ -z "$lost" ] || queue_again "no answer from $lost"
@@ -148,7 +214,7 @@ end_ray() {
 }
 
 leave() {
-    trap '' USR1 TERM
+    trap '' USR1 TERM INT HUP
     end_ray
-    rm -rf "$COALIGN_TMP.batch"
+    [ -z "$made" ] || rm -rf "$COALIGN_TMP.batch"
 }

@@ -31,6 +31,7 @@ from coalign.placement import Node
 
 START_SECONDS = 240.0  # an idle machine needs 2; Ray itself gives up after more than 30, see START_ATTEMPTS
 START_ATTEMPTS = 3
+READY = "ready"  # what the process that keeps a private cluster says of itself
 MAX_PARENT = 10  # characters; Ray puts sockets deep below, whose paths may not be longer than 107
 END_SECONDS = 20.0  # for Ray's own way of ending; what is left then is killed
 ANSWER_SECONDS = 120.0  # that a node may take to start a process and read a file
@@ -228,23 +229,65 @@ def hold(workers: int) -> int:
         os.setsid()  # Ctrl-C and a closed terminal mean the parent, which then lets go of this process in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _make_private()
-    for attempt in range(1, START_ATTEMPTS + 1):
-        signal.signal(signal.SIGTERM, _exit_on_signal)
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray itself gives up after 30
+    reason = ""
+    for _ in range(START_ATTEMPTS):
         folder = _fresh_folder()
-        try:
-            address = _start_ray(folder, max(workers, os.cpu_count() or 1))
-            with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
-                print(address, flush=True)
-            _wait_for_end(parent)
-            return 0
-        except Exception as error:  # which Ray itself raises when a busy machine is too slow for it
-            if attempt == START_ATTEMPTS or os.getppid() != parent:
-                reason = " ".join(str(error).split())
-                print(f"error: a private Ray cluster can't be started: {reason}", flush=True)
-                return 2
-        finally:
-            _end(folder)
-    raise AssertionError("the last attempt returns")
+        said, code = _attempt(folder, workers, parent)
+        remove_cluster(folder)
+        if said == READY or code == 128 + signal.SIGTERM or os.getppid() != parent:
+            return code
+        reason = said or f"its process ended with {code}"
+    print(f"error: a private Ray cluster can't be started: {reason}", flush=True)
+    return 2
+
+
+def _attempt(folder: Path, workers: int, parent: int) -> tuple[str, int]:
+    """Keep a cluster in a process of its own, since Ray may abort it, and leaves it in disorder when a start fails.
+
+    Returns READY or why there was no cluster, and the exit code.
+    """
+    output, report = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        os.close(output)
+        os._exit(_keep(folder, workers, report))
+    os.close(report)
+
+    def end(number: int = 0, frame: FrameType | None = None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(keeper, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    said = b""
+    while True:
+        if os.getppid() != parent:
+            end()
+        if select.select([output], [], [], 1.0)[0]:
+            if not (part := os.read(output, 4096)):
+                break
+            said += part
+    os.close(output)
+    return said.decode(errors="replace"), os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+
+
+def _keep(folder: Path, workers: int, report: int) -> int:
+    holder = os.getppid()
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        address = _start_ray(folder, max(workers, os.cpu_count() or 1))
+        os.write(report, READY.encode())
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            print(address, flush=True)
+        _wait_for_end(holder)
+        return 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception as error:  # which Ray itself raises when a busy machine is too slow for it
+        os.write(report, " ".join(str(error).split())[:2000].encode() or b"no reason was given")
+        return 1
+    finally:
+        _end(folder)
 
 
 def _start_ray(folder: Path, cpus: int) -> str:

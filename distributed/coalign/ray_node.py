@@ -42,7 +42,9 @@ def main() -> int:
         for _ in range(START_ATTEMPTS):
             folder.mkdir(mode=0o700)
             (folder / HOLDER).write_text(str(os.getpid()))
-            process = subprocess.Popen(start_command(names, name, folder), stdin=subprocess.DEVNULL)
+            patience = {"RAY_gcs_server_port_wait_time_s": f"{start_seconds():.0f}"}  # Ray itself has 20
+            command = start_command(names, name, folder)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=os.environ | patience)
             started = time.monotonic()
             print(f"Ray has ended on {name} (exit code {process.wait()})\n{last_words(folder)}", flush=True)
             if time.monotonic() - started > start_seconds():

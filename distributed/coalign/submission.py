@@ -126,7 +126,7 @@ def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
     if seconds is not None and seconds < 2 * table.warn_seconds:
         raise UserError(
             f"a time limit of {limit} is too short: a job is told to save and stop {table.warn_seconds} s before"
-            f" its end (slurm.warn_seconds); give at least {2 * table.warn_seconds // 60 + 1} minutes"
+            f" its end (slurm.warn_seconds); give at least {-(-2 * table.warn_seconds // 60)} minutes"
         )
 
 
@@ -171,7 +171,7 @@ def make_command(
 
 def job_environment(table: SlurmTable, root: Path) -> dict[str, str]:
     """Return what a job inherits by its environment; the login shell's own settings come along as well."""
-    venv = table.venv or os.environ.get("VIRTUAL_ENV", "")
+    venv = table.venv or ("" if table.container else os.environ.get("VIRTUAL_ENV", ""))
     return {
         "COALIGN_ROOT": str(root),
         "COALIGN_MODULES": " ".join(table.modules),
@@ -212,13 +212,14 @@ class Request:
 
     only: str
     dry_run: bool
+    settings: bool
     flags: tuple[str, ...]
     words: tuple[str, ...]  # of the config
 
 
 def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
     """Sort the words of slurm/pipeline.sh. Raises UserError."""
-    only, dry_run = "", False
+    only, dry_run, settings = "", False, False
     flags: list[str] = []
     words: list[str] = []
     rest = iter(argv)
@@ -229,13 +230,15 @@ def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
                 raise UserError(f"--only {only or 'nothing'}: no such step; the steps are {', '.join(steps)}")
         elif word == "--dry-run":
             dry_run = True
+        elif word == "--settings":
+            settings = True
         elif not word.startswith("-"):
             words.append(word)
         elif word.startswith("--") and not any(word == f"--{name}" for name in WITH_VALUE):
             flags.append(word)
         else:
             raise UserError(f"{word}: write flags of sbatch in one word and long, for example --partition=long")
-    return Request(only, dry_run, tuple(flags), tuple(words))
+    return Request(only, dry_run, settings, tuple(flags), tuple(words))
 
 
 def plan(

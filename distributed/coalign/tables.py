@@ -54,6 +54,8 @@ class SlurmTable(Table):
     modules: list[str] = key([], "environment modules that a job loads first", neutral=True)
     venv: str = key("", "virtual environment that a job activates (empty: the one that you submit with)", neutral=True)
     container: str = key(
-        "", "command that runs another in a container, e.g. apptainer exec --nv coalign.sif", neutral=True
+        "",
+        "command that runs another in a container, e.g. apptainer exec --nv coalign.sif; venv is inside",
+        neutral=True,
     )
     options: list[str] = key([], "more flags of sbatch for every job, e.g. --constraint=a100", neutral=True)

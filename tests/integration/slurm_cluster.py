@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "ip", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "salloc", "srun", "scontrol", "squeue", "ip", "unshare")
 NODES = ("n1", "n2")
 PREFIX = "cslurm"  # of network namespaces: PREFIX, the holder's process, c (the controller) or n and the node's number
 CPUS, GPUS = 8, 2  # what each node says that it has
@@ -64,8 +64,11 @@ MessageTimeout=30
 TCPTimeout=5
 KillWait=10
 EnforcePartLimits=ALL
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=2:00:00 State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=2:00:00 PriorityTier=1 GraceTime=120 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=2:00:00 PriorityTier=2 PreemptMode=OFF State=UP
 """
 
 

@@ -59,29 +59,50 @@ def test_processes_of_a_dead_cluster_end_and_others_stay(place: Path) -> None:
             process.wait()
 
 
-HOLD = """
-import sys
+HOLDER = """
+import os, sys
+from pathlib import Path
 from coalign import cluster
-tried = []
+
+ends, tried = sys.argv[1].split(","), Path(sys.argv[2])
+
 def start(folder, cpus):
-    tried.append(folder)
-    print(folder, file=sys.stderr)
-    if len(tried) < int(sys.argv[1]):
-        raise Exception("too\\nslow")
+    tried.write_text(tried.read_text() + f"{folder}\\n")
+    end = ends[len(tried.read_text().split()) - 1]
+    if end == "abort":
+        os.abort()
+    if end == "fail":
+        raise RuntimeError("too slow for it")
     return "127.0.0.1:1"
+
 cluster._start_ray = start
-sys.exit(cluster.hold(2))
+sys.exit(cluster.hold(1))
 """
 
 
 @pytest.mark.parametrize(
-    ("works_at", "code", "says"),
-    [(1, 0, "127.0.0.1:1"), (3, 0, "127.0.0.1:1"), (9, 2, "error: a private Ray cluster can't be started: too slow")],
+    ("ends", "printed", "code"),
+    [
+        ("start", "127.0.0.1:1", 0),
+        ("abort,fail,start", "127.0.0.1:1", 0),
+        ("fail,abort,fail", "error: a private Ray cluster can't be started: too slow for it", 2),
+        ("fail,fail,abort", "error: a private Ray cluster can't be started: its process ended with -6", 2),
+    ],
 )
-def test_a_holder_tries_again_and_leaves_no_folder(works_at: int, code: int, says: str) -> None:
-    words = [sys.executable, "-c", HOLD, str(works_at)]
-    done = subprocess.run(words, input="", capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (code, says)
-    folders = done.stderr.split()
-    assert len(folders) == len(set(folders)) == min(works_at, cluster.START_ATTEMPTS)
-    assert not any(Path(folder).exists() for folder in folders)
+def test_a_start_that_fails_or_aborts_is_tried_again(ends: str, printed: str, code: int, tmp_path: Path) -> None:
+    """Each attempt has a process and a folder of its own; no folder stays, the cluster ends with the holder's input."""
+    tried = tmp_path / "tried"
+    tried.touch()
+    command = [sys.executable, "-c", HOLDER, ends, str(tried)]
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, cwd=cluster.__file__.rpartition("/coalign/")[0]
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    assert holder.stdout.readline().strip() == printed
+    folders = [Path(line) for line in tried.read_text().split()]
+    assert len({*folders}) == len(ends.split(","))
+    assert [folder.exists() for folder in folders] == [False] * (len(folders) - 1) + [code == 0]
+    holder.stdin.close()
+    assert holder.wait(60) == code
+    assert not any(folder.exists() for folder in folders)

@@ -122,7 +122,7 @@ def test_settings_that_contradict_each_other_are_refused(
 
 def test_the_words_are_sorted() -> None:
     request = read_words(["c.toml", "a=b", "--only", "sft", "--partition=x", "--dry-run", "--exclusive"], STEPS)
-    assert request == submission.Request("sft", True, ("--partition=x", "--exclusive"), ("c.toml", "a=b"))
+    assert request == submission.Request("sft", True, False, ("--partition=x", "--exclusive"), ("c.toml", "a=b"))
     for words, found in ((["--only", "sfx"], "sfx"), (["--time", "3"], "--time"), (["-p", "x"], "-p")):
         with pytest.raises(UserError, match=found):
             read_words(words, STEPS)
