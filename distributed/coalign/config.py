@@ -164,6 +164,9 @@ class GenerationTable(Table):
     batch_tokens: NonNegative = _field(
         0, "tokens in flight a batch: prompt + new, all rows (0: 8192 on a CPU, on a GPU what half of its memory holds)"
     )
+    repetition_penalty: Annotated[float, Field(ge=1)] = _field(
+        1.0, "makes tokens of the prompt and of the answer so far less likely, by 1.1 say (1: off)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
     ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
     ray_wait_seconds: Annotated[float, Field(gt=0)] = _field(

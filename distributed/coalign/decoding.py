@@ -33,12 +33,16 @@ class TokenIds(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw a token: greedy at temperature 0, else top-k, then top-p of the tempered distribution."""
+    """How to draw a token: greedy at temperature 0, else top-k, then top-p of the tempered distribution.
+
+    `repetition_penalty` changes logits before all of that (`penalised`).
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,15 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Ten
     threshold_B = uniform_B.double().unsqueeze(1) * mass_BV.gather(1, last_B)
     index_B = torch.searchsorted(mass_BV, threshold_B, right=True).minimum(last_B)
     return (index_B if order_BV is None else order_BV.gather(1, index_B)).squeeze(1)
+
+
+def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Return logits of tokens that were seen divided by the penalty where positive, else multiplied (arXiv 1909.05858).
+
+    As transformers and vLLM do: seen is what stands in the prompt or in the answer so far.
+    """
+    lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -140,6 +153,7 @@ class _Decoder:
         self.live: list[_Sample] = []
         self.cache = SlotCache(model.device)
         self.token_R = torch.zeros(0, dtype=torch.long, device=model.device)
+        self.seen_RV: Tensor | None = None  # with a repetition penalty: the tokens of each row so far
         self.uniform_NT: Tensor | None = None
         if sampling.temperature:
             flat = [seed for group in seeds for seed in group]
@@ -190,7 +204,11 @@ class _Decoder:
         new = [sample for i in entering for sample in self.of_prompt[i]]
         source = [b for b, i in enumerate(entering) for _ in self.of_prompt[i]]
         self.cache.admit(prefilled, [len(p) for p in prompts], source, room)
-        token_R = self._pick(logits_BV.float()[torch.tensor(source, device=device)], new)
+        logits_RV = logits_BV.float()[torch.tensor(source, device=device)]
+        seen_RV = self._seen([prompts[b] for b in source], logits_RV)
+        token_R = self._pick(logits_RV, new, seen_RV)
+        if seen_RV is not None:
+            self.seen_RV = seen_RV if self.seen_RV is None else torch.cat([self.seen_RV, seen_RV])
         self.token_R = torch.cat([self.token_R, token_R])
         self.live += new
         self._record(new, token_R)
@@ -215,16 +233,31 @@ class _Decoder:
             use_cache=True,
         ).logits[:, -1]
         self.cache.advance()
-        self.token_R = self._pick(logits_RV.float(), self.live)
+        self.token_R = self._pick(logits_RV.float(), self.live, self.seen_RV)
         self._record(self.live, self.token_R)
 
-    def _pick(self, logits_RV: Tensor, samples: list[_Sample]) -> Tensor:
+    def _seen(self, prompts: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor | None:
+        """Return which tokens are in each prompt, if somebody asks: (R, V)."""
+        if self.sampling.repetition_penalty == 1.0:
+            return None
+        rows, ids = zip(*((row, token) for row, prompt in enumerate(prompts) for token in prompt), strict=True)
+        seen_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
+        seen_RV[list(rows), list(ids)] = True
+        return seen_RV
+
+    def _pick(self, logits_RV: Tensor, samples: list[_Sample], seen_RV: Tensor | None) -> Tensor:
+        """Draw the next token of some rows, and count it as seen."""
         device = logits_RV.device
+        if seen_RV is not None:
+            logits_RV = penalised(logits_RV, seen_RV, self.sampling.repetition_penalty)
         uniform_R = torch.zeros(0, device=device)
         if self.uniform_NT is not None:
             place = torch.tensor([[sample.number, len(sample.ids)] for sample in samples], device=device)
             uniform_R = self.uniform_NT[place[:, 0], place[:, 1]]
-        return pick_tokens(logits_RV, uniform_R, self.sampling)
+        token_R = pick_tokens(logits_RV, uniform_R, self.sampling)
+        if seen_RV is not None:
+            seen_RV.scatter_(1, token_R.unsqueeze(1), True)
+        return token_R
 
     def _record(self, samples: list[_Sample], token_R: Tensor) -> None:
         """Append tokens to the samples; those that are done leave, and the last rows take their places."""
@@ -246,7 +279,9 @@ class _Decoder:
         order = [row if alive[row] else last.pop() for row in range(num_rows)]
         self.cache.keep(order)
         self.live = [self.live[row] for row in order]
-        self.token_R = self.token_R[torch.tensor(order, dtype=torch.long, device=self.token_R.device)]
+        order_R = torch.tensor(order, dtype=torch.long, device=self.token_R.device)
+        self.token_R = self.token_R[order_R]
+        self.seen_RV = None if self.seen_RV is None else self.seen_RV[order_R]
 
 
 @torch.no_grad()  # not inference_mode: a sharded model gathers its weights here and keeps them

@@ -6,6 +6,7 @@ Used by workers.py (one worker an actor of pool.py). Knows no files but the mode
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class GenerateWorker(_Worker):
         self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
     ) -> None:
         super().__init__(folder, model, generation, threads)
-        self.sampling = sampling
+        self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
         if not has_plain_cache(self.model):
             raise UserError(
                 f"{folder}: a {self.model.config.model_type} model keeps more than keys and values of its tokens, which"

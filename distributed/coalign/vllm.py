@@ -155,7 +155,7 @@ class GenerateWorker(_Worker):
         self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
     ) -> None:
         super().__init__(folder, model, generation, threads)
-        self.sampling = sampling
+        self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with "answers": [{"text", "finish", "num_tokens"}], in their order."""
@@ -175,6 +175,7 @@ class GenerateWorker(_Worker):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
             seed=seed,
             stop_token_ids=list(self.codec.stop_ids),
             ignore_eos=True,  # the stop ids have it where it ends an answer

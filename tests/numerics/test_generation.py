@@ -37,14 +37,35 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
     return [list(random_ids(source, source.randint(1, 12))) for _ in range(count)]
 
 
-def greedy_by_transformers(model: Any, prompt: Sequence[int], limit: int, *stop: int) -> list[int]:
+def greedy_by_transformers(
+    model: Any, prompt: Sequence[int], limit: int, *stop: int, repetition_penalty: float = 1.0
+) -> list[int]:
     """Return transformers' own greedy continuation of one prompt, the stop token included."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=list(stop),
-        pad_token_id=0,
+        pad_token_id=0, repetition_penalty=repetition_penalty,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [30, 60, 8192])
+def test_a_repetition_penalty_equals_that_of_transformers(max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and answer count, of each row its own, while rows come and go; without it a row repeats itself."""
+    monkeypatch.setattr("coalign.decoding.PREFILL_TOKENS", 24)
+    model, prompts = network("llama", torch.float32), prompts_of(7)
+    stop = greedy_by_transformers(model, prompts[0], 12, 2, repetition_penalty=1.3)[3]
+    codec: Any = FakeCodec(stop, 2)
+    answers = {}
+    for penalty in (1.0, 1.3):
+        sampling = Sampling(12, repetition_penalty=penalty)
+        found = decode(model, prompts, [[0]] * len(prompts), sampling, codec, max_tokens)
+        answers[penalty] = [answer.ids for (answer,) in found]
+        for prompt, ids in zip(prompts, answers[penalty], strict=True):
+            expected = greedy_by_transformers(model, prompt, 12, stop, 2, repetition_penalty=penalty)
+            assert ids == [token for token in expected if token not in (stop, 2)]
+    repeated = {p: sum(len(ids) - len(set(ids)) for ids in found) for p, found in answers.items()}
+    assert repeated[1.3] < repeated[1.0]
 
 
 @pytest.mark.parametrize("max_tokens", [20, 60, 8192])  # rows together: one, two or three, all

@@ -96,7 +96,14 @@ def test_a_seed_is_a_request_and_token_ids_travel() -> None:
     asked = [(prompt, vars(params)) for prompt, params in FakeEngine.made[0].asked]
     assert [prompt for prompt, _ in asked] == [{"prompt_token_ids": ids} for ids in ([10, 11], [10, 11], [20])]
     assert [params.pop("seed") for _, params in asked] == [2, 0, 9]
-    expected = {"max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 3, "stop_token_ids": [STOP]}
+    expected = {
+        "max_tokens": 4,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 3,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": [STOP],
+    }
     assert all(params == expected | {"ignore_eos": True, "detokenize": False} for _, params in asked)
     assert [row["key"] for row in found] == ["a", "b", "c"] and all(set(row) == {"key", "answers"} for row in found)
     word = worker.codec.decode
