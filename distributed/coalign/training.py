@@ -287,7 +287,7 @@ def _update(
     names = sorted(sums)
     # What was found is read once, when all of it has been asked for: a GPU is never waited for in between.
     of_parts = _numbers(losses)
-    total = math.fsum(loss for loss, part in zip(of_parts, mine, strict=True) if part.items)
+    total = sum(loss for loss, part in zip(of_parts, mine, strict=True) if part.items)
     found = _numbers([sums[name] for name in names])
     reduced = [v * world_size() for v in engine.mean([total, float(tokens), *found])]
     if not math.isfinite(reduced[0]):
