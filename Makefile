@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench check format clean
+.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench bench-peers check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
 	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
+	@echo "make bench-peers  speed against TRL and vLLM, installed in .venv-trl and .venv-vllm (on request only)"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
@@ -59,6 +60,9 @@ test-vllm: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)
+
+bench-peers: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/bench.py --rows trl-sft trl-dpo vllm vllm-mixed --json runs/bench-peers.json $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check
