@@ -53,7 +53,7 @@ ROUNDS = 3
 FORM = RankingForm(loss="dpo")  # beta 1
 SETTLED = 1e-4  # of losses, to a share of them
 # Tried: see docs/benchmarks.md.
-TRL_SFT = {"batch": 1, "options": {"max_length": 512}}
+TRL_SFT = {"batch": 1, "options": {"packing": True, "max_length": 512}}
 TRL_DPO = {"batch": 4, "options": {"max_length": None, "beta": FORM.beta}}
 VLLM_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -138,7 +138,9 @@ def train_rows(folder: Path, items: Sequence[Item]) -> Found:
     """Make our updates of stage 1 on the same rows."""
     engine = TorchEngine(load(folder), TABLE)
     seconds, found = timed(lambda: update(engine, items, sft_objective()))
-    return {"seconds": seconds} | {f"{key}s": [one[key] for one in found] for key in ("loss", "grad_norm")}
+    return {"seconds": seconds, "losses": [one["loss"] for one in found]} | {
+        "grad_norms": [one["grad_norm"] for one in found]
+    }
 
 
 def trl_sft_rows(tiny: bool) -> list[Row]:

@@ -75,7 +75,7 @@ def make_trainer(spec: dict[str, Any], folder: str) -> Any:
     rows, settings = Dataset.from_list(spec["rows"]), settings_of(spec, folder)
     same = {"model": load(spec["model"]), "processing_class": AutoTokenizer.from_pretrained(spec["model"])}
     if "reference" not in spec:
-        return SFTTrainer(args=SFTConfig(packing=True, **settings), train_dataset=rows, **same)
+        return SFTTrainer(args=SFTConfig(**settings), train_dataset=rows, **same)
     args = DPOConfig(precompute_ref_log_probs=True, **settings)
     return IdsDPOTrainer(args=args, train_dataset=rows, ref_model=load(spec["reference"]), **same)
 

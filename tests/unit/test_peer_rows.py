@@ -38,7 +38,7 @@ def plain_sft(spec: Found) -> Found:
     loss = -torch.cat(parts).mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    return {"losses": [float(loss)] * (1 + ROUNDS), "grad_norms": [float(norm)] * (1 + ROUNDS)}
+    return {"losses": [loss.item()] * (1 + ROUNDS), "grad_norms": [norm.item()] * (1 + ROUNDS)}
 
 
 def plain_dpo(spec: Found) -> Found:
@@ -51,7 +51,7 @@ def plain_dpo(spec: Found) -> Found:
             gains.append(logps(model, pair["prompt_ids"], answer).sum())
             gains[-1] -= logps(reference, pair["prompt_ids"], answer).sum()
         losses.append(-torch.sigmoid(spec["options"]["beta"] * (gains[0] - gains[1])).log())
-    return {"losses": [float(sum(losses)) / len(losses)] * (1 + ROUNDS)}
+    return {"losses": [torch.stack(losses).mean().item()] * (1 + ROUNDS)}
 
 
 def plain_answers(spec: Found) -> Found:
