@@ -7,9 +7,9 @@ folder as ours. Both sides do their work once to warm up and are then timed over
 
 from __future__ import annotations
 
+import ctypes.util
 import dataclasses
 import json
-import os
 import random
 import tempfile
 import time
@@ -52,8 +52,8 @@ from peers.environments import VERSIONS, python_of
 ROUNDS = 3
 FORM = RankingForm(loss="dpo")  # beta 1
 SETTLED = 1e-4  # of losses, to a share of them
-# Tried: see docs/benchmarks.md.
-TRL_SFT = {"batch": 1, "options": {"packing": True, "max_length": 512}}
+# The fastest of what was tried: docs/benchmarks.md. `batch` is in packs, and in pairs.
+TRL_SFT = {"batch": 1, "options": {"packing": True, "max_length": 1024}}
 TRL_DPO = {"batch": 4, "options": {"max_length": None, "beta": FORM.beta}}
 VLLM_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -72,6 +72,7 @@ VLLM_VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+TCMALLOC = ctypes.util.find_library("tcmalloc_minimal")  # Debian: libtcmalloc-minimal4
 
 Found = dict[str, Any]
 Spec = dict[str, Any]
@@ -89,9 +90,8 @@ def run_script(environment: str, script: str, spec: Spec, variables: dict[str, s
 
 
 def vllm_variables() -> dict[str, str]:
-    """Return vLLM's settings in the environment; its documentation asks for one core for each of its threads."""
-    cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
-    return VLLM_VARIABLES | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    """Return vLLM's settings in the environment, with the allocator that its documentation recommends if it is here."""
+    return VLLM_VARIABLES | ({"LD_PRELOAD": TCMALLOC} if TCMALLOC else {})
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, list[Any]]:
@@ -149,8 +149,7 @@ def trl_sft_rows(tiny: bool) -> list[Row]:
     keep = tempfile.TemporaryDirectory()
     folder, items = make_folder(Path(keep.name), shape), sft_items(size, shape)
     spec = TRL_SFT | {"model": str(folder), "rows": [sft_row_of(item) for item in items]}
-    longest = max(len(row["input_ids"]) for row in spec["rows"])
-    spec["options"] = spec["options"] | {"max_length": max(longest, spec["options"]["max_length"])}  # cut none off
+    assert max(len(row["input_ids"]) for row in spec["rows"]) <= TRL_SFT["options"]["max_length"]  # it would be cut off
 
     def ours() -> Found:
         return train_rows(Path(keep.name) / "model", items)  # the folder lives as long as its row
@@ -241,7 +240,7 @@ def vllm_row(name: str, target: float, network: Any, spec: Spec, same: Callable[
         assert Path(keep.name).is_dir()  # the folder lives as long as its row
         return run_script("vllm", "vllm_answers.py", spec, vllm_variables())
 
-    against = f"vLLM {VERSIONS['vllm-cpu']}, CPU build"
+    against = f"vLLM {VERSIONS['vllm-cpu']}, CPU build, {'tcmalloc' if TCMALLOC else 'no tcmalloc'}"
     sides = Side(ours), Side(theirs)
     return Row(name, against, target, *sides, same, measure=reported("seconds"), warm_up=False)
 
