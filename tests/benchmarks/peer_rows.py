@@ -225,7 +225,7 @@ def vllm_row(name: str, target: float, network: Any, spec: Spec, same: Callable[
     """Return a row against vLLM; the spec says what both sides answer."""
     keep = tempfile.TemporaryDirectory()
     network.save_pretrained(keep.name)
-    spec = {"model": keep.name, "rounds": ROUNDS, "options": VLLM_OPTIONS} | spec
+    spec = spec | {"model": keep.name, "rounds": ROUNDS, "options": VLLM_OPTIONS}
     prompts, samples, limit = spec["prompts"], spec["samples"], spec["max_tokens"]
     seeds = [[samples * n + k for k in range(samples)] for n in range(len(prompts))]
 
@@ -250,13 +250,14 @@ def vllm_rows(tiny: bool) -> list[Row]:
     """Return the work of the row "sampling" against vLLM."""
     shape, count, length = (VLLM_TINY, 2, 20) if tiny else (SMALL, 8, 200)
     source = random.Random(1)
-    spec = {"prompts": [random_ids(source, length, shape) for _ in range(count)], "samples": 8, "temperature": 1.0}
+    prompts = [random_ids(source, length, shape) for _ in range(count)]
+    spec: Spec = {"prompts": prompts, "samples": 8, "temperature": 1.0}
     spec |= {"max_tokens": 16, "stop_ids": []}
 
     def same(a: Found, b: Found) -> bool:
         """Samples are drawn by unlike random numbers: as many, as long. Greedy answers are the same."""
         sizes = [[len(ids) for ids in found["answers"]] for found in (a, b)]
-        return sizes == [[16] * 8 * count] * 2 and a["greedy"] == b["greedy"]
+        return sizes == [[16] * 8 * count] * 2 and bool(a["greedy"] == b["greedy"])
 
     name = f"sampling, K = 8, {count} prompts of {length} tokens, 16 new, {shape.name}"
     return [vllm_row(name, 1.0, make_network(shape), spec, same)]
@@ -268,11 +269,11 @@ def vllm_mixed_rows(tiny: bool) -> list[Row]:
     source = random.Random(2)
     beginnings = [random_ids(source, source.randint(19, 59), shape) for _ in range(count)]
     prompts = [[*beginning, FIRST + source.randint(3, longest - 1)] for beginning in beginnings]
-    spec = {"prompts": prompts, "samples": 1, "temperature": 0.0, "max_tokens": longest, "stop_ids": [STOP]}
+    spec: Spec = {"prompts": prompts, "samples": 1, "temperature": 0.0, "max_tokens": longest, "stop_ids": [STOP]}
 
     def same(a: Found, b: Found) -> bool:
         """vLLM names the stop token last."""
-        return [[id for id in ids if id != STOP] for ids in a["answers"]] == b["answers"]
+        return bool([[id for id in ids if id != STOP] for ids in a["answers"]] == b["answers"])
 
     name = f"sampling, {count} prompts, mixed answers of 4-{longest} tokens, {shape.name}"
     return [vllm_row(name, 0.0, make_counting_network(shape), spec, same)]

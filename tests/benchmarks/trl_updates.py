@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
             self.wall_seconds += time.monotonic() - self.began[1]
 
 
-class IdsDPOTrainer(DPOTrainer):
+class IdsDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """Takes token ids, where DPOTrainer would encode texts."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -48,7 +48,7 @@ class IdsDPOTrainer(DPOTrainer):
 
 def settings_of(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the arguments of either trainer: an epoch is one update on all rows, and nothing is done beside it."""
-    return {
+    settings = {
         "output_dir": folder,
         "per_device_train_batch_size": spec["batch"],
         "gradient_accumulation_steps": len(spec["rows"]),  # more than there are batches: an update takes all of them
@@ -62,7 +62,8 @@ def settings_of(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-    } | spec["options"]
+    }
+    return settings | dict(spec["options"])
 
 
 def load(folder: str) -> Any:

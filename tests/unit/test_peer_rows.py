@@ -24,7 +24,7 @@ Found = dict[str, Any]
 
 def logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """Return the log-prob of every token of an answer, from the logits of one row."""
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    logits: torch.Tensor = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
 
 
@@ -36,7 +36,7 @@ def plain_sft(spec: Found) -> Found:
         answer = [token for token in row["labels"] if token != -100]
         parts.append(logps(model, row["input_ids"][: -len(answer)], answer))
     loss = -torch.cat(parts).mean()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return {"losses": [loss.item()] * (1 + ROUNDS), "grad_norms": [norm.item()] * (1 + ROUNDS)}
 
