@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench check format clean
+.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench bench-peers bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,9 +18,11 @@ help:
 	@echo "make base         train the quickstart's base model from nothing, 40 minutes (it is in the repository already)"
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
-	@echo "make test-peers   against lm-evaluation-harness, installed in .venv-lm-eval (on request only)"
+	@echo "make test-peers   against lm-evaluation-harness, and the rows of bench-peers on a tiny shape (on request only)"
 	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
+	@echo "make bench-peers  speed against TRL and vLLM, installed in .venv-trl and .venv-vllm (on request only)"
+	@echo "make bench-gpu    speed, MFU and memory on a CUDA device (BENCH_ARGS='--shapes 0.5B')"
 	@echo "make check        ruff, ruff format, mypy, shellcheck"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
@@ -52,13 +54,19 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -n 0 -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py tests/peers/test_benchmark_rows.py $(PYTEST_ARGS)
 
 test-vllm: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers/test_vllm_engine.py $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/bench.py $(BENCH_ARGS)
+
+bench-peers: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/bench.py --rows trl-sft trl-dpo vllm vllm-mixed --json runs/bench-peers.json $(BENCH_ARGS)
+
+bench-gpu: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/gpu.py $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check

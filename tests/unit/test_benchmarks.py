@@ -1,4 +1,8 @@
-"""The benchmarks: every row builds, both its sides find the same on a tiny shape, and ratios are read the right way."""
+"""The benchmarks: every row builds, both its sides find the same on a tiny shape, and ratios are read the right way.
+
+Rows against other projects are left out, since those are not installed here: test_peer_rows.py tests our side of them,
+tests/peers/test_benchmark_rows.py both sides.
+"""
 
 from __future__ import annotations
 
