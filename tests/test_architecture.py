@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("generation", "vllm", "objectives", "tokens"),
     ("likelihoods",),
     ("batching", "decoding"),
-    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting"),
+    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting", "drawing"),
     ("attention",),
     ("comparison",),
     ("page",),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Sampling, decode
+from coalign.decoding import decode
+from coalign.drawing import Sampling
 from coalign.encoding import Codec
 from coalign.errors import UserError
 from coalign.generation_memory import TOKENS_ON_CPU, tokens_in_flight

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Sampling
+from coalign.drawing import Sampling
 from coalign.encoding import Codec
 from coalign.errors import UserError
 from coalign.generation_memory import MOST_TOKENS, TOKENS_ON_CPU

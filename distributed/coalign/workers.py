@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Sampling
+from coalign.drawing import Sampling
 
 __all__ = ["Sampling", "make_generate_worker", "make_score_worker"]
 

@@ -12,7 +12,8 @@ import torch
 from benchmarks.networks import FIRST, PAD, SMALL, STOP, TINY, Codec, Ids, Shape, make_network, random_ids
 from benchmarks.rows import Row, Side
 from benchmarks.workloads import judge_requests
-from coalign.decoding import Sampling, decode
+from coalign.decoding import decode
+from coalign.drawing import Sampling
 from coalign.likelihoods import score
 
 BATCH_TOKENS = 8192  # the default of generation.batch_tokens

@@ -44,7 +44,8 @@ from benchmarks.workloads import even_groups, judge_requests, real_groups, sft_i
 from coalign import attention
 from coalign.batching import Item
 from coalign.config import LoraTable, ModelTable, TrainTable
-from coalign.decoding import Sampling, decode
+from coalign.decoding import decode
+from coalign.drawing import Sampling
 from coalign.losses import RankingForm
 from coalign.models import without_planned_attention
 from coalign.objectives import Objective, align_objective, sft_objective

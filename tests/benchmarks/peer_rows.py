@@ -42,7 +42,8 @@ from benchmarks.rows import Row, Side, reported
 from benchmarks.training_rows import TABLE, num_tokens, update
 from benchmarks.workloads import MAX_CANDIDATES, sft_items, tuple_ids
 from coalign.batching import Item, collate
-from coalign.decoding import Sampling, decode
+from coalign.decoding import decode
+from coalign.drawing import Sampling
 from coalign.logprobs import sum_by_response, token_logps
 from coalign.losses import RankingForm, ranking_loss
 from coalign.objectives import align_objective, sft_objective

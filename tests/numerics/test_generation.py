@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from coalign import generation, generation_memory
 from coalign.config import GenerationTable, ModelTable, RandomTable
-from coalign.decoding import Sampling, decode, greedy_in_step, pick_tokens
+from coalign.decoding import decode, greedy_in_step
+from coalign.drawing import Sampling, pick_tokens
 from coalign.generation import GenerateWorker, ScoreWorker
 from coalign.models import make_random_model
 from coalign.process import derive_seed

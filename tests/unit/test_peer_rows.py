@@ -17,7 +17,8 @@ from benchmarks.bench import BUILDERS, PEERS, parse
 from benchmarks.networks import FIRST, STOP, TINY, Codec, make_counting_network
 from benchmarks.peer_rows import ROUNDS, load, paired_groups, pairs_of
 from benchmarks.rows import measure_row
-from coalign.decoding import Sampling, decode
+from coalign.decoding import decode
+from coalign.drawing import Sampling
 
 Found = dict[str, Any]
 

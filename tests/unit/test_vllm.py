@@ -13,7 +13,7 @@ import torch
 
 from coalign import commandline, vllm, workers
 from coalign.config import GenerationTable, ModelTable
-from coalign.decoding import Sampling
+from coalign.drawing import Sampling
 from coalign.errors import UserError
 from coalign.placement import Node, asked_workers
 
