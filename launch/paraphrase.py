@@ -15,7 +15,7 @@ from coalign.config import STEP_TABLES, Config, changed_values, cores_used, tabl
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
 from coalign.records import Task, read_records, to_row
-from coalign.wordings import assign_splits, num_short, read_wordings
+from coalign.wordings import assign_splits, num_short, read_wordings, without_cr
 
 logger = logging.getLogger("coalign")
 
@@ -66,6 +66,9 @@ def main(argv: list[str]) -> None:
         worst = sorted(short, key=lambda name: (-sum(short[name].values()), name))[:5]
         listed = "; ".join(f"{name} lacks {short[name]}" for name in worst)
         logger.warning("%d of %d tasks end with fewer wordings than asked, worst: %s", len(short), len(tasks), listed)
+    if few := without_cr(by_task):
+        advice = "the test wordings that CR needs; raise paraphrase.num_test or give files of wordings"
+        logger.warning("%d of %d tasks lack %s: %s", len(few), len(tasks), advice, ", ".join(few[:5]))
     if originals:
         first = ", ".join(originals[:5])
         logger.warning("%d instructions of seen tasks nearly repeat a held-out wording: %s", len(originals), first)

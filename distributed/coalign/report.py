@@ -115,6 +115,10 @@ def headline_lines(metrics: dict[str, Any]) -> list[str]:
             for row in differences_of(metrics, which)
         ]
         lines += aligned([head, *table, *differences])
+    left_out = metrics["num_tasks"] - metrics["num_tasks_in_cr"]
+    if left_out:
+        needed = f"with fewer than {metrics['min_wordings']} wordings for an input"
+        lines += ["", f"CR leaves out tasks {needed}: {left_out} of {metrics['num_tasks']} (paraphrase.num_test)."]
     constant = constant_sentence(metrics)
     return [*lines, "", constant] if constant else lines
 

@@ -42,11 +42,11 @@ from coalign.scoring import (
     score_answers,
 )
 from coalign.text import unit_hash
+from coalign.wordings import MIN_WORDINGS
 
 COMPARED = ("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
 PER_INPUT = ("cr", "corrected_cr", "mcr")
 LIMITS = {"corrected_cr": (-math.inf, 1.0)}  # all others are shares
-MIN_WORDINGS = {"test": 4, "dev": 2}  # that a task needs to enter CR
 NUM_INCONSISTENT = 20
 
 DEFINITIONS = {

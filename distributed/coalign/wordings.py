@@ -23,6 +23,7 @@ from coalign.text import normalise_answer, unit_hash
 ORIGINAL = "original"
 GENERATED = "model"
 FILE_PREFIX = "file:"
+MIN_WORDINGS = {"test": 4, "dev": 2}  # that a task needs to enter CR
 
 _FLAT_KEYS = ("task", "id", "text", "kind", "fields_regex", "answers", "source", "split")
 _NESTED_KEYS = ("instructions", "templates")
@@ -407,6 +408,12 @@ def _take(wordings: Sequence[Wording], limit: int, task: Task, seed: int) -> set
         if len(taken) + len(bundles[base]) <= limit:
             taken.update(bundles[base])
     return taken
+
+
+def without_cr(by_task: Mapping[str, Sequence[Wording]]) -> list[str]:
+    """Return the tasks whose test wordings are too few for CR."""
+    counts = {task: sum(wording.split == "test" for wording in found) for task, found in by_task.items()}
+    return [task for task, count in counts.items() if count < MIN_WORDINGS["test"]]
 
 
 def num_short(

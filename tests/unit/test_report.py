@@ -99,6 +99,12 @@ def test_three_wordings_give_no_cr() -> None:
     assert content["models"]["m"]["cr"]["mean"] is None
     assert content["models"]["m"]["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert content["num_tasks_in_cr"] == 0
+    left_out = "CR leaves out tasks with fewer than 4 wordings for an input: 2 of 2 (paraphrase.num_test)."
+    assert left_out in report.headline_lines(content)
+    tasks, pairs = world(2, num_wordings=4)
+    whole, _ = summary.summarise(tasks, pairs, {"m": by_rule(pairs, half_right)}, table(), seed=0)
+    assert not any("CR leaves out" in line for line in report.headline_lines(whole))
+    tasks, pairs = world(2, num_wordings=3)
     dev, _ = summary.summarise(tasks, pairs, {"m": by_rule(pairs, half_right)}, table(split="dev"), seed=0)
     assert dev["models"]["m"]["cr"]["mean"] == pytest.approx(1 / 3)
 

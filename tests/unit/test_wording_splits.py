@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from coalign.records import Task, Wording, WordingSplit
-from coalign.wordings import assign_splits, num_short, original_wording
+from coalign.wordings import assign_splits, num_short, original_wording, without_cr
 
 SEEN = Task("t", "Do it.")
 UNSEEN = Task("t", "Do it.", seen=False)
@@ -90,3 +90,9 @@ def test_a_second_assignment_leaves_the_first_alone() -> None:
     assert together[: len(files)] == files
     assert count(together, "model") == (10, 1, 2)
     assert num_short(together, SEEN, 2, 6, 10) == {}
+
+
+def test_four_test_wordings_are_enough_for_cr() -> None:
+    """Counted are those that test, not those that train."""
+    split = {name: assign_splits(make(0, 18), SEEN, 2, num_test, 0) for name, num_test in (("few", 3), ("enough", 4))}
+    assert without_cr(split) == ["few"]
