@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 from coalign.artifacts import RunFolder, read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.data import digest_sources, read_sources
 from coalign.errors import UserError
+from coalign.instances import Dropped
+from coalign.inventory import Inventory, describe
 from coalign.process import announce, logger, run_step, set_up_logging
 from coalign.records import to_row
-from coalign.splits import Prepared, describe, split_instances, summarise, tokenizer_texts
+from coalign.splits import split_instances, tokenizer_texts
+
+
+def folder_for_rows(step: Path) -> Path | None:
+    """Return where rows lie until they are written: where the run lies, if we may, since /tmp may be in memory."""
+    folder = next(folder for folder in step.absolute().parents if folder.is_dir())
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def main(argv: list[str]) -> None:
@@ -18,24 +31,26 @@ def main(argv: list[str]) -> None:
     set_up_logging(config.log.level)
     run = RunFolder(config.run, argv)
     digest = digest_sources(config.data)
-    prepared = Prepared([], [], [])
+    left_out: Sequence[Dropped] = ()
+    prepared = None
     if read_manifest(run.step("prepare")) is None:
         # Before the step's folder is made: data with a mistake in it leaves nothing behind.
         sources = config.data.path or ", ".join(source.path for source in config.data.sources)
         announce("prepare", changed_values(config, STEP_TABLES["prepare"]), f"read and split {sources}", False)
-        read = read_sources(config.data)
-        prepared = split_instances(read.tasks, read.instances, config.data)
-        prepared.dropped[:0] = read.dropped
-        if not prepared.examples:
+        read = read_sources(config.data, folder_for_rows(run.step("prepare")))
+        prepared, left_out = split_instances(read.tasks, read.instances, config.data), read.dropped
+        if not prepared.tasks:
             raise UserError("no inputs are left after the split; use more data, or other shares in [data]")
     settings = table_values(config, STEP_TABLES["prepare"], with_neutral=False)
     step = run.begin("prepare", settings, {}, files={"data": digest})
     if step is None:
         return
+    assert prepared is not None, "the step was complete when it was looked at first"
+    inventory = Inventory(prepared)
     step.write_output("tasks.jsonl", map(to_row, prepared.tasks))
-    step.write_output("examples.jsonl", map(to_row, prepared.examples))
-    step.write_output("dropped.jsonl", (row.to_row() for row in prepared.dropped))
-    counts = summarise(prepared)
+    step.write_output("examples.jsonl", map(to_row, inventory.examples()))
+    step.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
+    counts = inventory.counts(left_out)
     for line in describe(counts).splitlines():
         logger.info("%s", line)
     for split, number in counts["inputs"].items():
@@ -44,7 +59,7 @@ def main(argv: list[str]) -> None:
     if config.model.init == "random" and not (step.path / "model").exists():
         from coalign.models import make_random_model
 
-        texts = tokenizer_texts(prepared.tasks, prepared.examples)
+        texts = tokenizer_texts(prepared.tasks, prepared.examples())
         make_random_model(step.path / "model", texts, config.model.random, config.run.seed)
     step.commit(counts | {"cores": 1})
 

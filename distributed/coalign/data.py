@@ -8,16 +8,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from coalign.artifacts import digest_file, digest_value
 from coalign.config import DataTable, SourceTable
 from coalign.errors import UserError
 from coalign.instances import Dropped, FreeNames, Instance, Layout, list_task_files, parse_row, read_task_file
 from coalign.records import Task, read_rows
+from coalign.spool import Spool, equal_places
 from coalign.text import normalise_input, unit_hash, words
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -32,24 +36,24 @@ class Collection:
     """What all sources hold together: every instance names a key of `tasks`; ids are unique where they aren't empty."""
 
     tasks: dict[str, Task]
-    instances: list[Instance]
-    dropped: list[Dropped]
+    instances: Spool[Instance]
+    dropped: Spool[Dropped]
 
 
-def read_sources(table: DataTable) -> Collection:
-    """Read every source of the table. Raises UserError for the first thing wrong, with file and line."""
-    collection = Collection({}, [], [])
-    ids = FreeNames()
-    for source in list_sources(table):
-        rows = []
-        for row in _read_source(source):
-            if isinstance(row, Dropped):
-                collection.dropped.append(row)
-            else:
-                rows.append(row)
-        if not rows:
+def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
+    """Read every source of the table. Raises UserError for the first thing wrong, with file and line.
+
+    The rows lie in temporary files in `folder`, see `Spool`: memory holds the tasks and 16 bytes a row. Where there are
+    several sources, it also holds 80 for a row that brings an id.
+    """
+    collection = Collection({}, Spool(Instance, folder), Spool(Dropped, folder))
+    sources = list_sources(table)
+    ids = FreeNames() if len(sources) > 1 else None
+    for source in sources:
+        before = len(collection.instances)
+        _add_source(collection, _take_rows(source, collection.dropped, folder), source, ids)
+        if len(collection.instances) == before:
             raise UserError(f"{source.path}: no instances in it; check the path and data.format")
-        _add_source(collection, _take_rows(rows, source.max_rows, collection.dropped), source.path, ids)
     return collection
 
 
@@ -207,39 +211,70 @@ def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False, "sep": separator}
 
 
-def _take_rows(rows: list[Instance], max_rows: int, dropped: list[Dropped]) -> list[Instance]:
-    """Return the first `max_rows` in the order of a hash of task, instruction and input (0: all)."""
-    if not max_rows or len(rows) <= max_rows:
-        return rows
-    places = [unit_hash("rows", row.task, row.instruction, row.input) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: (places[index], index))
-    dropped.extend(Dropped("over_max_rows", rows[i].place, rows[i].id) for i in sorted(order[max_rows:]))
-    return [rows[i] for i in sorted(order[:max_rows])]
+def _take_rows(source: SourceTable, dropped: Spool[Dropped], folder: Path | None) -> Iterator[Instance]:
+    """Yield the source's rows, the first `max_rows` in the order of a hash of task, instruction and input (0: all)."""
+    rows = _without_dropped(_read_source(source), dropped)
+    if not source.max_rows:
+        yield from rows
+        return
+    held, places = Spool(Instance, folder), array("d")
+    for row in rows:
+        held.append(row)
+        places.append(unit_hash("rows", row.task, row.instruction, row.input))
+    taken = bytearray(len(held))
+    for index in np.argsort(np.asarray(places), kind="stable")[: source.max_rows].tolist():
+        taken[index] = True
+    for index, row in enumerate(held):
+        if taken[index]:
+            yield row
+        else:
+            dropped.append(Dropped("over_max_rows", row.place, row.id))
 
 
-def _add_source(collection: Collection, rows: list[Instance], path: str, ids: FreeNames) -> None:
+def _without_dropped(rows: Iterable[Instance | Dropped], dropped: Spool[Dropped]) -> Iterator[Instance]:
+    for row in rows:
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            yield row
+
+
+def _add_source(collection: Collection, rows: Iterable[Instance], source: SourceTable, ids: FreeNames | None) -> None:
     """Give the rows task ids and free example ids and add them to the collection.
 
     `ids` holds the example ids of the sources before; an id that clashes with one gets the source's name in front.
     """
-    source = Path(path).stem if Path(path).is_file() else Path(path).name
+    path = Path(source.path)
+    origin = path.stem if path.is_file() else path.name
     task_names = FreeNames(collection.tasks)
     earlier = dict(collection.tasks)
     task_ids: dict[tuple[str, str], str] = {}
-    places: dict[str, str] = {}
+    own = array("q")
     for row in rows:
         key = (row.task, row.instruction)
         if key not in task_ids:
-            task_ids[key] = _add_task(collection.tasks, earlier, task_names, row, source)
+            task_ids[key] = _add_task(collection.tasks, earlier, task_names, row, origin)
         name = row.id
         if name:
-            if name in places:
-                raise UserError(
-                    f"{row.place}: the id {name!r} is also at {places[name]}; ids must be unique, change one"
-                )
-            places[name] = row.place
-            name = ids.take(f"{source}/{name}" if name in ids else name)
+            own.append(hash(name))
+            if ids is not None:
+                name = ids.take(f"{origin}/{name}" if name in ids else name)
         collection.instances.append(row._replace(task=task_ids[key], id=name))
+    repeated = {own[places[0]] for places in equal_places(own)}
+    if repeated:
+        _check_ids(source, repeated)
+
+
+def _check_ids(source: SourceTable, hashes: set[int]) -> None:
+    """Raise UserError for an id, of those with these hashes, that stands at two rows."""
+    places: dict[str, str] = {}
+    for row in _read_source(source):
+        if isinstance(row, Instance) and row.id and hash(row.id) in hashes:
+            if row.id in places:
+                raise UserError(
+                    f"{row.place}: the id {row.id!r} is also at {places[row.id]}; ids must be unique, change one"
+                )
+            places[row.id] = row.place
 
 
 def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames, row: Instance, source: str) -> str:

@@ -16,6 +16,7 @@ from coalign.errors import UserError
 Split = Literal["sft", "align", "dev", "test"]
 WordingSplit = Literal["train", "dev", "test"]
 Finish = Literal["stop", "length"]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one a line
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def from_row(kind: type[Record], row: dict[str, Any]) -> Record:
 
 def dump_line(row: dict[str, Any]) -> str:
     """Return one JSONL line: UTF-8, no NaN, newline at the end."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return _ENCODER.encode(row) + "\n"
 
 
 def write_records(path: Path, records: Iterable[Any]) -> int:

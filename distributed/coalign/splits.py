@@ -1,6 +1,8 @@
-"""Deals instances out to sft, align, dev and test, finds label tasks, applies limits, counts words.
+"""Deals instances out to sft, align, dev and test, finds label tasks, applies limits.
 
-Used by launch/prepare.py on what data.read_sources returns. Pure text and numbers; knows no files.
+Used by launch/prepare.py on what data.read_sources returns. Pure text and numbers; knows no files. The instances are
+read several times and never held: memory has some 30 bytes for each, twice as many while equal ones are looked for, and
+beside them the tasks and the references of inputs that occur with unlike ones.
 """
 
 from __future__ import annotations
@@ -8,71 +10,139 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import difflib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, get_args
+from typing import get_args
+
+import numpy as np
 
 from coalign.config import DataTable
 from coalign.errors import UserError
 from coalign.instances import Dropped, FreeNames, Instance
 from coalign.records import Example, Split, Task
+from coalign.spool import equal_places
 from coalign.text import normalise_answer, normalise_input, unit_hash
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+REASONS = ("merged_duplicate", "merged_duplicate", "other_task", "unseen_task_not_test", "over_limit", "over_limit")
+MERGED_SAME, MERGED_OTHER, OTHER_TASK, UNSEEN, OVER_LIMIT, OVER_MAX_TASKS = range(len(SPLITS), len(SPLITS) + 6)
+MERGED = (MERGED_SAME, MERGED_OTHER)
 MIN_INSTANCES_PER_LABEL = 4
 MAX_LABEL_WORDS = 5
-# Upper ends of the word-length buckets; the last one is open.
-BUCKETS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclasses.dataclass(slots=True)
 class Prepared:
-    """What prepare writes: tasks that have inputs, their examples, and what was left out."""
+    """What prepare writes: tasks that have inputs, their examples, and what was left out.
+
+    `fates` holds a byte for each instance: an index into SPLITS, or behind them into REASONS. `firsts` tells the row
+    that a merged one repeats, `unions` the references of a row whose repeats have others, `renamed` the ids of rows
+    whose own would clash.
+    """
 
     tasks: list[Task]
-    examples: list[Example]
-    dropped: list[Dropped]
+    tasks_dropped: list[Dropped]
+    instances: Sequence[Instance]
+    fates: bytearray
+    firsts: array[int]
+    unions: dict[int, tuple[str, ...]]
+    renamed: dict[int, str]
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples in the order of the rows."""
+        for index, row in enumerate(self.instances):
+            if self.fates[index] < len(SPLITS):
+                outputs = self.unions.get(index, row.outputs)
+                yield Example(self._id(index, row), row.task, row.input, outputs, SPLITS[self.fates[index]])
+
+    def dropped(self) -> Iterator[Dropped]:
+        """Yield the rows left out in their order, then the tasks."""
+        if max(self.fates, default=0) >= len(SPLITS):
+            for index, row in enumerate(self.instances):
+                if self.fates[index] >= len(SPLITS):
+                    yield self._describe(index, row)
+        yield from self.tasks_dropped
+
+    def reasons(self) -> Counter[str]:
+        """Return how many rows and tasks were left out, by reason."""
+        counts = Counter(row.reason for row in self.tasks_dropped)
+        for fate, number in Counter(self.fates).items():
+            if fate >= len(SPLITS):
+                counts[REASONS[fate - len(SPLITS)]] += number
+        return counts
+
+    def _describe(self, index: int, row: Instance) -> Dropped:
+        fate = self.fates[index]
+        reason = REASONS[fate - len(SPLITS)]
+        if fate in MERGED:
+            first = self.instances[self.firsts[index]].place
+            kind = "same" if fate == MERGED_SAME else "other"
+            return Dropped(reason, row.place, row.id, f"same input as {first}, {kind} references")
+        return Dropped(reason, row.place, self._id(index, row), "data.max_tasks" if fate == OVER_MAX_TASKS else "")
+
+    def _id(self, index: int, row: Instance) -> str:
+        return row.id or self.renamed.get(index) or made_id(row)
 
 
-def split_instances(tasks: Mapping[str, Task], instances: Iterable[Instance], table: DataTable) -> Prepared:
+def made_id(row: Instance) -> str:
+    """Return an id made from the task and the input, which survives a change of row order."""
+    return f"{row.task}-{sha256(normalise_input(row.input).encode()).hexdigest()[:16]}"
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """The rows of a task that fall into a split; in the order of `hashes` a limit takes them."""
+
+    rows: array[int] = dataclasses.field(default_factory=lambda: array("I"))
+    hashes: array[float] = dataclasses.field(default_factory=lambda: array("d"))
+
+
+def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], table: DataTable) -> Prepared:
     """Merge repeats, find labels, split by input text and apply the limits.
 
     Of an unseen task only the test inputs stay. Raises UserError when data.unseen_tasks or data.only_tasks names no
     task.
     """
-    dropped: list[Dropped] = []
     known = mark_unseen(tasks, table.unseen_tasks)
-    merged = merge_repeats(instances, dropped)
-    if table.only_tasks:
-        chosen = find_named(tasks, table.only_tasks, "data.only_tasks")
-        dropped.extend(Dropped("other_task", row.place, row.id) for row in merged if row.task not in chosen)
-        merged = [row for row in merged if row.task in chosen]
-        known = {name: task for name, task in known.items() if name in chosen}
-    known = find_labels(known, merged, table.max_labels)
-    kept: dict[tuple[str, Split], list[Instance]] = defaultdict(list)
-    for instance in merged:
-        split = choose_split(_split_text(instance), table)
-        if split != "test" and not known[instance.task].seen:
-            dropped.append(Dropped("unseen_task_not_test", instance.place, instance.id))
+    chosen = find_named(tasks, table.only_tasks, "data.only_tasks") if table.only_tasks else tasks.keys()
+    known = {name: task for name, task in known.items() if name in chosen}
+    limits = [table.max_sft_inputs, table.max_align_inputs, table.max_dev_inputs, table.max_test_inputs]
+    keys, fates, num_named = array("q"), bytearray(), 0
+    groups: dict[tuple[str, int], _Group] = defaultdict(_Group)
+    for index, row in enumerate(instances):
+        text = normalise_input(row.input)
+        keys.append(hash((row.task, text)))
+        num_named += bool(row.id)
+        split = _split_index(text if row.input.strip() else normalise_input(row.instruction), table)
+        if row.task not in chosen:
+            fates.append(OTHER_TASK)
+        elif SPLITS[split] != "test" and not known[row.task].seen:
+            fates.append(UNSEEN)
         else:
-            kept[instance.task, split].append(instance)
-    dealt = {name for name, _ in kept}
-    dropped.extend(Dropped("task_without_inputs", t.source, t.id) for t in known.values() if t.id not in dealt)
-    _limit_tasks(kept, table.max_tasks, dropped)
-    limits = dict(
-        sft=table.max_sft_inputs, align=table.max_align_inputs, dev=table.max_dev_inputs, test=table.max_test_inputs
+            fates.append(split)
+            group = groups[row.task, split]
+            group.rows.append(index)
+            if limits[split]:
+                group.hashes.append(unit_hash("inputs", text))
+    firsts, unions = merge_repeats(instances, keys, fates)
+    answers = (
+        (row.task, unions.get(index, row.outputs))
+        for index, row in enumerate(instances)
+        if fates[index] not in (*MERGED, OTHER_TASK)
     )
-    split_of: dict[str, Split] = {}
-    for (_, split), group in kept.items():
-        split_of.update((instance.id, split) for instance in _limit_inputs(group, limits[split], dropped))
-    examples = [
-        Example(instance.id, instance.task, instance.input, instance.outputs, split_of[instance.id])
-        for instance in merged
-        if instance.id in split_of
-    ]
-    used = {example.task for example in examples}
-    return Prepared([task for name, task in known.items() if name in used], examples, dropped)
+    known = find_labels(known, answers, table.max_labels)
+    dealt = {name for name, _ in groups}
+    without = [Dropped("task_without_inputs", task.source, name) for name, task in known.items() if name not in dealt]
+    _limit_tasks(groups, table.max_tasks, fates)
+    for (_, split), group in groups.items():
+        if 0 < limits[split] < len(group.rows):
+            _limit_inputs(group, split, limits[split], fates)
+    used = {name for name, _ in groups}
+    used_tasks = [task for name, task in known.items() if name in used]
+    renamed = rename_clashes(instances, fates) if 0 < num_named < len(instances) else {}
+    return Prepared(used_tasks, without, instances, fates, firsts, unions, renamed)
 
 
 def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, Task]:
@@ -86,6 +156,8 @@ def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set
 
     Raises UserError for a name that is no task.
     """
+    if not names:
+        return set()
     bases: dict[str, list[str]] = defaultdict(list)
     for name in tasks:
         bases[name].append(name)
@@ -104,67 +176,84 @@ def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set
     return {member for name in names for member in bases[name]}
 
 
-def merge_repeats(instances: Iterable[Instance], dropped: list[Dropped]) -> list[Instance]:
-    """Return one instance for each (task, normalised input), with the union of the references, every one with an id.
+def merge_repeats(
+    instances: Sequence[Instance], keys: array[int], fates: bytearray
+) -> tuple[array[int], dict[int, tuple[str, ...]]]:
+    """Find the rows of one task and one normalised input, and write into `fates` that all but the first are merged.
 
-    An instance without an id gets one made from its task and its input, so that it survives a change of row order.
+    `keys` holds a hash of task and input for each row. Returns the row that each one repeats (itself, if none; empty
+    when no row does), and the united references of those whose repeats have others.
     """
-    firsts: dict[tuple[str, str], Instance] = {}
-    unions: dict[tuple[str, str], dict[str, str]] = {}
-    for instance in instances:
-        key = (instance.task, normalise_input(instance.input))
-        first = firsts.setdefault(key, instance)
-        if first is instance:
-            continue
-        answers = {normalise_answer(output): output for output in instance.outputs}
-        before = {normalise_answer(output): output for output in first.outputs}
-        detail = f"same input as {first.place}, {'same' if answers.keys() == before.keys() else 'other'} references"
-        dropped.append(Dropped("merged_duplicate", instance.place, instance.id, detail))
-        union = unions.setdefault(key, before)
-        for answer, output in answers.items():
-            union.setdefault(answer, output)
-    names = FreeNames(instance.id for instance in firsts.values() if instance.id)
-    merged = []
-    for key, instance in firsts.items():
-        outputs = tuple(unions[key].values()) if key in unions else instance.outputs
-        name = instance.id or names.take(f"{key[0]}-{sha256(key[1].encode()).hexdigest()[:16]}")
-        merged.append(instance._replace(outputs=outputs, id=name))
-    return merged
+    firsts: array[int] = array("I")
+    unions: dict[int, tuple[str, ...]] = {}
+    for group in sorted(equal_places(keys)):
+        firsts = firsts or array("I", range(len(keys)))
+        first_of: dict[tuple[str, str], int] = {}  # one, but for a clash of hashes
+        answers: dict[int, dict[str, str]] = {}
+        own: dict[int, set[str]] = {}
+        for index in group:
+            row = instances[index]
+            first = first_of.setdefault((row.task, normalise_input(row.input)), index)
+            found = {normalise_answer(output): output for output in row.outputs}
+            if first == index:
+                answers[index], own[index] = found, set(found)
+                continue
+            firsts[index] = first
+            fates[index] = MERGED_SAME if found.keys() == own[first] else MERGED_OTHER
+            for answer, output in found.items():
+                answers[first].setdefault(answer, output)
+        more = (first for first in answers if len(answers[first]) > len(own[first]))
+        unions.update((first, tuple(answers[first].values())) for first in more)
+    return firsts, unions
 
 
-def find_labels(tasks: Mapping[str, Task], instances: Iterable[Instance], max_labels: int) -> dict[str, Task]:
-    """Return the tasks with the labels of those that are classification.
+def rename_clashes(instances: Sequence[Instance], fates: bytearray) -> dict[int, str]:
+    """Return an id for each row without one whose made id another row brings: made ids clash with no other made one."""
+    names = FreeNames(row.id for row, fate in zip(instances, fates, strict=True) if row.id and fate not in MERGED)
+    made = ((index, made_id(row)) for index, row in enumerate(instances) if not row.id and fates[index] not in MERGED)
+    return {index: names.take(name) for index, name in made if name in names}
+
+
+def find_labels(
+    tasks: Mapping[str, Task], answers: Iterable[tuple[str, Sequence[str]]], max_labels: int
+) -> dict[str, Task]:
+    """Return the tasks with the labels of those that are classification; `answers` are (task, references) of inputs.
 
     A label task has at most `max_labels` different answers (normalised), each of at most 5 words, and at least 4
     instances a label on average. A label is written as it most often is.
     """
     spellings: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
-    num_instances: Counter[str] = Counter()
+    num_inputs: Counter[str] = Counter()
     free: set[str] = set()
-    for instance in instances:
-        num_instances[instance.task] += 1
-        if instance.task in free:
+    for task, outputs in answers:
+        num_inputs[task] += 1
+        if task in free:
             continue
-        answers = spellings[instance.task]
-        for output in instance.outputs:
-            answers.setdefault(normalise_answer(output), Counter())[output] += 1
+        written = spellings[task]
+        for output in outputs:
+            written.setdefault(normalise_answer(output), Counter())[output] += 1
             if len(output.split()) > MAX_LABEL_WORDS:
-                free.add(instance.task)
-        if len(answers) > max_labels:
-            free.add(instance.task)
+                free.add(task)
+        if len(written) > max_labels:
+            free.add(task)
+        if task in free:
+            del spellings[task]
     labelled = dict(tasks)
-    for name, answers in spellings.items():
-        if name not in free and num_instances[name] >= MIN_INSTANCES_PER_LABEL * len(answers):
-            written = (min(counts.items(), key=lambda item: (-item[1], item[0]))[0] for counts in answers.values())
-            labelled[name] = dataclasses.replace(tasks[name], labels=tuple(sorted(written)))
+    for name, written in spellings.items():
+        if num_inputs[name] >= MIN_INSTANCES_PER_LABEL * len(written):
+            labels = (min(counts.items(), key=lambda item: (-item[1], item[0]))[0] for counts in written.values())
+            labelled[name] = dataclasses.replace(tasks[name], labels=tuple(sorted(labels)))
     return labelled
 
 
 def choose_split(text: str, table: DataTable) -> Split:
     """Return the split of an input text: it depends on nothing but the normalised text and the shares."""
-    place = unit_hash(normalise_input(text))
+    return SPLITS[_split_index(normalise_input(text), table)]
+
+
+def _split_index(normalised: str, table: DataTable) -> int:
     ends = (table.sft_share, table.sft_share + table.align_share, table.sft_share + table.align_share + table.dev_share)
-    return SPLITS[bisect.bisect_right(ends, place)]
+    return bisect.bisect_right(ends, unit_hash(normalised))
 
 
 def tokenizer_texts(tasks: Iterable[Task], examples: Iterable[Example]) -> Iterator[str]:
@@ -179,74 +268,22 @@ def tokenizer_texts(tasks: Iterable[Task], examples: Iterable[Example]) -> Itera
             yield from example.outputs
 
 
-def count_words(texts: Iterable[str]) -> dict[str, int]:
-    """Return the word-length histogram: bucket name ("5-8") -> number of texts, up to the longest text."""
-    counts = Counter(bisect.bisect_left(BUCKETS, len(text.split())) for text in texts)
-    return {_bucket_name(index): counts[index] for index in range(max(counts, default=-1) + 1)}
-
-
-def summarise(prepared: Prepared) -> dict[str, Any]:
-    """Return the counts of the manifest: tasks, inputs by split, dropped by reason, histograms of words."""
-    tasks, examples = prepared.tasks, prepared.examples
-    splits = Counter(example.split for example in examples)
-    seen = {task.id: task.seen for task in tasks}
-    return {
-        "tasks": {
-            "seen": sum(task.seen for task in tasks),
-            "unseen": sum(not task.seen for task in tasks),
-            "with_labels": sum(bool(task.labels) for task in tasks),
-        },
-        "inputs": {split: splits[split] for split in SPLITS},
-        "test_inputs_of_unseen_tasks": sum(not seen[example.task] for example in examples),
-        "dropped": dict(sorted(Counter(row.reason for row in prepared.dropped).items())),
-        "words": {
-            "instructions": count_words(task.instruction for task in tasks),
-            "inputs": count_words(example.input for example in examples),
-            "outputs": count_words(output for example in examples for output in example.outputs),
-        },
-    }
-
-
-def describe(counts: Mapping[str, Any]) -> str:
-    """Return the counts as lines for people."""
-    tasks, inputs = counts["tasks"], counts["inputs"]
-    lines = [
-        f"tasks: {tasks['seen']} seen, {tasks['unseen']} unseen, {tasks['with_labels']} of them with labels",
-        "inputs: "
-        + ", ".join(f"{inputs[split]} {split}" for split in SPLITS)
-        + f" (of these {counts['test_inputs_of_unseen_tasks']} of unseen tasks)",
-        "dropped: " + (", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "nothing"),
-    ]
-    for title, histogram in counts["words"].items():
-        most = max(histogram.values(), default=1)
-        lines.append(f"words in {title}:")
-        lines += [f"  {name:>9}  {number:>8}  {'#' * round(40 * number / most)}" for name, number in histogram.items()]
-    return "\n".join(lines)
-
-
-def _split_text(instance: Instance) -> str:
-    return instance.input if instance.input.strip() else instance.instruction
-
-
-def _limit_tasks(kept: dict[tuple[str, Split], list[Instance]], limit: int, dropped: list[Dropped]) -> None:
-    names = sorted({name for name, _ in kept}, key=lambda name: (unit_hash("tasks", name), name))
+def _limit_tasks(groups: dict[tuple[str, int], _Group], limit: int, fates: bytearray) -> None:
+    names = sorted({name for name, _ in groups}, key=lambda name: (unit_hash("tasks", name), name))
     if not limit or len(names) <= limit:
         return
     over = set(names[limit:])
-    for key in [key for key in kept if key[0] in over]:
-        dropped.extend(Dropped("over_limit", row.place, row.id, "data.max_tasks") for row in kept.pop(key))
+    for key in [key for key in groups if key[0] in over]:
+        for index in groups.pop(key).rows:
+            if fates[index] not in MERGED:
+                fates[index] = OVER_MAX_TASKS
 
 
-def _limit_inputs(group: list[Instance], limit: int, dropped: list[Dropped]) -> list[Instance]:
-    if not limit or len(group) <= limit:
-        return group
-    order = sorted(group, key=lambda instance: (unit_hash("inputs", normalise_input(instance.input)), instance.id))
-    dropped.extend(Dropped("over_limit", instance.place, instance.id) for instance in order[limit:])
-    return order[:limit]
-
-
-def _bucket_name(index: int) -> str:
-    if index == len(BUCKETS):
-        return f"{BUCKETS[-1] + 1}+"
-    first = BUCKETS[index - 1] + 1 if index else 0
-    return str(first) if first == BUCKETS[index] else f"{first}-{BUCKETS[index]}"
+def _limit_inputs(group: _Group, split: int, limit: int, fates: bytearray) -> None:
+    left = limit
+    for place in np.argsort(np.asarray(group.hashes), kind="stable").tolist():
+        index = group.rows[place]
+        if fates[index] == split:  # not merged
+            left -= 1
+            if left < 0:
+                fates[index] = OVER_LIMIT

@@ -9,7 +9,6 @@ import hashlib
 import re
 import unicodedata
 
-_SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _LEADING_POINT = re.compile(r"^\W*(?<![.\w])\.\d")
 _EDGE_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}<>*_"
@@ -17,7 +16,7 @@ _EDGE_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}<>*_"
 
 def normalise_input(text: str) -> str:
     """Return an input's identity: Unicode NFKC, case folded, runs of white space as one blank."""
-    return _SPACE.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def normalise_answer(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.networks import FIRST, PAD, SMALL, STOP, TINY, Codec, Ids, Shape, make_network, random_ids
 from benchmarks.rows import Row, Side
-from benchmarks.workloads import judge_requests
+from benchmarks.workloads import judge_request, judge_requests, judge_step
 from coalign.decoding import decode
 from coalign.drawing import Sampling
 from coalign.likelihoods import score
@@ -173,19 +173,38 @@ def longest_shared(ids: Ids, prompts: list[Ids]) -> tuple[int, ...]:
 
 
 def verdict_rows(tiny: bool) -> list[Row]:
-    """Return scoring with shared beginnings against a generated verdict: the word and the end of the turn."""
-    shape, model, requests = judge_work(tiny)
-    prompts = [request["prompt_ids"] for request in requests]
+    """Return a judge step against a generated verdict for each response and question: a word and the end of the turn.
+
+    Twice: with every distinct response scored, and with those alone that no rule settles, as the step does it.
+    """
+    shape, inputs = (TINY, 2) if tiny else (SMALL, 12)
+    model, work = make_network(shape), judge_step(inputs, shape)
     options = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}
-    return [
-        Row(
-            f"judge, {len(requests)} prompts, {shape.name}",
+
+    def plain() -> int:
+        return len(in_batches(model, work.every, **options))
+
+    def row(prompts: list[Ids], name: str, target: float) -> Row:
+        settled = {tuple(prompt) for prompt in work.distinct} - {tuple(prompt) for prompt in prompts}
+
+        def ours() -> list[list[float]]:
+            scored = score(model, [judge_request(prompt) for prompt in prompts], Codec(), BATCH_TOKENS)
+            known = dict(zip(map(tuple, prompts), scored, strict=True))
+            return [known[tuple(prompt)] for prompt in work.every if tuple(prompt) not in settled]
+
+        return Row(
+            f"judge step, {len(work.every)} verdicts, {name}, {shape.name}",
             f"generate of a verdict of 2 tokens, batches of {BATCH_ROWS}",
-            10.0,
-            Side(lambda: score(model, requests, Codec(), BATCH_TOKENS)),
-            Side(lambda: in_batches(model, prompts, **options)),
-            lambda a, b: len(a) == len(b),  # a word against two scores: one of each for every prompt
+            target,
+            Side(ours),
+            Side(plain),
+            lambda verdicts, scored: verdicts == len(work.every) and all(len(pair) == 2 for pair in scored),
         )
+
+    distinct, asked = len(work.distinct), len(work.asked)
+    return [
+        row(work.asked, f"{asked} asked of {distinct} distinct", 10.0),
+        row(work.distinct, f"{distinct} distinct, no rules", 0.0),
     ]
 
 

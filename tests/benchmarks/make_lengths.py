@@ -1,8 +1,10 @@
 """Write lengths.json: how long real prompts and answers are, as numbers alone.
 
-Run by hand: `python tests/benchmarks/make_lengths.py FOLDER`, a Super-NaturalInstructions folder (tasks/*.json).
-Lengths are tokens of the tokenizer that `prepare` trains on these tasks with the vocabulary of configs/sni-mini.toml;
-a prompt is the task's own definition and an input in the chat template, an answer ends with its end-of-turn.
+Run by hand: `python tests/benchmarks/make_lengths.py FOLDER RUN`, a Super-NaturalInstructions folder (tasks/*.json)
+and the folder of a finished quickstart. Lengths are tokens of the tokenizer that `prepare` trains on these tasks with
+the vocabulary of configs/sni-mini.toml; a prompt is the task's own definition and an input in the chat template, an
+answer ends with its end-of-turn. The run tells how often responses to an input are equal, which untrained weights
+can't.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from coalign.data import read_sources
 from coalign.encoding import Codec
 from coalign.models import load_tokenizer, make_random_model
 from coalign.prompts import correct_question, type_question
-from coalign.records import Example, Task, Wording
+from coalign.records import Example, Task, Wording, read_rows
 from coalign.splits import Prepared, split_instances, tokenizer_texts
 from coalign.wordings import render_prompt
 
 VOCABULARY, CONTEXT = 4096, 768
+SETTLED = ("exact_match", "empty", "cut_off")  # rules that leave nothing to ask about a response
 NUM_BINS = 16  # of a histogram: as many rows in each, told by the length in its middle
 
 
@@ -36,7 +39,7 @@ def make_codec(prepared: Prepared) -> Codec:
     """Return the tokenizer of a model that starts from random weights."""
     table = RandomTable(vocab_size=VOCABULARY, hidden_size=8, num_layers=1, num_heads=1, context=CONTEXT)
     with tempfile.TemporaryDirectory() as folder:
-        texts = tokenizer_texts(prepared.tasks, prepared.examples)
+        texts = tokenizer_texts(prepared.tasks, prepared.examples())
         make_random_model(Path(folder) / "model", texts, table, seed=0)
         return Codec(load_tokenizer(str(Path(folder) / "model"), ModelTable()), ModelTable())
 
@@ -67,16 +70,30 @@ def measure_task(task: Task, examples: list[Example], codec: Codec) -> dict[str,
     }
 
 
+def measure_repeats(run: Path) -> dict[str, Any]:
+    """Return [responses, distinct ones, those of them that a model judged, number of such inputs] of the judge step."""
+    responses: Counter[tuple[str, str]] = Counter()
+    distinct: dict[tuple[str, str], set[str]] = defaultdict(set)
+    judged: Counter[tuple[str, str]] = Counter()
+    for _, row in read_rows(run / "sample" / "responses.jsonl"):
+        responses[row["task"], row["example"]] += 1
+        distinct[row["task"], row["example"]].add(row["canonical"])
+    for _, row in read_rows(run / "judge" / "verdicts.jsonl"):
+        judged[row["task"], row["example"]] += row["rule"] not in SETTLED
+    counts = Counter((responses[key], len(distinct[key]), judged[key]) for key in responses)
+    return {"source": run.name, "inputs": [[*key, number] for key, number in sorted(counts.items())]}
+
+
 def measure(folder: str) -> dict[str, Any]:
-    """Return the content of lengths.json."""
+    """Return what lengths.json says of the tasks."""
     read = read_sources(DataTable(path=folder, format="sni"))
     prepared = split_instances(read.tasks, read.instances, DataTable(path=folder))
     codec = make_codec(prepared)
     by_task: dict[str, list[Example]] = defaultdict(list)
-    for example in prepared.examples:
+    for example in prepared.examples():
         by_task[example.task].append(example)
     tasks = [measure_task(task, by_task[task.id], codec) for task in prepared.tasks if task.seen]
-    texts = [example.input for example in prepared.examples]
+    texts = [example.input for example in prepared.examples()]
     tokens = sum(len(codec.encode_plain(text)) for text in texts)
     return {
         "source": f"{Path(folder).name}, {len(tasks)} training tasks",
@@ -93,7 +110,10 @@ def main() -> None:
     """Measure the folder and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="Super-NaturalInstructions folder")
-    found = measure(parser.parse_args().folder)
+    parser.add_argument("run", type=Path, help="folder of a finished quickstart")
+    options = parser.parse_args()
+    found = measure(options.folder)
+    found["judged"] = measure_repeats(options.run)
     rows = ",\n  ".join(json.dumps(task) for task in found.pop("tasks"))
     head = json.dumps(found, indent=1).removesuffix("\n}")
     Path(__file__).with_name("lengths.json").write_text(f'{head},\n "tasks": [\n  {rows}\n ]\n}}\n', encoding="utf-8")

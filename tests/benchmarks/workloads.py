@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -71,24 +72,62 @@ def token_ratio(groups: list[Item]) -> float:
 
 
 def judge_requests(num_inputs: int, shape: Shape) -> list[dict[str, Any]]:
-    """Return both questions about the distinct responses to inputs, as the judge step asks them.
-
-    The first question holds instruction and input, the second the gold answer alone; then come the response and the
-    template's ending. The verdict is one token, yes or no.
-    """
+    """Return both questions about 8 distinct responses to each of some inputs, as the judge step asks them."""
     source = random.Random(3)
-    tasks = [task for task in lengths()["tasks"] if task["distinct_answers"] >= MAX_CANDIDATES]
-    ending = random_ids(source, ENDING, shape)
-    requests = []
+    tasks, ending = judged_tasks(), random_ids(source, ENDING, shape)
+    prompts = []
     for _ in range(num_inputs):
-        task = source.choice(tasks)
-        sizes = [
-            max(1, source.choice(task["answer"]) - 1) for _ in range(MAX_CANDIDATES)
-        ]  # no end-of-turn in a question
-        responses = [random_ids(source, size, shape) for size in sizes]
-        asked = lengths()["type_question"] + source.choice(task["prompt"])
-        known = lengths()["correct_question"] + source.choice(task["answer"])
-        for beginning in (random_ids(source, size - ENDING, shape) for size in (asked, known)):
-            prompts = [[*beginning, *response, *ending] for response in responses]
-            requests += [{"prompt_ids": prompt, "continuations": [[FIRST], [FIRST + 1]]} for prompt in prompts]
-    return requests
+        prompts += judge_prompts(source, source.choice(tasks), MAX_CANDIDATES, ending, shape)
+    return [judge_request(prompt) for prompt in prompts]
+
+
+def judged_tasks() -> list[dict[str, Any]]:
+    """Return the tasks that have many answers: responses to the others are mostly settled by rules."""
+    return [task for task in lengths()["tasks"] if task["distinct_answers"] >= MAX_CANDIDATES]
+
+
+def judge_request(prompt: list[int]) -> dict[str, Any]:
+    """Return what a worker is asked to score: the verdict is one token, yes or no."""
+    return {"prompt_ids": prompt, "continuations": [[FIRST], [FIRST + 1]]}
+
+
+def judge_prompts(
+    source: random.Random, task: dict[str, Any], count: int, ending: list[int], shape: Shape
+) -> list[list[int]]:
+    """Return the first question about some distinct responses to an input, then the second one.
+
+    The first holds instruction and input, the second the gold answer alone; then come the response and the template's
+    ending.
+    """
+    sizes = [max(1, source.choice(task["answer"]) - 1) for _ in range(count)]  # no end-of-turn in a question
+    responses = [random_ids(source, size, shape) for size in sizes]
+    asked = lengths()["type_question"] + source.choice(task["prompt"])
+    known = lengths()["correct_question"] + source.choice(task["answer"])
+    beginnings = [random_ids(source, size - ENDING, shape) for size in (asked, known)]
+    return [[*beginning, *response, *ending] for beginning in beginnings for response in responses]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The prompts of a judge step: of every response and question, of distinct ones, of those no rule settles."""
+
+    every: list[list[int]]
+    distinct: list[list[int]]
+    asked: list[list[int]]
+
+
+def judge_step(num_inputs: int, shape: Shape) -> Judged:
+    """Return inputs whose responses are equal, and settled by rules, as often as a real run's were."""
+    source = random.Random(3)
+    tasks, ending = judged_tasks(), random_ids(source, ENDING, shape)
+    kinds = [kind for *kind, _ in lengths()["judged"]["inputs"]]
+    weights = [number for *_, number in lengths()["judged"]["inputs"]]
+    work = Judged([], [], [])
+    for responses, distinct, asked in source.choices(kinds, weights, k=num_inputs):
+        prompts = judge_prompts(source, source.choice(tasks), distinct, ending, shape)
+        repeats = [*range(distinct), *source.choices(range(distinct), k=responses - distinct)]
+        for first in (0, distinct):
+            work.every.extend(prompts[first + place] for place in repeats)
+            work.distinct.extend(prompts[first : first + distinct])
+            work.asked.extend(prompts[first : first + asked])
+    return work

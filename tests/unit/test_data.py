@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coalign import data, splits
 from coalign.config import DataTable, SourceTable
 from coalign.data import Collection, digest_sources, find_format, instruction_slug, read_sources
 from coalign.errors import UserError
 from coalign.instances import Dropped, FreeNames, Instance, distinct_answers, parse_row
-from coalign.records import Task
+from coalign.inventory import Inventory, count_words
+from coalign.records import Example, Task
 from coalign.splits import (
     SPLITS,
     Prepared,
     choose_split,
-    count_words,
     find_labels,
     mark_unseen,
-    merge_repeats,
     split_instances,
-    summarise,
     tokenizer_texts,
 )
+from coalign.text import normalise_answer, normalise_input, unit_hash
 
 SNI_MINI = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "sni-mini"
 
@@ -61,6 +65,14 @@ def make(task: str, text: str, *outputs: str, name: str = "", instruction: str =
 def split(instances: list[Instance], unseen: tuple[str, ...] = (), **values: Any) -> Prepared:
     tasks = {i.task: Task(i.task, i.instruction, seen=i.task not in unseen) for i in instances}
     return split_instances(tasks, instances, DataTable(**values))
+
+
+def summarise(prepared: Prepared) -> dict[str, Any]:
+    inventory = Inventory(prepared)
+    assert list(inventory.examples()) == list(prepared.examples())
+    counts = inventory.counts()
+    assert counts["dropped"] == dict(sorted(Counter(row.reason for row in prepared.dropped()).items()))
+    return counts
 
 
 # ---- layouts
@@ -240,6 +252,20 @@ def test_max_rows_takes_the_same_rows_in_any_order(tmp_path: Path) -> None:
     assert taken[0] == taken[1]
 
 
+def test_max_rows_beyond_the_rows_takes_all(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "Do.", "input": str(i), "output": "x"} for i in range(3)])
+    found = read_sources(DataTable(sources=[SourceTable(path=str(path), max_rows=9)]))
+    assert (len(found.instances), len(found.dropped)) == (3, 0)
+
+
+def test_ids_whose_hashes_clash_are_no_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "hash", len, raising=False)
+    rows = [{"instruction": "Do.", "input": name, "output": "x", "id": name} for name in "ab"]
+    assert [row.id for row in read(write_jsonl(tmp_path / "a.jsonl", rows)).instances] == ["a", "b"]
+    with pytest.raises(UserError, match=r"b\.jsonl, line 3: the id 'a' is also at .*b\.jsonl, line 1"):
+        read(write_jsonl(tmp_path / "b.jsonl", [*rows, rows[0]]))
+
+
 def test_digest_depends_on_contents_and_not_on_the_place(tmp_path: Path) -> None:
     tasks = {"a": sni_task("A.", ("x", "y"))}
     folders = [write_sni(tmp_path / name / "mini", tasks, train="a") for name in ("one", "two")]
@@ -272,7 +298,7 @@ def test_one_text_is_on_one_side_in_every_task() -> None:
     texts = [f"Sentence number {i}." for i in range(300)]
     found = split([make(task, text if task == "a" else f" {text.upper()}  ", "x") for text in texts for task in "ab"])
     sides: dict[str, set[str]] = {}
-    for example in found.examples:
+    for example in found.examples():
         sides.setdefault(example.input.strip().lower(), set()).add(example.split)
     assert len(sides) == 300
     assert all(len(side) == 1 for side in sides.values())
@@ -285,30 +311,30 @@ def test_shares_are_met_and_growing_data_moves_nothing() -> None:
         counts[choose_split(f"text {i}", table)] += 1
     assert [round(counts[name] / 20000, 1) for name in SPLITS] == [0.4, 0.3, 0.1, 0.2]
     few, many = ([make("t", f"text {i}", "x") for i in range(n)] for n in (50, 200))
-    before = {example.id: example.split for example in split(few).examples}
-    after = {example.id: example.split for example in split(many[::-1]).examples}
+    before = {example.id: example.split for example in split(few).examples()}
+    after = {example.id: example.split for example in split(many[::-1]).examples()}
     assert before.items() <= after.items()
 
 
 def test_inputs_without_text_are_split_by_instruction() -> None:
     instances = [make(f"t{i}", "", "x", instruction=f"Say {i}.") for i in range(200)]
-    assert {example.split for example in split(instances).examples} == set(SPLITS)
+    assert {example.split for example in split(instances).examples()} == set(SPLITS)
 
 
 def test_unseen_tasks_keep_test_inputs_only() -> None:
     found = split([make(task, f"text {i}", "x") for task in "ab" for i in range(100)], unseen=("b",))
-    unseen = [example for example in found.examples if example.task == "b"]
+    unseen = [example for example in found.examples() if example.task == "b"]
     assert unseen and {example.split for example in unseen} == {"test"}
-    assert {row.reason for row in found.dropped} == {"unseen_task_not_test"}
-    assert len(found.dropped) == 100 - len(unseen)
+    assert {row.reason for row in found.dropped()} == {"unseen_task_not_test"}
+    assert len(list(found.dropped())) == 100 - len(unseen)
 
 
 def test_only_the_tasks_named_are_taken() -> None:
     instances = [make(task, f"text {i}", "x") for task in "abc" for i in range(50)]
     found = split(instances, only_tasks=["c", "a"])
-    assert {task.id for task in found.tasks} == {example.task for example in found.examples} == {"a", "c"}
+    assert {task.id for task in found.tasks} == {example.task for example in found.examples()} == {"a", "c"}
     assert summarise(found)["dropped"] == {"other_task": 50}
-    assert [e for e in split(instances).examples if e.task != "b"] == found.examples
+    assert [e for e in split(instances).examples() if e.task != "b"] == list(found.examples())
     with pytest.raises(UserError, match=r"data\.only_tasks names 'd', which is no task of the data"):
         split(instances, only_tasks=["d"])
 
@@ -322,24 +348,134 @@ def test_config_can_make_tasks_unseen() -> None:
 
 
 def test_repeats_are_merged_with_the_union_of_their_references() -> None:
-    dropped: list[Dropped] = []
     rows = [make("t", "An Ant", "x", name="1"), make("t", "an  ant ", "X.", name="2"), make("t", "an ant", "y", "x")]
-    found = merge_repeats([*rows, make("u", "an ant", "z")], dropped)
-    assert [(row.task, row.input, row.outputs, bool(row.id)) for row in found] == [
+    found = split([*rows, make("u", "an ant", "z")])
+    assert [(row.task, row.input, row.outputs, bool(row.id)) for row in found.examples()] == [
         ("t", "An Ant", ("x", "y"), True),
         ("u", "an ant", ("z",), True),
     ]
-    assert [row.reason for row in dropped] == ["merged_duplicate"] * 2
-    assert "same references" in dropped[0].detail and "other references" in dropped[1].detail
+    dropped = list(found.dropped())
+    assert [(row.reason, row.id) for row in dropped] == [("merged_duplicate", "2"), ("merged_duplicate", "")]
+    assert [row.detail for row in dropped] == [
+        "same input as file, An Ant, same references",
+        "same input as file, An Ant, other references",
+    ]
+
+
+def test_rows_whose_hashes_clash_are_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "equal_places", lambda keys: [list(range(len(keys)))])
+    rows = [make("t", "ant", "x"), make("t", "bee", "y"), make("u", "ant", "z"), make("t", "Ant", "w")]
+    assert [row.outputs for row in split(rows).examples()] == [("x", "w"), ("y",), ("z",)]
 
 
 def test_ids_are_unique_and_do_not_depend_on_row_order() -> None:
     rows = [make("t", f"text {i}", "x") for i in range(20)]
-    first, second = ({row.input: row.id for row in merge_repeats(order, [])} for order in (rows, rows[::-1]))
+    first, second = ({row.input: row.id for row in split(order).examples()} for order in (rows, rows[::-1]))
     assert first == second
     assert len(set(first.values())) == 20
     clash = make("u", "other", "x", name=first["text 0"])
-    assert len({row.id for row in merge_repeats([clash, *rows], [])}) == 21
+    found = split([clash, *rows])
+    assert len({row.id for row in found.examples()}) == 21
+    assert list(found.examples()) == list(found.examples())
+
+
+def deal_plainly(rows: list[Instance], table: DataTable, unseen: set[str]) -> tuple[list[Example], list[Dropped]]:
+    """Return examples and sorted dropped rows, everything held in memory: the slow twin of split_instances."""
+    first: dict[tuple[str, str], Instance] = {}
+    answers: dict[tuple[str, str], dict[str, str]] = {}
+    dropped = []
+    for row in rows:
+        key = (row.task, normalise_input(row.input))
+        found = {normalise_answer(output): output for output in row.outputs}
+        if first.setdefault(key, row) is not row:
+            kind = "same" if set(found) == set(map(normalise_answer, first[key].outputs)) else "other"
+            detail = f"same input as {first[key].place}, {kind} references"
+            dropped.append(Dropped("merged_duplicate", row.place, row.id, detail))
+        for answer, output in found.items():
+            answers.setdefault(key, {}).setdefault(answer, output)
+    ids = {key: row.id for key, row in first.items()}
+    taken = {name for name in ids.values() if name}
+    for key in first:
+        if not ids[key]:
+            made = f"{key[0]}-{sha256(key[1].encode()).hexdigest()[:16]}"
+            ids[key] = f"{made}#2" if made in taken else made
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for key, row in first.items():
+        split_name = choose_split(row.input if row.input.strip() else row.instruction, table)
+        if key[0] in unseen and split_name != "test":
+            dropped.append(Dropped("unseen_task_not_test", row.place, ids[key]))
+        else:
+            groups.setdefault((key[0], split_name), []).append(key)
+    side: dict[tuple[str, str], Any] = {}
+    for (_, split_name), keys in groups.items():
+        limit = getattr(table, f"max_{split_name}_inputs") or len(keys)
+        keys.sort(key=lambda key: unit_hash("inputs", key[1]))
+        side.update(dict.fromkeys(keys[:limit], split_name))
+        dropped += [Dropped("over_limit", first[key].place, ids[key]) for key in keys[limit:]]
+    examples = [
+        Example(ids[key], row.task, row.input, tuple(answers[key].values()), side[key])
+        for key, row in first.items()
+        if key in side
+    ]
+    return examples, sorted(dropped)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_split_of_mixed_rows_equals_the_plain_way(seed: int) -> None:
+    source = random.Random(seed)
+    rows = []
+    for index in range(600):
+        number = source.randrange(250)
+        text = source.choice(["", " "]) if source.random() < 0.05 else f"Input {number}"
+        task = source.choice("abc")
+        name = f"id {index}" if source.random() < 0.5 else ""
+        if source.random() < 0.02:  # the id that would be made for another row
+            name = f"{task}-{sha256(f'input {number + 1}'.encode()).hexdigest()[:16]}"
+        if any(row.id == name for row in rows):
+            name = ""
+        text = source.choice([text, text.upper(), f" {text}  "])
+        outputs = source.sample(["yes", "No", "Yes.", "maybe", "no"], k=source.randint(1, 3))
+        rows.append(Instance(f"row {index}", task, f"Do {task}.", text, distinct_answers(outputs), name))
+    limits = {"max_sft_inputs": 30, "max_test_inputs": 7} if seed % 2 else {}
+    found = split(rows, unseen=("b",), **limits)
+    examples, dropped = deal_plainly(rows, DataTable(**limits), {"b"})
+    assert list(found.examples()) == examples
+    assert sorted(found.dropped()) == dropped
+    assert len(examples) + len(dropped) == 600
+    assert summarise(found)["inputs"] == {name: sum(e.split == name for e in examples) for name in SPLITS}
+
+
+def test_an_id_of_a_merged_row_renames_nothing() -> None:
+    made = next(split([make("t", "ant", "x")]).examples()).id
+    found = split([make("t", "ant", "x"), make("t", "ant", "y", name=made)])
+    assert [(row.id, row.outputs) for row in found.examples()] == [(made, ("x", "y"))]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ids", "repeats", "limits", "max_rows"])
+def test_memory_hardly_grows_with_the_rows(kind: str, tmp_path: Path) -> None:
+    """A million rows must fit into some hundred megabytes: texts stay on disk."""
+    peaks = []
+    for count in (1000, 9000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w", encoding="utf-8") as stream:
+            for i in range(count):
+                row = {"task": "t", "instruction": "Do.", "output": f"{i % 7}" * 200}
+                row["input"] = f"{i // 2 if kind == 'repeats' else i} " * 100
+                stream.write(json.dumps(row | ({"id": f"{i}"} if kind == "ids" else {})) + "\n")
+        limits = {"max_sft_inputs": 5, "max_test_inputs": 5} if kind == "limits" else {}
+        sources = [SourceTable(path=str(path), max_rows=count // 2 if kind == "max_rows" else 0)]
+        table = DataTable(sources=sources, **limits)
+        tracemalloc.start()
+        try:
+            read = read_sources(table, tmp_path)
+            found = split_instances(read.tasks, read.instances, table)
+            num_rows = sum(1 for _ in found.examples()) + sum(1 for _ in found.dropped())
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert num_rows + len(read.dropped) == count
+    a_row = (peaks[1] - peaks[0]) / 8000
+    assert a_row < (700 if kind == "repeats" else 150), a_row  # its texts alone have some 800 bytes
 
 
 def test_limits_apply_after_the_split_and_keep_what_a_larger_limit_keeps() -> None:
@@ -350,7 +486,7 @@ def test_limits_apply_after_the_split_and_keep_what_a_larger_limit_keeps() -> No
     )
     assert summarise(small)["inputs"] == {"sft": 9, "align": 3, "dev": 2, "test": 1}
     assert summarise(small)["dropped"] == {"over_limit": 285}
-    sets = [{(e.id, e.split) for e in found.examples} for found in (smaller, small, whole)]
+    sets = [{(e.id, e.split) for e in found.examples()} for found in (smaller, small, whole)]
     assert sets[0] < sets[1] < sets[2]
 
 
@@ -359,7 +495,7 @@ def test_max_tasks_takes_tasks_in_hash_order() -> None:
     three, five = (split(instances, max_tasks=n) for n in (3, 5))
     assert len(three.tasks) == 3
     assert {task.id for task in three.tasks} < {task.id for task in five.tasks}
-    assert {example.task for example in three.examples} == {task.id for task in three.tasks}
+    assert {example.task for example in three.examples()} == {task.id for task in three.tasks}
     assert summarise(three)["dropped"] == {"over_limit": 70}
 
 
@@ -367,7 +503,7 @@ def test_unseen_task_without_test_inputs_is_left_out() -> None:
     text = next(text for text in map(str, range(99)) if choose_split(text, DataTable()) == "sft")
     found = split([make("a", text, "x"), make("b", text, "x")], unseen=("b",))
     assert [task.id for task in found.tasks] == ["a"]
-    assert [row.reason for row in found.dropped] == ["unseen_task_not_test", "task_without_inputs"]
+    assert [row.reason for row in found.dropped()] == ["unseen_task_not_test", "task_without_inputs"]
 
 
 # ---- labels, histograms, names
@@ -385,8 +521,8 @@ def test_unseen_task_without_test_inputs_is_left_out() -> None:
     ],
 )
 def test_label_tasks(answers: list[str], max_labels: int, labels: tuple[str, ...]) -> None:
-    instances = [make("t", str(i), answer) for i, answer in enumerate(answers)]
-    assert find_labels({"t": Task("t", "Do.")}, instances, max_labels)["t"].labels == labels
+    rows = [("t", (answer,)) for answer in answers]
+    assert find_labels({"t": Task("t", "Do.")}, rows, max_labels)["t"].labels == labels
 
 
 def test_word_histogram_has_fixed_buckets() -> None:
@@ -399,10 +535,10 @@ def test_word_histogram_has_fixed_buckets() -> None:
 def test_tokenizer_texts_hold_nothing_held_out() -> None:
     instances = [make(task, f"text {task} {i}", f"answer {i}") for task in "ab" for i in range(100)]
     found = split(instances, unseen=("b",))
-    texts = set(tokenizer_texts(found.tasks, found.examples))
-    held_out = {example.input for example in found.examples if example.split != "sft"}
+    texts = set(tokenizer_texts(found.tasks, found.examples()))
+    held_out = {example.input for example in found.examples() if example.split != "sft"}
     assert held_out and not texts & held_out
-    assert {example.input for example in found.examples if example.split == "sft"} < texts
+    assert {example.input for example in found.examples() if example.split == "sft"} < texts
 
 
 def test_free_names_and_distinct_answers() -> None:
@@ -419,7 +555,7 @@ def test_real_tasks_split_as_their_lists_say() -> None:
     prepared = split_instances(found.tasks, found.instances, table)
     counts = summarise(prepared)
     assert (counts["tasks"]["seen"], counts["tasks"]["unseen"]) == (40, 11)
-    assert sum(counts["inputs"].values()) + len(prepared.dropped) == len(found.instances)
+    assert sum(counts["inputs"].values()) + len(list(prepared.dropped())) == len(found.instances)
     labels = {task.id: task.labels for task in prepared.tasks}
     assert labels["task833_poem_sentiment_classification"] == ("negative", "positive")
     assert not labels["task1147_country_currency"]

@@ -1,0 +1,84 @@
+"""Rows on disk that are read like a list, and which of many numbers are equal: what prepare needs for very many rows.
+
+Used by data, which writes the rows, and splits, which reads them several times. Knows no layouts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import marshal
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, overload
+
+import numpy as np
+
+Row = TypeVar("Row", bound=NamedTuple)
+BYTES_READ = 2**20  # at once
+
+
+class Spool(Sequence[Row]):
+    """Named tuples of strings, numbers and tuples, in a temporary file without a name: 8 bytes of memory each.
+
+    The file lies in `folder` (default: where the system puts temporary files) and goes when the object does. Rows may
+    be added while others are read. Raises OSError when the disk is full.
+    """
+
+    def __init__(self, kind: type[Row], folder: Path | None = None) -> None:
+        self._kind = kind
+        self._stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
+        self._ends = array("Q", [0])
+        self._at_end = True
+
+    def append(self, row: Row) -> None:
+        """Add a row at the end."""
+        if not self._at_end:
+            self._stream.seek(self._ends[-1])
+            self._at_end = True
+        data = marshal.dumps(tuple(row))
+        self._stream.write(data)
+        self._ends.append(self._ends[-1] + len(data))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return next(self._read(place, place + 1))
+
+    def __iter__(self) -> Iterator[Row]:
+        start = 0
+        while start < len(self):
+            end = bisect.bisect_right(self._ends, self._ends[start] + BYTES_READ, lo=start) - 1
+            end = max(start + 1, end)
+            yield from self._read(start, end)
+            start = end
+
+    def _read(self, start: int, end: int) -> Iterator[Row]:
+        first = self._ends[start]
+        self._at_end = False
+        self._stream.seek(first)
+        data = memoryview(self._stream.read(self._ends[end] - first))
+        for index in range(start, end):
+            values: Any = marshal.loads(data[self._ends[index] - first : self._ends[index + 1] - first])
+            yield tuple.__new__(self._kind, values)
+
+
+def equal_places(numbers: array[int]) -> Iterator[list[int]]:
+    """Yield, for each 64-bit number that occurs more than once, its places in ascending order."""
+    numbers_N = np.asarray(numbers, np.int64)
+    order_N = np.argsort(numbers_N, kind="stable")
+    sorted_N = numbers_N[order_N]
+    edges = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1], [True])))
+    sizes = np.diff(edges)
+    many = np.flatnonzero(sizes > 1)
+    for start, size in zip(edges[many].tolist(), sizes[many].tolist(), strict=True):
+        yield order_N[start : start + size].tolist()
