@@ -51,7 +51,7 @@ def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
 
 
 @dataclasses.dataclass
-class _Row:
+class Row:
     """A row of a batch while it is laid out: token ids, their positions, items and segments (see RowLayout)."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -76,14 +76,14 @@ def collate(
     positions restarting after the prompt; without it every response is an item with a prompt of its own.
     `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
     """
-    rows: list[_Row] = []
+    rows: list[Row] = []
     places: list[tuple[int, int, int]] = []  # row, place in it, target
     owner: list[int] = []
     parts = [(i.prompt, rs) for i in items for rs in ([i.responses] if shared_prefix else [(r,) for r in i.responses])]
     row_starts = set(itertools.accumulate(items_per_row or [1] * len(parts), initial=0))
     for index, (prompt, responses) in enumerate(parts):
         if index in row_starts:
-            rows.append(_Row())
+            rows.append(Row())
         row = rows[-1]
         row.append(prompt, 0, index, 0)
         last = len(row.ids) - 1  # the prompt's last token predicts every response's first
@@ -92,17 +92,22 @@ def collate(
             places += [(len(rows) - 1, w, t) for w, t in zip(where, response, strict=True)]
             owner += [owner[-1] + 1 if owner else 0] * len(response)
             row.append(response[:-1], len(prompt), index, segment)
-    return _to_batch(rows, places, owner, pad_id, one_sequence_a_row=not shared_prefix and len(rows) == len(parts))
+    return to_batch(rows, places, owner, pad_id, one_sequence_a_row=not shared_prefix and len(rows) == len(parts))
 
 
-def _to_batch(
-    rows: list[_Row], places: list[tuple[int, int, int]], owner: list[int], pad_id: int, one_sequence_a_row: bool
+def to_batch(
+    rows: Sequence[Row],
+    places: Sequence[tuple[int, int, int]],
+    owner: Sequence[int],
+    pad_id: int,
+    one_sequence_a_row: bool = False,
 ) -> Batch:
+    """Return rows as tensors: a log-prob is wanted at each of `places` (row, place in it, token), for its `owner`."""
     width = max(len(row.ids) for row in rows)
     distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
     kept = int(distance_N.max())
 
-    def padded(values: Callable[[_Row], list[int]], fill: int) -> Tensor:
+    def padded(values: Callable[[Row], list[int]], fill: int) -> Tensor:
         return torch.tensor([[fill] * (width - len(row.ids)) + values(row) for row in rows])
 
     segments_BT, positions_BT = padded(lambda row: row.segments, -1), padded(lambda row: row.positions, 0)

@@ -162,7 +162,8 @@ class GenerationTable(Table):
     )
     shard_size: Positive = _field(64, "prompts a shard: the unit of work, retry and resume")
     batch_tokens: NonNegative = _field(
-        0, "tokens in flight a batch: prompt + new, all rows (0: 8192 on a CPU, on a GPU what half of its memory holds)"
+        0,
+        "tokens in flight a batch: prompt + new, all rows (0: 16384 on a CPU, on a GPU what half of its memory holds)",
     )
     repetition_penalty: Annotated[float, Field(ge=1)] = _field(
         1.0, "makes tokens of the prompt and of the answer so far less likely, by 1.1 say (1: off)"

@@ -108,8 +108,7 @@ class ScoreWorker(_Worker):
 
     def _score(self, rows: list[Row]) -> list[Row]:
         # What shares a beginning is rounded together, which in exact mode no two requests may be.
-        share = not self.exact and has_plain_cache(self.model)
-        found = score(self.model, rows, self.codec, self.max_tokens, share)
+        found = score(self.model, rows, self.codec, self.max_tokens, share=not self.exact)
         return [
             {k: v for k, v in row.items() if k not in ("prompt_ids", "continuations")} | {"logps": logps}
             for row, logps in zip(rows, found, strict=True)

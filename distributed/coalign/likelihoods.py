@@ -1,21 +1,36 @@
 """Log-probs of continuations: requests that begin alike compute their common beginning once.
 
-Used by generation's ScoreWorker; the judge's prompts about one input differ in their last line alone. Token ids in,
-numbers out. Shape suffixes: B groups, R rows, T tokens, K kept positions, V vocabulary, N wanted log-probs.
+Used by generation's ScoreWorker; the judge's prompts about one input differ in their last line alone. Lays them out as
+training lays out shared-prefix groups. Token ids in, numbers out. Shape suffixes: R rows, K kept positions, V
+vocabulary, N wanted log-probs.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from coalign.batching import Row, best_fit, to_batch
 from coalign.decoding import TokenIds, left_pad
+from coalign.logprobs import to_device, token_logps
+
+logger = logging.getLogger("coalign")
+
+# Tokens of a row that groups share, unless one alone is longer: its mask has as many entries squared. And padded tokens
+# of a pass, which on a CPU stay in the cache.
+ROW_TOKENS_CPU, ROW_TOKENS_GPU = 512, 1024
+PASS_TOKENS_CPU = 1024
+LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
+
+# Whether a model computes rows that several sequences share as it computes separate ones; asked once.
+_shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 Ids = tuple[int, ...]
 
@@ -46,8 +61,9 @@ def score(
 ) -> list[list[float]]:
     """Return log P(continuation given prompt), summed over its tokens, for every continuation of every request.
 
-    Equal sequences are computed once. With `share` common beginnings are too: equal to the plain computation up to
-    rounding, which depends on what is scored together. At most `max_tokens` padded tokens are computed at once.
+    Equal sequences are computed once. With `share` common beginnings are too, where the model can: equal to the plain
+    computation up to rounding, which depends on what is scored together. At most `max_tokens` padded tokens are
+    computed at once.
     """
     places: dict[Ids, int] = {}
     rows: list[_Row] = []
@@ -59,18 +75,12 @@ def score(
                 rows.append(_Row(ids))
             row = rows[places[ids]]
             row.logps |= dict.fromkeys(_wanted(request["prompt_ids"], continuation), 0.0)
-    groups = group_by_prefix([row.ids for row in rows], [row.first for row in rows]) if share else []
-    # Where little is common, a second pass and the padding of long rests would cost more than they save.
-    worth = [group for group in groups if len(group.rows) > 1 and group.prefix >= _longest(group, rows)]
-    shared = [part for group in worth for part in _parts(group, rows, max_tokens)]
-    alone = set(range(len(rows))).difference(*(group.rows for group in shared))
     with torch.inference_mode():
-        shapes = [(group.prefix, _longest(group, rows)) for group in shared]
-        for batch in batches(shapes, [len(group.rows) for group in shared], max_tokens):
-            _score_shared(model, [(shared[i].prefix, [rows[r] for r in shared[i].rows]) for i in batch], codec)
-        left = [rows[i] for i in sorted(alone)]
-        for batch in batches([(0, len(row.ids)) for row in left], [1] * len(left), max_tokens):
-            _score_plain(model, [left[i] for i in batch], codec)
+        if share and shares_exactly(model, codec):
+            _score_shared(model, rows, codec, max_tokens)
+        else:
+            for batch in batches([len(row.ids) for row in rows], max_tokens):
+                _score_plain(model, [rows[i] for i in batch], codec)
     return [
         [
             sum(rows[places[*r["prompt_ids"], *c[:-1]]].logps[place] for place in _wanted(r["prompt_ids"], c))
@@ -189,31 +199,14 @@ def _wanted(prompt: Sequence[int], continuation: Sequence[int]) -> list[tuple[in
     return [(len(prompt) - 1 + k, token) for k, token in enumerate(continuation)]
 
 
-def _longest(group: Group, rows: Sequence[_Row]) -> int:
-    return max(len(rows[r].ids) for r in group.rows) - group.prefix
-
-
-def _parts(group: Group, rows: Sequence[_Row], max_tokens: int) -> Iterator[Group]:
-    """Cut a group that is too large to be computed at once."""
-    size = max(1, max_tokens // (group.prefix + _longest(group, rows)))
-    for start in range(0, len(group.rows), size):
-        yield Group(group.prefix, group.rows[start : start + size])
-
-
-def batches(shapes: Sequence[tuple[int, int]], counts: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of what is computed together, longest rests first: rows x padded width within `max_tokens`.
-
-    `shapes` are the tokens of a row's beginning and rest, which are padded apart, `counts` the rows.
-    """
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of rows that are computed together, longest first: rows x width within `max_tokens`."""
     batch: list[int] = []
-    widths, rows = (0, 0), 0
-    for i in sorted(range(len(shapes)), key=lambda i: (-shapes[i][1], -shapes[i][0], i)):
-        grown = (max(widths[0], shapes[i][0]), max(widths[1], shapes[i][1]))
-        if batch and sum(grown) * (rows + counts[i]) > max_tokens:
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
             yield batch
-            batch, grown, rows = [], shapes[i], 0
+            batch = []
         batch.append(i)
-        widths, rows = grown, rows + counts[i]
     if batch:
         yield batch
 
@@ -226,38 +219,87 @@ def _score_plain(model: Any, rows: Sequence[_Row], codec: TokenIds) -> None:
     _read(logits_RKV, rows, [len(row.ids) - kept for row in rows])
 
 
-def _score_shared(model: Any, groups: Sequence[tuple[int, Sequence[_Row]]], codec: TokenIds) -> None:
-    """Fill in the log-probs of groups' rows: the beginnings first, then every row's rest behind a copy of its own.
+def _score_shared(model: Any, rows: Sequence[_Row], codec: TokenIds, max_tokens: int) -> None:
+    """Fill in the rows' log-probs, several groups a row: a beginning, then each rest, which sees itself and it."""
+    on_cpu = model.device.type == "cpu"
+    width = min(max_tokens, ROW_TOKENS_CPU if on_cpu else ROW_TOKENS_GPU)
+    if on_cpu:
+        max_tokens = min(max_tokens, PASS_TOKENS_CPU)
+    groups = [
+        part
+        for group in group_by_prefix([row.ids for row in rows], [row.first for row in rows])
+        for part in _parts(group, rows, width)
+    ]
+    sizes = [group.prefix + sum(len(rows[r].ids) - group.prefix for r in group.rows) for group in groups]
+    packs = best_fit(sizes, width)
+    for batch in batches([sum(sizes[g] for g in pack) for pack in packs], max_tokens):
+        _score_packs(model, rows, [[groups[g] for g in packs[p]] for p in batch], codec)
 
-    Rests are padded at the right, so that distances of columns are distances of positions (sliding windows).
+
+def _parts(group: Group, rows: Sequence[_Row], width: int) -> Iterator[Group]:
+    """Cut a group that is too large for a row; one that begins with more than half of it may be twice as long."""
+    limit = max(width, 2 * group.prefix)
+    some: list[int] = []
+    tokens = group.prefix
+    for row in group.rows:
+        rest = len(rows[row].ids) - group.prefix
+        if some and tokens + rest > limit:
+            yield Group(group.prefix, some)
+            some, tokens = [], group.prefix
+        some.append(row)
+        tokens += rest
+    yield Group(group.prefix, some)
+
+
+def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[Group]], codec: TokenIds) -> None:
+    """Fill in the log-probs of the groups of one pass, those of a pack in one row."""
+    laid, places, wanted = [Row() for _ in packs], [], []
+    for number, (pack, line) in enumerate(zip(packs, laid, strict=True)):
+        for item, group in enumerate(pack):
+            line.append(rows[group.rows[0]].ids[: group.prefix], 0, item, 0)
+            for segment, r in enumerate(group.rows, start=1):
+                shift = len(line.ids) - group.prefix
+                line.append(rows[r].ids[group.prefix :], group.prefix, item, segment)
+                places += [(number, shift + position, token) for position, token in rows[r].logps]
+                wanted += [(r, place) for place in rows[r].logps]
+    batch = to_device(to_batch(laid, places, range(len(places)), codec.pad_id), model.device)
+    for (r, place), logp in zip(wanted, token_logps(model, batch).tolist(), strict=True):
+        rows[r].logps[place] = logp
+
+
+def shares_exactly(model: Any, codec: TokenIds) -> bool:
+    """Return whether a model computes rows that several sequences share as it computes separate ones.
+
+    Asked once a model, by a few made-up sequences. One that attends in a way of its own (ALiBi, or not at all) doesn't.
     """
-    device = model.device
-    prefixes = left_pad([rows[0].ids[:prefix] for prefix, rows in groups], codec.pad_id, device)
-    cache = DynamicCache()
-    model(**prefixes, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    source_R = torch.tensor([b for b, (_, rows) in enumerate(groups) for _ in rows], device=device)
-    layers: Any = cache.layers
-    for layer in layers:
-        layer.batch_select_indices(source_R.to(layer.keys.device))  # it may lie on another GPU than the first
+    if model not in _shares_exactly:
+        complaint = _complaint_of_sharing(model, codec)
+        if complaint:
+            logger.info("common beginnings are computed for each prompt: %s", complaint)
+        _shares_exactly[model] = not complaint
+    return _shares_exactly[model]
 
-    rests = [(prefix, row) for prefix, rows in groups for row in rows]
-    width = max(len(row.ids) - prefix for prefix, row in rests)
-    ids, mask, positions = [], [], []
-    for prefix, row in rests:
-        length = len(row.ids) - prefix
-        ids.append([*row.ids[prefix:], *[codec.pad_id] * (width - length)])
-        mask.append([1] * length + [0] * (width - length))
-        positions.append([prefix + min(k, length - 1) for k in range(width)])
-    kept = width - min(row.first - prefix for prefix, row in rests)
-    logits_RKV = model(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.cat([prefixes["attention_mask"][source_R], torch.tensor(mask, device=device)], dim=1),
-        position_ids=torch.tensor(positions, device=device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=kept,
-    ).logits[:, -kept:]
-    _read(logits_RKV, [row for _, row in rests], [prefix + width - kept for prefix, _ in rests])
+
+def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [(7919 * k + 13) % vocabulary for k in range(1, 40)]
+    beginnings = [tuple(ids[:9]), tuple(ids[9:14])]
+    rests = [(0, ids[20:23]), (0, ids[23:25]), (1, ids[25:29]), (1, ids[29:30])]
+    separate, shared = ([_Row((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
+    for row in (*separate, *shared):
+        row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
+    groups = [Group(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
+    _score_plain(model, separate, codec)
+    try:
+        _score_packs(model, shared, [groups], codec)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        return f"the model does not take their attention mask ({str(error).partition(chr(10))[0]})"
+    pairs = zip(separate, shared, strict=True)
+    difference = max(abs(a.logps[place] - b.logps[place]) for a, b in pairs for place in a.logps)
+    exact = difference <= LOGP_TOLERANCE.get(model.dtype, 0.5)
+    return "" if exact else f"log-probs differ by {difference:.2g} from those of separate rows"
 
 
 def _read(logits_RKV: Tensor, rows: Sequence[_Row], starts: Sequence[int]) -> None:

@@ -103,9 +103,11 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
     position_U, row_N = torch.unique(batch.kept_index_N, return_inverse=True)
 
     def logps(hidden_BTD: Tensor) -> Tensor:
-        hidden_BKD = hidden_BTD[:, -batch.num_kept :]
-        hidden_UD = hidden_BKD.reshape(-1, hidden_BKD.shape[-1]).index_select(0, position_U)
-        return fused_logps(hidden_UD, head.weight, head.bias, row_N, batch.target_N).view(1, -1, 1)
+        device = head.weight.device  # of a model on several GPUs it need not be the batch's
+        hidden_BKD = hidden_BTD[:, -batch.num_kept :].to(device)
+        hidden_UD = hidden_BKD.reshape(-1, hidden_BKD.shape[-1]).index_select(0, position_U.to(device))
+        rows_N, target_N = row_N.to(device), batch.target_N.to(device)
+        return fused_logps(hidden_UD, head.weight, head.bias, rows_N, target_N).view(1, -1, 1)
 
     with _forward_of(head, logps):
         return _logits(model, batch.input_ids_BT, batch.attention_mask, batch.position_ids_BT, batch.num_kept).view(-1)

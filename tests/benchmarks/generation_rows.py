@@ -14,9 +14,10 @@ from benchmarks.rows import Row, Side
 from benchmarks.workloads import judge_request, judge_requests, judge_step
 from coalign.decoding import decode
 from coalign.drawing import Sampling
+from coalign.generation_memory import TOKENS_ON_CPU
 from coalign.likelihoods import score
 
-BATCH_TOKENS = 8192  # the default of generation.batch_tokens
+BATCH_TOKENS = TOKENS_ON_CPU  # what generation.batch_tokens = 0 means here
 BATCH_ROWS = 16  # of a batch of generate
 
 

@@ -304,4 +304,4 @@ def test_a_gpu_holds_as_many_tokens_as_fit_half_of_what_is_free(family: str, mon
         assert generation._tokens_in_flight(on_gpu, GenerationTable(gpus_per_worker=part)) == 16384
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (math.floor(0.99 * free), 10**12))
         assert generation._tokens_in_flight(on_gpu, GenerationTable(gpus_per_worker=part)) < 16384
-    assert generation._tokens_in_flight(model, GenerationTable()) == 8192
+    assert generation._tokens_in_flight(model, GenerationTable()) == generation_memory.TOKENS_ON_CPU == 16384

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from coalign.likelihoods import group_by_prefix, score
+from coalign.likelihoods import group_by_prefix, score, shares_exactly
 from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
 
 
@@ -71,6 +71,12 @@ def test_scores_equal_one_row_at_a_time(family: str, max_tokens: int, share: boo
     assert max(max(s) - min(s) for s in expected) > 1
 
 
+def test_who_can_share() -> None:
+    """All families with positions that follow the layout; Bloom takes distances from where tokens stand in a row."""
+    assert all(shares_exactly(network(family, torch.float32), CODEC) for family in FAMILIES)
+    assert not shares_exactly(network("bloom", torch.float32), CODEC)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_changes_float32_by_rounding_alone(family: str) -> None:
     """Shared and plain agree to 1e-5."""
@@ -87,6 +93,7 @@ def test_beginnings_and_equal_requests_are_computed_once() -> None:
     inputs = [random_ids(source, 30) for _ in range(3)]
     prompts = [[*asked, *random_ids(source, 4)] for asked in inputs for _ in range(8)]
     requests = [{"prompt_ids": p, "continuations": [[9], [8]]} for p in prompts]
+    assert shares_exactly(model, CODEC)  # asked before anything is counted
     counted: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _module, arguments, _output: counted.append(arguments[0].numel())
