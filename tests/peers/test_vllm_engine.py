@@ -6,11 +6,13 @@ The recipes run with it too.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from integration.commands import ROOT, Run, start, started, step_command
 from peers.environments import python_of
@@ -62,6 +64,15 @@ def answers_of(folder: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
     return {(row["task"], row["example"], row["wording"]): (row["text"], row["finish"]) for row in rows}
 
 
+def another_model(folder: Path) -> Path:
+    """Return a folder with the base model changed a little: a model can't judge its own agreement."""
+    shutil.copytree(BASE, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> None:
     """The recipe with vLLM: answers, noise floors, a judge of agreement; one engine after another in one process."""
     run = Run(tmp_path / "tiny")
@@ -69,7 +80,7 @@ def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> N
     settings += ['generation.mode="fast"', "generation.workers=0", "generation.dtype=float32"]
     for step in ("prepare", "paraphrase"):
         run.step(step, *settings)
-    settings += ['eval.models=["base"]', f"eval.agreement={BASE}"]
+    settings += ['eval.models=["base"]', f"eval.agreement={another_model(tmp_path / 'judge')}"]
     run.step("eval", *settings)
     settings += ["generation.engine=vllm", "model.max_tokens=192", f"eval.folder={tmp_path / 'vllm'}"]
     command = step_command("eval", *run.place, *settings)
