@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cases", "baselines"),
     ("scoring", "machine", "placement", "allocation", "submission"),
     ("filtering", "judging", "ranking", "evaluation", "metrics", "arms", "workload", "generation_memory"),
-    ("prompts", "electing", "instances", "intervals", "calibration", "memory", "counting", "spool"),
+    ("prompts", "electing", "instances", "intervals", "calibration", "memory", "counting", "spool", "prefixes"),
     ("wordings",),
     ("artifacts", "commandline", "shapes"),
     ("config", "records", "process"),

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from coalign.likelihoods import group_by_prefix, score, shares_exactly
+from coalign.likelihoods import score, shares_exactly
+from coalign.prefixes import group_by_prefix
 from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
 
 
