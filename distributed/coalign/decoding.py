@@ -6,16 +6,19 @@ Shape suffixes: B prompts, T tokens, V vocabulary, R live rows, N samples of a c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from coalign.cascade import SharedPrompts, attending_in_cascade
 from coalign.drawing import Sampling, penalised, pick_tokens, uniforms
 from coalign.slots import SlotCache
+from coalign.stepping import TokenIds, cascades_exactly, left_pad, next_logits
 
 # Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
 REFILL_SHARE = 8
@@ -24,31 +27,12 @@ PREFILL_TOKENS = 1024
 PREFILL_TOKENS_GPU = 8192
 
 
-class TokenIds(Protocol):
-    """What decoding reads of a codec."""
-
-    pad_id: int
-    stop_ids: list[int]
-
-
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """Generated ids without the stop token; `finished` is False when the limit cut them off."""
 
     ids: list[int]
     finished: bool
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and position_ids (B, T), rows aligned at the right."""
-    width = max(len(row) for row in rows)
-    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {
-        "input_ids": ids_BT,
-        "attention_mask": mask_BT,
-        "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0),
-    }
 
 
 def decode(
@@ -64,7 +48,10 @@ def decode(
     Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself.
     """
     with torch.inference_mode():
-        return _Decoder(model, prompts, seeds, sampling, codec).run(max_tokens)
+        share = max(map(len, seeds), default=0) > 1 and model.device.type == "cpu" and cascades_exactly(model, codec)
+        cache = SlotCache(model.device, SharedPrompts(model.config) if share else None)
+        with attending_in_cascade(model) if share else contextlib.nullcontext():
+            return _Decoder(model, prompts, seeds, sampling, codec, cache).run(max_tokens)
 
 
 @dataclasses.dataclass
@@ -87,6 +74,7 @@ class _Decoder:
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         codec: TokenIds,
+        cache: SlotCache,
     ) -> None:
         self.model, self.prompts, self.sampling, self.codec = model, prompts, sampling, codec
         self.stops = frozenset(codec.stop_ids)
@@ -97,7 +85,7 @@ class _Decoder:
             self.of_prompt[sample.prompt].append(sample)
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         self.live: list[_Sample] = []
-        self.cache = SlotCache(model.device)
+        self.cache = cache
         self.token_R = torch.zeros(0, dtype=torch.long, device=model.device)
         self.seen_RV: Tensor | None = None  # with a repetition penalty: the tokens of each row so far
         self.uniform_NT: Tensor | None = None
@@ -162,6 +150,8 @@ class _Decoder:
     def _room(self, samples: list[_Sample], max_tokens: int) -> tuple[int, int]:
         """Return the slots and columns for these samples, and for as many more as may come."""
         width = max(self._size(sample.prompt) for sample in samples)
+        if self.cache.prompts is not None:
+            max_tokens, width = max_tokens // width * self.sampling.max_new_tokens, self.sampling.max_new_tokens
         if not self.waiting:
             return len(samples), width
         # With spare columns, what is in use is moved to the left only now and then.
@@ -170,15 +160,7 @@ class _Decoder:
 
     def _step(self) -> None:
         """Draw the next token of every row that lives."""
-        self.cache.make_room()
-        logits_RV = self.model(
-            input_ids=self.token_R.unsqueeze(1),
-            attention_mask=self.cache.attention_mask(),
-            position_ids=self.cache.position_ids(),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
-        self.cache.advance()
+        logits_RV = next_logits(self.model, self.cache, self.token_R)
         self.token_R = self._pick(logits_RV.float(), self.live, self.seen_RV)
         self._record(self.live, self.token_R)
 

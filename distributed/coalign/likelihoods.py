@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from coalign.batching import Row, best_fit, to_batch
-from coalign.decoding import TokenIds, left_pad
 from coalign.logprobs import to_device, token_logps
 from coalign.prefixes import Group, Ids, group_by_prefix
+from coalign.stepping import LOGP_TOLERANCE, TokenIds, left_pad
 
 logger = logging.getLogger("coalign")
 
@@ -27,7 +27,6 @@ logger = logging.getLogger("coalign")
 # of a pass, which on a CPU stay in the cache.
 ROW_TOKENS_CPU, ROW_TOKENS_GPU = 512, 1024
 PASS_TOKENS_CPU = 1024
-LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
 
 # Whether a model computes rows that several sequences share as it computes separate ones; asked once.
 _shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from coalign.cascade import SharedPrompts
+
 
 @dataclasses.dataclass
 class _Extent:
@@ -90,12 +92,14 @@ class _SlotLayer(DynamicLayer):
 class SlotCache(Cache):
     """The cache that a model's forward pass reads and writes while rows enter, advance by a token and leave.
 
-    `start_R` is the column of each row's first token.
+    `start_R` is the column of each row's first token. With `prompts` these hold what rows have read before they came,
+    and the slots the tokens after it alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, prompts: SharedPrompts | None = None) -> None:
         super().__init__(layers=[])
         self._own_layers: list[_SlotLayer] = []
+        self.prompts = prompts
         self.extent = _Extent()
         self.num_slots = self.num_columns = 0
         self._starts: list[int] = []
@@ -115,12 +119,16 @@ class SlotCache(Cache):
             self.layers = list(self._own_layers)
         if self.num_slots < room[0] or self.num_columns < room[1]:
             self._resize(*room)
+        if self.prompts is not None:
+            self.prompts.admit(prefilled, lengths, source)
+            lengths = [0] * len(lengths)
         if not extent.rows:
             extent.low, extent.high = 0, max(lengths)
         assert extent.high >= max(lengths), "prompts are admitted longest first"
         source_R = torch.tensor(source, device=self.start_R.device)
         for layer, other in zip(self._own_layers, prefilled.layers, strict=True):
-            layer.admit(other, source_R)
+            if self.prompts is None:
+                layer.admit(other, source_R)
         self._set_rows([*self._starts, *(extent.high - lengths[i] for i in source)])
 
     def keep(self, order: Sequence[int]) -> None:
@@ -130,6 +138,8 @@ class SlotCache(Cache):
             sources, targets = map(list, zip(*moved, strict=True))
             for layer in self._own_layers:
                 layer.move(sources, targets)
+        if self.prompts is not None:
+            self.prompts.keep(order)
         self._set_rows([self._starts[i] for i in order])
 
     def make_room(self) -> None:
@@ -146,7 +156,10 @@ class SlotCache(Cache):
 
     def position_ids(self) -> Tensor:
         """Return the position of each row's next token: (R, 1)."""
-        return (self.extent.high - self.start_R).unsqueeze(1)
+        position_R = self.extent.high - self.start_R
+        if self.prompts is not None:
+            position_R = position_R + torch.tensor(self.prompts.row_lengths, device=position_R.device)
+        return position_R.unsqueeze(1)
 
     def advance(self) -> None:
         """Count the token that a forward pass has written."""

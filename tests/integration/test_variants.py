@@ -22,6 +22,13 @@ SHARED = {
 }
 
 
+def fall_of(curve: dict[int, float]) -> float:
+    """Return by how much the second half of a loss curve lies below the first: batches differ, halves hardly."""
+    losses = list(curve.values())
+    half = len(losses) // 2
+    return sum(losses[:half]) / half - sum(losses[-half:]) / half
+
+
 def train(step: str, finished: Run, folder: Path, *settings: str) -> Run:
     """Run a training step on two ranks with what another run has made before it."""
     run = Run(folder / "variant")
@@ -34,7 +41,7 @@ def train(step: str, finished: Run, folder: Path, *settings: str) -> Run:
     ("step", "settings"),
     [
         ("sft", ["model.lora.enabled=true", "model.lora.rank=8", "sft.learning_rate=1e-2"]),
-        ("align", ["train.zero_stage=3", "model.lora.enabled=true", "align.learning_rate=1e-2"]),
+        ("align", ["train.zero_stage=3", "model.lora.enabled=true"]),
     ],
     ids=["lora", "zero3-lora"],
 )
@@ -43,9 +50,8 @@ def test_adapters_train_and_leave_a_plain_model(step: str, settings: list[str], 
     from transformers import AutoModelForCausalLM
 
     run = train(step, finished, tmp_path, *settings)
-    losses = list(run.curve(step).values())
-    # Adapters on untrained weights can learn little; align starts from trained ones, and its batches differ.
-    assert losses[-1] < losses[0] - 0.2 if step == "sft" else sum(losses[-10:]) < sum(losses[:10])
+    # Adapters on untrained weights can learn little; align starts from trained ones.
+    assert fall_of(run.curve(step)) > (0.2 if step == "sft" else 0.1)
     model = AutoModelForCausalLM.from_pretrained(run.path / step / "model")
     assert not [name for name in model.state_dict() if "lora" in name]
     assert run.manifest(step)["outputs"]["model"] != finished.manifest(step)["outputs"]["model"]
@@ -62,8 +68,7 @@ def test_align_with_a_reference(finished: Run, tmp_path: Path) -> None:
     run = train("align", finished, tmp_path, "align.loss=dpo", "align.rank_weight=2.0")
     assert (run.path / "align" / "reference.jsonl").exists()
     assert run.manifest("align")["outputs"]["model"] != finished.manifest("align")["outputs"]["model"]
-    losses = list(run.curve("align").values())
-    assert sum(losses[-10:]) < sum(losses[:10])
+    assert fall_of(run.curve("align")) > 0.1
 
 
 @pytest.mark.usefixtures("_one_rank")

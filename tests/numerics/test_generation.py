@@ -7,20 +7,22 @@ import math
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from coalign import generation, generation_memory
+from coalign.cascade import SharedPrompts, attending_in_cascade
 from coalign.config import GenerationTable, ModelTable, RandomTable
-from coalign.decoding import decode, greedy_in_step
+from coalign.decoding import Answer, decode, greedy_in_step
 from coalign.drawing import Sampling, pick_tokens
 from coalign.generation import GenerateWorker, ScoreWorker
 from coalign.models import make_random_model
 from coalign.process import derive_seed
-from coalign.slots import has_plain_cache
+from coalign.slots import SlotCache, has_plain_cache
+from coalign.stepping import cascades_exactly, left_pad, next_logits
 from numerics.tiny import FAMILIES, network, random_ids
 
 
@@ -110,9 +112,108 @@ def test_greedy_with_a_sliding_window(family: str, changed: dict[str, Any], max_
         assert all([*a.ids, *([2] if a.finished else [])] == expected for a in answers)
 
 
+@pytest.mark.parametrize("max_tokens", [40, 90, 8192])
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        *((family, {}) for family in (*FAMILIES, "cohere")),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_samples_that_share_a_prompt_equal_samples_that_copy_it(
+    family: str, changed: dict[str, Any], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of prompts of unlike lengths, some with more than others, while rows come and go."""
+    model = network(family, torch.float64, **changed)
+    codec: Any = FakeCodec(2, 3, 4, 5)
+    prompts, counts = prompts_of(9), [3, 1, 4, 2, 3, 5, 1, 2, 4]
+    seeds = [[derive_seed("share", n, k) for k in range(count)] for n, count in enumerate(counts)]
+    assert cascades_exactly(model, codec)
+
+    def answers() -> list[list[Answer]]:
+        return decode(model, prompts, seeds, Sampling(12, 1.5), codec, max_tokens)
+
+    shared = answers()
+    monkeypatch.setattr("coalign.decoding.cascades_exactly", lambda *_: False)
+    assert shared == answers()
+    assert len({answer.finished for group in shared for answer in group}) == 2
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gemma2"])
+def test_models_that_attend_in_their_own_way_copy_prompts(family: str) -> None:
+    """Distances as a bias, or a soft cap on scores: greedy samples equal those of transformers all the same."""
+    model = network(family, torch.float32)
+    codec: Any = FakeCodec(2)
+    assert not cascades_exactly(model, codec)
+    (answers,) = decode(model, [[5, 6, 7, 8]], [[0, 1]], Sampling(6), codec, 8192)
+    expected = greedy_by_transformers(model, [5, 6, 7, 8], 6, 2)
+    assert all([*a.ids, *([2] if a.finished else [])] == expected for a in answers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi"])
+def test_attention_to_a_shared_prompt_equals_that_to_copies(family: str) -> None:
+    """The logits of every step, to rounding, while prompts and rows leave and others come."""
+    model = network(family, torch.float64)
+    source = random.Random(3)
+    plain, shared = SlotCache(model.device), SlotCache(model.device, SharedPrompts(model.config))
+
+    def admit(cache: SlotCache, prompts: list[list[int]], rows: list[int], room: tuple[int, int]) -> None:
+        prefilled = DynamicCache()
+        model(**left_pad(prompts, 0, model.device), past_key_values=prefilled, use_cache=True)
+        cache.admit(prefilled, [len(p) for p in prompts], rows, room)
+
+    def step(count: int) -> float:
+        token_R = torch.tensor([source.randrange(3, 64) for _ in range(count)])
+        copied_RV = next_logits(model, plain, token_R)
+        with attending_in_cascade(model):
+            return float((copied_RV - next_logits(model, shared, token_R)).abs().max())
+
+    with torch.inference_mode():
+        found = []
+        for prompts, rows, leave in (
+            ([12, 9, 7], [0, 0, 1, 2, 2, 2], [0, 5, 2]),
+            ([8, 3], [0, 1, 1, 1], [1, 6, 5, 3]),
+            ([5], [0, 0], [5, 4, 0]),
+        ):
+            texts = [list(random_ids(source, length)) for length in prompts]
+            for cache in (plain, shared):
+                admit(cache, texts, rows, (12, 40))
+            found += [step(len(plain._starts)) for _ in range(3)]
+            for cache in (plain, shared):
+                cache.keep(leave)
+            found += [step(len(leave))]
+    assert max(found) < 1e-12 and len(found) == 12
+
+
+def test_a_prompt_is_read_once_for_its_samples() -> None:
+    """The keys of 2 prompts are kept for 2 x 4 rows, beside each one's own; a prompt with one answer shares nothing."""
+    model = network("llama", torch.float32)
+    codec: Any = FakeCodec()
+    assert cascades_exactly(model, codec)
+    seen: list[tuple[int, ...]] = []
+    attend = SharedPrompts.attend
+
+    def watched(self: SharedPrompts, layer: int, *states: Any) -> torch.Tensor:
+        seen.append((self._keys[layer].shape[0], states[1].shape[0], states[1].shape[2]))
+        return attend(self, layer, *states)
+
+    prompts = [list(random_ids(random.Random(n), 10)) for n in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedPrompts, "attend", watched)
+        decode(model, prompts, [[0, 1, 2, 3], [4, 5, 6, 7]], Sampling(4, 1.0), codec, 8192)
+        assert seen == [(2, 8, length) for length in (1, 2, 3) for _layer in range(2)]
+        seen.clear()
+        decode(model, prompts, [[0], [4]], Sampling(4, 1.0), codec, 8192)
+        assert not seen
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_prompts_are_computed_once_and_rows_refilled() -> None:
     """Six prompts of three samples under a budget of two: one pass a prompt, and no step with more rows than fit."""
     model = network("llama", torch.float32)
+    assert cascades_exactly(model, cast(Any, FakeCodec(2)))  # asked here, so that its passes are not counted
     source = random.Random(7)
     prompts = [list(random_ids(source, 10)) for _ in range(6)]
     shapes: list[tuple[int, int]] = []

@@ -1,0 +1,100 @@
+"""One pass of a model over left-padded prompts, or over the next token of every row of a cache.
+
+Used by decoding and likelihoods. Shape suffixes: B prompts, T tokens, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from coalign.cascade import SharedPrompts, attending_in_cascade, may_cascade
+from coalign.slots import SlotCache
+
+logger = logging.getLogger("coalign")
+LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
+
+# Whether rows of a model can share a prompt's keys and values; asked once.
+_cascades_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+class TokenIds(Protocol):
+    """What decoding reads of a codec."""
+
+    pad_id: int
+    stop_ids: list[int]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and position_ids (B, T), rows aligned at the right."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
+def next_logits(model: Any, cache: SlotCache, token_R: Tensor) -> Tensor:
+    """Append a token to every row of a cache; return the logits after it: (R, V)."""
+    cache.make_room()
+    position_ids_R1 = cache.position_ids()
+    shared = {}
+    if cache.prompts is not None:
+        cache.prompts.begin_step(position_ids_R1[:, 0])
+        shared["shared_prompts"] = cache.prompts
+    logits_R1V: Tensor = model(
+        input_ids=token_R.unsqueeze(1),
+        attention_mask=cache.attention_mask(),
+        position_ids=position_ids_R1,
+        past_key_values=cache,
+        use_cache=True,
+        **shared,
+    ).logits
+    cache.advance()
+    return logits_R1V[:, -1]
+
+
+def cascades_exactly(model: Any, codec: TokenIds) -> bool:
+    """Return whether rows that share a prompt's keys and values get the logits of rows with copies of them.
+
+    Asked once a model, by two made-up prompts. One that attends in a way of its own (ALiBi) doesn't.
+    """
+    if model not in _cascades_exactly:
+        _cascades_exactly[model] = may_cascade(model) and _cascades(model, codec)
+    return _cascades_exactly[model]
+
+
+@torch.no_grad()
+def _cascades(model: Any, codec: TokenIds) -> bool:
+    vocabulary, device = model.config.get_text_config().vocab_size, model.device
+    ids = [(7919 * k + 13) % vocabulary for k in range(1, 20)]
+    prompts, tokens = [ids[:9], ids[9:13]], [torch.tensor(ids[k : k + 4], device=device) for k in (13, 15)]
+
+    def logits_of(shared: SharedPrompts | None) -> Tensor:
+        cache, prefilled = SlotCache(device, shared), DynamicCache()
+        model(**left_pad(prompts, codec.pad_id, device), past_key_values=prefilled, use_cache=True, logits_to_keep=1)
+        cache.admit(prefilled, [len(p) for p in prompts], [0, 0, 0, 1], (4, 11))
+        return torch.stack([next_logits(model, cache, token_R).float() for token_R in tokens])
+
+    copied = logits_of(None)
+    try:
+        with attending_in_cascade(model):
+            shared = logits_of(SharedPrompts(model.config))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        logger.info("samples copy their prompt: %s", str(error).partition("\n")[0])
+        return False
+    difference = float((copied.log_softmax(-1) - shared.log_softmax(-1)).abs().max())
+    if difference > LOGP_TOLERANCE.get(model.dtype, 0.5):
+        logger.info("samples copy their prompt: log-probs differ by %.2g from those of rows that share it", difference)
+    return difference <= LOGP_TOLERANCE.get(model.dtype, 0.5)
