@@ -27,11 +27,12 @@ def main(argv: list[str]) -> None:
     from coalign.encoding import Codec
     from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
     from coalign.items import Encoder, group_stream, write_groups
+    from coalign.layouts import check_shared_prefix, reference_logps
     from coalign.losses import RankingForm
     from coalign.models import load_tokenizer
     from coalign.objectives import align_objective
     from coalign.tokens import TokenWriter, open_rows, prepare_rows, read_meta
-    from coalign.training import Plan, check_shared_prefix, reference_logps, train
+    from coalign.training import Plan, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = str(needs["policy"] / "model")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coalign import evaluation
+from coalign import evaluated, evaluation
 from coalign.artifacts import RunFolder, StepFolder, base_model_folder, installed_versions
 from coalign.cards import add_results, model_labels
 from coalign.commandline import parse_command_line
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
     folders = find_models(config, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
-    judge, digests = evaluation.check_models(folders, own, agreement.folder)
+    judge, digests = evaluated.check_models(folders, own, agreement.folder)
     examples = read_records(Example, needs["prepare"] / "examples.jsonl")
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
     settings = table_values(config, STEP_TABLES["eval"], with_neutral=False)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
     dropped += incomplete
     counts = evaluation.count_models(result, outputs, pairs) | {"cores": cores_used(config.generation, config.run)}
-    result |= evaluation.describe_steps(evaluation.steps_so_far(config.run, argv), step, counts) | {
+    result |= evaluated.describe_steps(evaluated.steps_so_far(config.run, argv), step, counts) | {
         "run": config.run.name,
         "sources": table.models,
         "labels": model_labels(run, table.models),
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:
     """Return the model folder or hub name of every name in eval.models."""
     base = base_model_folder(config.model, prepare) if "base" in config.eval.models.values() else ""
-    return {name: evaluation.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
+    return {name: evaluated.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
 
 
 def ask_model(
@@ -85,7 +85,7 @@ def ask_model(
     from coalign import encoding, models, pool, workers
 
     table, settings = config.eval, config.generation
-    model = evaluation.model_table(table.models[name.partition("-")[2]], config.model)
+    model = evaluated.model_table(table.models[name.partition("-")[2]], config.model)
     codec = encoding.Codec(models.load_tokenizer(folder, model), model)
     requests, too_long = evaluation.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
 

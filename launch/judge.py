@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 
 from coalign import calibration, judging
-from coalign.artifacts import RunFolder, base_model_folder, digest_model_files, digest_weights
+from coalign.artifacts import RunFolder, base_model_folder
 from coalign.commandline import parse_command_line
 from coalign.config import (
     STEP_TABLES,
-    JudgeTable,
-    ModelTable,
     changed_values,
     cores_used,
     table_for_other_model,
     table_values,
 )
+from coalign.digests import digest_judge
 from coalign.errors import UserError
 from coalign.process import announce, run_step, set_up_logging
 from coalign.prompts import NO, YES
 from coalign.records import Example, Response, Task, read_records, to_row
 
 logger = logging.getLogger("coalign")
-
-
-def digest_judge(table: JudgeTable, model: ModelTable) -> dict[str, str]:
-    """Return the digest of a judge that comes from no step of the run; UserError when it is no folder."""
-    if table.model in ("sft", "base"):
-        return digest_model_files(model) if table.model == "base" else {}
-    if not (Path(table.model) / "config.json").is_file():
-        raise UserError(f'judge.model={table.model!r} is not "sft", not "base" and no model folder with a config.json')
-    return {"judge model": digest_weights(table.model)}
 
 
 def main(argv: list[str]) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from coalign import filtering
-from coalign.artifacts import RunFolder, StepFolder, base_model_folder, digest_file, digest_model_files
+from coalign.artifacts import RunFolder, StepFolder, base_model_folder
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_values
+from coalign.digests import digest_file, digest_model_files
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
 from coalign.records import Task, read_records, to_row
-from coalign.wordings import assign_splits, num_short, read_wordings, without_cr
+from coalign.wording_files import read_wordings
+from coalign.wordings import assign_splits, num_short
 
 logger = logging.getLogger("coalign")
 
@@ -62,16 +64,7 @@ def main(argv: list[str]) -> None:
     step.write_output("dropped.jsonl", dropped)
     counts = filtering.summarise(tasks, by_task, dropped, table)
     logger.info("%d wordings %s; dropped %s", counts["wordings"], counts["splits"], counts["dropped"] or "none")
-    if short := counts["short"]:
-        worst = sorted(short, key=lambda name: (-sum(short[name].values()), name))[:5]
-        listed = "; ".join(f"{name} lacks {short[name]}" for name in worst)
-        logger.warning("%d of %d tasks end with fewer wordings than asked, worst: %s", len(short), len(tasks), listed)
-    if few := without_cr(by_task):
-        advice = "the test wordings that CR needs; raise paraphrase.num_test or give files of wordings"
-        logger.warning("%d of %d tasks lack %s: %s", len(few), len(tasks), advice, ", ".join(few[:5]))
-    if originals:
-        first = ", ".join(originals[:5])
-        logger.warning("%d instructions of seen tasks nearly repeat a held-out wording: %s", len(originals), first)
+    filtering.warn_of_gaps(counts, by_task, originals)
     counts |= {
         "originals_like_held_out": len(originals),
         "tokens_generated": sum(answer["num_tokens"] for given in answers.values() for answer in given),

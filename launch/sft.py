@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from coalign.artifacts import RunFolder, base_model_folder, digest_model_files, digest_replay
+from coalign.artifacts import RunFolder, base_model_folder
 from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
+from coalign.digests import digest_model_files, digest_replay
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
 from coalign.records import Example, Wording, read_records, read_rows
 
@@ -28,10 +29,11 @@ def main(argv: list[str]) -> None:
     from coalign.encoding import Codec
     from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
     from coalign.items import Encoder, training_wordings, write_sft
+    from coalign.layouts import check_packing
     from coalign.models import load_tokenizer
     from coalign.objectives import sft_objective
     from coalign.tokens import TokenWriter, open_rows, prepare_rows, read_meta
-    from coalign.training import Plan, check_packing, train
+    from coalign.training import Plan, train
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, needs["prepare"])

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from coalign.artifacts import require_free_space, write_json
 from coalign.errors import UserError
+from coalign.whole_files import require_free_space, write_json
 
 NODES = "COALIGN_NODES"  # names of the job's nodes, in the order of the ranks; slurm/job.sh sets both
 START_SECONDS = "COALIGN_START_SECONDS"  # how long they may take to come

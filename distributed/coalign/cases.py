@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from coalign import metrics
-from coalign.artifacts import digest_value
+from coalign.digests import digest_value
 from coalign.metrics import FloatArray, IntArray
 from coalign.records import Example, Response, Task
 from coalign.scoring import Grid, Scored

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from coalign import charts, history
-from coalign.artifacts import write_atomic
 from coalign.charts import Dot
 from coalign.config import STEP_TABLES
 from coalign.experiment import CONSISTENCY, TaskScores, read_scores, seed_values
@@ -26,6 +25,7 @@ from coalign.page import environment
 from coalign.process import derive_seed
 from coalign.report import label
 from coalign.scoring import EXTREMES
+from coalign.whole_files import write_atomic
 
 COMPARE = "compare.html"
 ROWS = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from coalign.artifacts import digest_file, digest_value
 from coalign.config import DataTable, SourceTable
+from coalign.digests import digest_file, digest_value
 from coalign.errors import UserError
 from coalign.instances import Dropped, FreeNames, Instance, Layout, list_task_files, parse_row, read_task_file
 from coalign.records import Task, read_rows

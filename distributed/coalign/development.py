@@ -16,11 +16,11 @@ from coalign.config import TrainTable
 from coalign.decoding import greedy_in_step
 from coalign.encoding import Codec
 from coalign.items import Encoder
+from coalign.layouts import Engine
 from coalign.logprobs import evaluation_mode, to_device, token_logps
 from coalign.process import rank, world_size
 from coalign.records import Example, Wording
 from coalign.text import normalise_answer, unit_hash
-from coalign.training import Engine
 from coalign.wordings import canonical_answer
 
 logger = logging.getLogger("coalign")

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from coalign.artifacts import digest_value
 from coalign.config import ModelTable
+from coalign.digests import digest_value
 from coalign.errors import UserError
 from coalign.prompts import PLAIN_TEMPLATE
 

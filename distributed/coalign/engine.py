@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coalign.artifacts import digest_file, write_json
 from coalign.attention import use_blocks, use_dense, uses_blocks
 from coalign.batching import Item, collate
 from coalign.config import ModelTable, TrainTable
+from coalign.digests import digest_file
 from coalign.encoding import Codec
 from coalign.errors import UserError
 from coalign.logprobs import evaluation_mode, to_device, token_logps
@@ -36,6 +36,7 @@ from coalign.meeting import meet
 from coalign.models import attach_lora, export_model, load_model, merge_lora, pick_device, pick_dtype
 from coalign.process import local_rank, rank, world_size
 from coalign.tokens import as_rows
+from coalign.whole_files import write_json
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed

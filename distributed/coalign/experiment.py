@@ -19,7 +19,7 @@ from coalign import metrics
 from coalign.arms import ARMS, Ladder, StepRun
 from coalign.artifacts import read_manifest
 from coalign.errors import UserError
-from coalign.evaluation import cost_rows
+from coalign.evaluated import cost_rows
 from coalign.intervals import MIN_TASKS_BOOTSTRAP, TaskSample, estimate, two_level_bootstrap
 from coalign.metrics import BoolArray, FloatArray
 from coalign.records import read_rows

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import TRAINING_STEPS, digest_outputs, label_of, read_manifest
+from coalign.artifacts import TRAINING_STEPS, label_of, read_manifest
 from coalign.commandline import toml_value
 from coalign.config import STEP_TABLES, default_values
+from coalign.digests import digest_outputs
 from coalign.records import read_rows
 from coalign.text import unit_hash
 

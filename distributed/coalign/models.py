@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from coalign.artifacts import replace_folder, require_free_space
 from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.errors import UserError
 from coalign.prompts import TINY_TEMPLATE
+from coalign.whole_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
 disable_progress_bar()

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from coalign import charts, figures, history
-from coalign.artifacts import TRAINING_STEPS, write_atomic, write_json
+from coalign.artifacts import TRAINING_STEPS
 from coalign.history import Step
 from coalign.inputs import MAX_WORDING, OUTCOME_NAMES, case_values, chosen_words, scaled_cases
 from coalign.ranking import ASTRAY
@@ -38,6 +38,7 @@ from coalign.report import (
     text_report,
     with_interval,
 )
+from coalign.whole_files import write_atomic, write_json
 
 MAX_BYTES = 2_000_000
 SCALES = (1.0, 0.6, 0.35, 0.2, 0.1, 0.05, 0.02)  # of the rows below, taken until the page is small enough

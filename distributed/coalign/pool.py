@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from coalign.artifacts import StepFolder, write_rows
+from coalign.artifacts import StepFolder
 from coalign.cluster import Cluster
 from coalign.config import GenerationTable
 from coalign.errors import UserError
@@ -28,6 +28,7 @@ from coalign.placement import Asked, asked_workers, complaint, table_lines, wait
 from coalign.postmortem import Place, explain_death, here, say_death
 from coalign.process import out_of_memory
 from coalign.records import read_rows
+from coalign.whole_files import write_rows
 
 logger = logging.getLogger("coalign")
 

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 
-from coalign.artifacts import replace_folder, write_json, write_rows
 from coalign.batching import Item
 from coalign.process import exit_with_parent
+from coalign.whole_files import replace_folder, write_json, write_rows
 
 logger = logging.getLogger("coalign")
 

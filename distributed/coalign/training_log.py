@@ -10,10 +10,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import write_atomic
 from coalign.config import LogTable
 from coalign.errors import UserError
 from coalign.process import rank
+from coalign.whole_files import write_atomic
 
 logger = logging.getLogger("coalign")
 

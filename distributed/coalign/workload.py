@@ -28,7 +28,7 @@ from coalign.memory import element_bytes
 from coalign.prompts import NUM_VARIANTS
 from coalign.shapes import Shape, count_lora_parameters, count_parameters
 
-PACK_TOKENS = 256  # what a token sees of a packed row, at most, where blocks are passed over (training.PACK_ON_CPU too)
+PACK_TOKENS = 256  # what a token sees of a packed row, at most, where blocks are passed over (layouts.PACK_ON_CPU too)
 QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite, without what is asked about
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from make_world import ANSWERS, CATEGORY, VOCABULARY, WORDS, Wordings, draw_input, read_wordings
 
-from coalign.filtering import NearRepeats
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
+from coalign.repeats import NearRepeats
 
 HERE = Path(__file__).resolve().parent
 FOLLOWED = 4  # the first so many wordings of a task are followed by the base model, the Definition among them

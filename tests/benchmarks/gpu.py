@@ -46,10 +46,11 @@ from coalign.batching import Item
 from coalign.config import LoraTable, ModelTable, TrainTable
 from coalign.decoding import decode
 from coalign.drawing import Sampling
+from coalign.layouts import Engine
 from coalign.losses import RankingForm
 from coalign.models import without_planned_attention
 from coalign.objectives import Objective, align_objective, sft_objective
-from coalign.training import Engine, _update
+from coalign.training import _update
 
 SHAPES = {shape.name: shape for shape in (HALF, SEVEN, TINY)}  # the last only to see that every line is measured
 DEVICE, DTYPE = "cuda", torch.bfloat16

@@ -18,8 +18,9 @@ from benchmarks.training_rows import num_tokens
 from benchmarks.workloads import sft_items
 from coalign.batching import Item
 from coalign.config import ModelTable, TrainTable
+from coalign.layouts import Engine
 from coalign.objectives import sft_objective
-from coalign.training import Engine, _update
+from coalign.training import _update
 
 LEARNING_RATE = 1e-3
 

@@ -16,7 +16,7 @@ import torch
 from benchmarks.networks import LARGE, PAD, SMALL, TINY, Shape, make_network
 from benchmarks.rows import Row, Side, peak_mebibytes
 from benchmarks.workloads import equal_items, even_groups, real_groups, sft_items, token_ratio
-from coalign import training
+from coalign import layouts
 from coalign.batching import Item, collate, row_tokens
 from coalign.config import TrainTable
 from coalign.logprobs import to_device, token_logps
@@ -95,7 +95,7 @@ def at_once(side: Side) -> Side:
     """Return the side with micro-batches that padding does not end."""
 
     def work() -> Update:
-        with mock.patch.multiple(training, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
+        with mock.patch.multiple(layouts, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
             return side.work()
 
     return Side(work)

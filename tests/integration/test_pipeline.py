@@ -14,8 +14,8 @@ import pytest
 from commands import STEPS, Clusters, Run, assert_same_files, until
 from huggingface_hub import ModelCard
 
-from coalign.artifacts import digest_folder
 from coalign.config import ModelTable
+from coalign.digests import digest_folder
 from coalign.encoding import Codec
 from coalign.models import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""TorchEngine: training.Engine in plain torch for one process, the reference for everything that DeepSpeed does."""
+"""TorchEngine: layouts.Engine in plain torch for one process, the reference for everything that DeepSpeed does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coalign.artifacts import digest_file, replace_folder, write_json
 from coalign.config import TrainTable
+from coalign.digests import digest_file
 from coalign.training import CHECKPOINT_META
+from coalign.whole_files import replace_folder, write_json
 
 
 class Wrapper(nn.Module):

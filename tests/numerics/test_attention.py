@@ -17,8 +17,8 @@ from coalign import attention
 from coalign.attention import RowLayout, block_mask, bucket, dense_mask, use_blocks, uses_blocks
 from coalign.batching import Item, collate
 from coalign.config import TrainTable
+from coalign.layouts import check_packing, check_shared_prefix
 from coalign.logprobs import to_device, token_logps, widen
-from coalign.training import check_packing, check_shared_prefix
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_items
 

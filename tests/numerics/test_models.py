@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from coalign.artifacts import digest_file
 from coalign.config import LoraTable, ModelTable, RandomTable
+from coalign.digests import digest_file
 from coalign.errors import UserError
 from coalign.models import attach_lora, export_model, load_model, load_tokenizer, make_random_model, merge_lora
 

@@ -14,9 +14,9 @@ import torch
 from coalign.batching import Item, MicroBatch, best_fit, collate, micro_batches
 from coalign.config import TrainTable
 from coalign.errors import UserError
+from coalign.layouts import check_packing
 from coalign.logprobs import token_logps
 from coalign.objectives import sft_objective
-from coalign.training import check_packing
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_ids, random_items
 

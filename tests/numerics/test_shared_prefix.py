@@ -12,11 +12,11 @@ from coalign.attention import layer_windows
 from coalign.batching import Item, collate, micro_batches
 from coalign.config import LoraTable, TrainTable
 from coalign.errors import UserError
+from coalign.layouts import check_shared_prefix
 from coalign.logprobs import token_logps
 from coalign.losses import RankingForm
 from coalign.models import attach_lora, switch_off_dropout
 from coalign.objectives import align_objective
-from coalign.training import check_shared_prefix
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_items
 

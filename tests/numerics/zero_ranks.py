@@ -18,10 +18,11 @@ from coalign import logprobs
 from coalign.batching import Item
 from coalign.config import LogTable, ModelTable, TrainTable
 from coalign.errors import UserError
+from coalign.layouts import Engine, reference_logps
 from coalign.logprobs import Batch
 from coalign.losses import RankingForm
 from coalign.objectives import Objective, align_objective, sft_objective
-from coalign.training import Engine, Plan, reference_logps, train
+from coalign.training import Plan, train
 from numerics.tiny import random_ids, random_items
 
 NUM_STEPS = 10

@@ -9,7 +9,7 @@ from pathlib import Path
 import make_world
 
 from coalign.records import Task
-from coalign.wordings import load_wordings
+from coalign.wording_files import load_wordings
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "phrasebook"
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from test_report import by_rule, half_right, table, world
 
-from coalign import arms, evaluation, exhibits, experiment, summary
-from coalign.artifacts import write_json, write_rows
+from coalign import arms, evaluated, exhibits, experiment, summary
 from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.intervals import t_quantile
+from coalign.whole_files import write_json, write_rows
 
 Row = dict[str, Any]
 
@@ -206,7 +206,7 @@ def test_a_trained_step_of_another_run_is_asked_within_its_own_context(tmp_path:
     own = ModelTable(max_tokens=64, end_of_turn="<end>", chat_template="a.jinja")
     kept = {"model.too_long": "drop", "model.max_tokens": 64, "model.end_of_turn": "<end>", "model.pad_token": ""}
     write_json(tmp_path / "manifest.json", {"config": kept | {"model.attention": "sdpa"}})
-    assert evaluation.model_table("sft", own) is own
-    assert evaluation.model_table("some/model", own) == ModelTable()
-    found = evaluation.model_table(str(tmp_path), ModelTable())
+    assert evaluated.model_table("sft", own) is own
+    assert evaluated.model_table("some/model", own) == ModelTable()
+    found = evaluated.model_table(str(tmp_path), ModelTable())
     assert (found.max_tokens, found.end_of_turn, found.chat_template) == (64, "<end>", "")

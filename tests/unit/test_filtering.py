@@ -12,7 +12,6 @@ from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.filtering import (
     REASONS,
-    NearRepeats,
     check_rewrite,
     choose_rewrites,
     drop_held_out,
@@ -20,13 +19,12 @@ from coalign.filtering import (
     held_out_texts,
     labels_in,
     merge_files,
-    repeats,
-    similarity,
     summarise,
     take_turns,
 )
 from coalign.records import Task, Wording
-from coalign.wordings import WordingFiles
+from coalign.repeats import NearRepeats, repeats, similarity
+from coalign.wording_files import WordingFiles
 
 TABLE = ParaphraseTable()
 CASES: list[tuple[str, str, Sequence[str], str | None]] = [

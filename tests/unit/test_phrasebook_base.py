@@ -13,10 +13,10 @@ from score_base import score_following, score_judging
 
 from coalign.config import GenerationTable, ModelTable
 from coalign.encoding import Codec
-from coalign.filtering import NearRepeats
 from coalign.generation import GenerateWorker, Sampling, ScoreWorker
 from coalign.models import load_tokenizer
 from coalign.prompts import NO, YES
+from coalign.repeats import NearRepeats
 
 BASE = make_base.HERE / "base"
 MODEL = ModelTable(path=str(BASE), init="pretrained")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalign import evaluation, report, summary
+from coalign import evaluated, evaluation, report, summary
 from coalign.config import STEP_TABLES, GenerationTable, RunTable
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
@@ -300,17 +300,17 @@ def test_models_are_found_by_step_folder_and_name(tmp_path: Path) -> None:
     half = tmp_path / "half" / "align"
     model_folder(half / "model")
     (half / "config.json").write_text('{"config": {}, "inputs": {}}')
-    found = {value: evaluation.resolve_model(value, steps, "B") for value in ("base", "sft", str(plain), str(other))}
+    found = {value: evaluated.resolve_model(value, steps, "B") for value in ("base", "sft", str(plain), str(other))}
     assert found == {
         "base": "B",
         "sft": str(steps["sft"] / "model"),
         str(plain): str(plain),
         str(other): str(other / "model"),
     }
-    assert evaluation.resolve_model("some-lab/some-model", steps, "B") == "some-lab/some-model"
+    assert evaluated.resolve_model("some-lab/some-model", steps, "B") == "some-lab/some-model"
     for bad, message in ((str(half), "not complete"), (str(tmp_path), "holds no model"), ("nowhere", "check the path")):
         with pytest.raises(UserError, match=message):
-            evaluation.resolve_model(bad, steps, "B")
+            evaluated.resolve_model(bad, steps, "B")
 
 
 def test_a_model_does_not_judge_itself(tmp_path: Path) -> None:
@@ -318,13 +318,13 @@ def test_a_model_does_not_judge_itself(tmp_path: Path) -> None:
     copy = model_folder(tmp_path / "copy" / "model", '{"a": 1}').parent
     judge = model_folder(tmp_path / "judge", '{"a": 2}')
     folders = {"base": str(tested)}
-    chosen, digests = evaluation.check_models(folders, set(), str(judge))
+    chosen, digests = evaluated.check_models(folders, set(), str(judge))
     assert chosen == str(judge)
     assert set(digests) == {"model base", "judge of agreement"}
     with pytest.raises(UserError, match="same model as 'base'"):
-        evaluation.check_models(folders, {"base"}, str(copy))
+        evaluated.check_models(folders, {"base"}, str(copy))
     with pytest.raises(UserError, match="neither exact"):
-        evaluation.check_models(folders, set(), str(tmp_path))
+        evaluated.check_models(folders, set(), str(tmp_path))
 
 
 def test_metrics_are_json_and_the_terminal_shows_them() -> None:
@@ -343,7 +343,7 @@ def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     manifest = {"counts": {"updates": 30, "tokens_trained": 12000, "cores": 2}, "wall_seconds": 1800.0}
     (tmp_path / "sft" / "manifest.json").write_text(json.dumps(manifest))
-    rows = evaluation.cost_rows({"sft": tmp_path / "sft", "align": tmp_path / "align"})
+    rows = evaluated.cost_rows({"sft": tmp_path / "sft", "align": tmp_path / "align"})
     assert [(row["step"], row["updates"], row["core_hours"]) for row in rows] == [("sft", 30, 1.0)]
     lines = report.cost_lines(results() | {"cost": rows})
     assert lines[-1].split() == ["sft", "30", "12,000", "–", "1,800.0", "1.000"]
@@ -351,9 +351,9 @@ def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
 
 def test_a_later_round_lists_the_steps_of_earlier_rounds() -> None:
     """The cost of a second round holds what the first one has used."""
-    first = evaluation.steps_so_far(RunTable(folder="runs", name="r"), [])
+    first = evaluated.steps_so_far(RunTable(folder="runs", name="r"), [])
     assert first == {name: Path("runs/r") / name for name in STEP_TABLES if name != "eval"}
-    later = evaluation.steps_so_far(RunTable(folder="runs", name="r", round=2), [])
+    later = evaluated.steps_so_far(RunTable(folder="runs", name="r", round=2), [])
     assert later["sft"] == Path("runs/r/sft")
     assert later["align, round 1"] == Path("runs/r/align")
     assert later["align, round 2"] == Path("runs/r/round2/align")

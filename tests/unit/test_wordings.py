@@ -11,13 +11,12 @@ import pytest
 from coalign.errors import UserError
 from coalign.records import Task, Wording
 from coalign.text import normalise_answer
+from coalign.wording_files import load_wordings, read_wordings
 from coalign.wordings import (
     bare_text,
     canonical_answer,
     expected_answer,
-    load_wordings,
     misfit,
-    read_wordings,
     render_prompt,
 )
 
