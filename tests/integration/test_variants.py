@@ -50,8 +50,9 @@ def test_adapters_train_and_leave_a_plain_model(step: str, settings: list[str], 
     from transformers import AutoModelForCausalLM
 
     run = train(step, finished, tmp_path, *settings)
-    # Adapters on untrained weights can learn little; align starts from trained ones.
-    assert fall_of(run.curve(step)) > (0.2 if step == "sft" else 0.1)
+    curve = run.curve(step)
+    # Adapters on untrained weights learn little, and at once; align starts from trained ones, and its batches differ.
+    assert curve[len(curve)] < curve[1] - 0.2 if step == "sft" else fall_of(curve) > 0.1
     model = AutoModelForCausalLM.from_pretrained(run.path / step / "model")
     assert not [name for name in model.state_dict() if "lora" in name]
     assert run.manifest(step)["outputs"]["model"] != finished.manifest(step)["outputs"]["model"]
