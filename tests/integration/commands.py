@@ -72,7 +72,8 @@ class Command:
         except subprocess.TimeoutExpired:
             self.end()
             raise AssertionError(f"{self.process.args} took longer than {seconds:.0f} s:\n{self.output()}") from None
-        until(lambda: not self.all(), 60, lambda: f"processes left behind: {self._left()}\n{self.output()}", self.end)
+        left = lambda: f"processes left behind: {self._left()}\n{self.output()}"  # noqa: E731
+        until(lambda: not self.all(), 60, left, self.end, 0.1)  # reading all environments takes what they need to end
         out, err = ((self.folder / f"{self.tag}.{name}").read_text("utf-8", "replace") for name in ("out", "err"))
         return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
 
@@ -162,9 +163,13 @@ class Clusters:
 
 
 def until(
-    happened: Callable[[], bool], seconds: float, what: Callable[[], str], give_up: Callable[[], None] | None = None
+    happened: Callable[[], bool],
+    seconds: float,
+    what: Callable[[], str],
+    give_up: Callable[[], None] | None = None,
+    interval: float = 0.005,
 ) -> None:
-    """Wait until something has happened; fail after `seconds`, saying `what` was awaited."""
+    """Wait until something has happened, looking every so many seconds; fail after `seconds`, saying `what`."""
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -172,7 +177,7 @@ def until(
             if give_up:
                 give_up()
             raise AssertionError(message)
-        time.sleep(0.005)
+        time.sleep(interval)
 
 
 def start(arguments: list[str], folder: Path, env: dict[str, str] | None = None) -> Command:

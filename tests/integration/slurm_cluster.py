@@ -243,11 +243,12 @@ def remove_leftovers() -> None:
 
 def wait_until(happened: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
     """Poll until a function returns something true; raise with `what` was awaited."""
-    deadline = time.monotonic() + seconds
+    deadline, interval = time.monotonic() + seconds, 0.05
     while not happened():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.1)
+        time.sleep(interval)
+        interval = min(0.5, 1.2 * interval)  # asking Slurm takes processor time that the jobs want
 
 
 class SlurmCluster:
@@ -335,10 +336,14 @@ class SlurmCluster:
 
     def start_now(self, number: str, restarts: int) -> None:
         """Wait until a job was queued again, and lift the two minutes that Slurm then lets pass."""
-        wait_until(lambda: self._queued_again(number, restarts), f"job {number} queued again: {self.job(number)}")
+        self.wait_until_queued_again(number, restarts)
         time.sleep(2.0)  # in the same second the job's new credential would count as revoked
         done = self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
         assert done.returncode == 0, done.stderr
+
+    def wait_until_queued_again(self, number: str, restarts: int) -> None:
+        """Wait until a job waits to be started for so many times more."""
+        wait_until(lambda: self._queued_again(number, restarts), f"job {number} queued again: {self.job(number)}")
 
     def _queued_again(self, number: str, restarts: int) -> bool:
         found = self.job(number)

@@ -169,7 +169,7 @@ def test_training_killed_again_and_again_ends_with_the_same_model(copy_of: Calla
 def test_a_signal_makes_training_checkpoint_and_stop(copy_of: Callable[..., Run], finished: Run) -> None:
     """However the signal comes, the update at work is checkpointed, all processes end, and the run goes on there.
 
-    So it does after a SIGKILL, which leaves no checkpoint, and the curve and model are those of an undisturbed run.
+    The curve and model are those of an undisturbed run.
     """
     run = copy_of("sft", *LATER["sft"])
     metrics = run.path / "sft" / "metrics.jsonl"
@@ -177,7 +177,6 @@ def test_a_signal_makes_training_checkpoint_and_stop(copy_of: Callable[..., Run]
         (signal.SIGTERM, Command.all),
         (signal.SIGTERM, lambda command: command.all("bin/deepspeed")),
         (signal.SIGUSR1, lambda command: command.ranks("sft")[1:]),
-        (signal.SIGKILL, lambda command: command.ranks("sft")[:1]),
     ]
     every = "train.checkpoint_every=1000"
     for number, victims in targets:
@@ -190,7 +189,7 @@ def test_a_signal_makes_training_checkpoint_and_stop(copy_of: Callable[..., Run]
         done = command.wait()
         assert done.returncode != 0 and not run.complete("sft")
         assert before == 0 or f"resuming after update {before} " in done.stdout
-        assert newest(run, "sft") == before if number == signal.SIGKILL else newest(run, "sft") >= before + 10
+        assert newest(run, "sft") >= before + 10
     before = newest(run, "sft")
     assert f"resuming after update {before} " in run.step("sft", every, ranks=2).stdout
     assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-5)

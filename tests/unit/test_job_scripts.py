@@ -20,7 +20,10 @@ PROGRAMS = {
     "scontrol": """\
 case "$1 $2" in
 "show hostnames") echo here ;;
-"show job") echo "JobState=RUNNING PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}" ;;
+"show job")
+    echo "JobState=RUNNING Restarts=${RESTARTS:-0}"
+    echo "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}"
+    ;;
 esac""",
     "squeue": 'echo "${STATE:-RUNNING None}"',
     "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
@@ -111,6 +114,8 @@ def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
         ({"CODE": "2"}, 2, "", False),
         ({"CODE": "1", "PREEMPTED": "2026-01-01T00:00:00"}, 0, "queued again: told to stop by TERM, since", True),
         ({"CODE": "1", "SIGNAL": "USR1"}, 0, "queued again: told to stop by USR1", True),
+        ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1"}, 1, "", False),  # Slurm has started it anew meanwhile
+        ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, 0, "queued again: told", True),
         ({"CODE": "0", "SIGNAL": "USR1"}, 0, "", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "CANCELLED None"}, 1, "", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "COMPLETING TimeLimit"}, 1, "raise slurm.warn_seconds", False),
