@@ -24,6 +24,8 @@ BLOCK = 128  # tokens: FlexAttention's own size
 BUCKETS_AN_OCTAVE = 8  # widths to which rows are padded between two powers of two
 MAX_KERNELS = 64  # widths, twice (with gradient and without); torch would stop to compile after 8
 
+LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
+
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
@@ -169,6 +171,14 @@ def mask_for(model: Any, mask: Tensor | RowLayout) -> Mask:
     windows = layer_windows(inner.config)
     masks = {kind: make(window) for kind, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def complaint_of(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
+    """Return how far log-probs of two layouts differ, or nothing when it is by rounding alone, in a model's dtype."""
+    difference = float((found - expected).abs().max())
+    if difference <= LOGP_TOLERANCE.get(dtype, 0.5):
+        return ""
+    return f"log-probs differ by {difference:.2g} from those of separate rows"
 
 
 def bare(model: Any) -> Any:

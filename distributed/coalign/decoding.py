@@ -150,13 +150,14 @@ class _Decoder:
     def _room(self, samples: list[_Sample], max_tokens: int) -> tuple[int, int]:
         """Return the slots and columns for these samples, and for as many more as may come."""
         width = max(self._size(sample.prompt) for sample in samples)
+        most = max_tokens // width
         if self.cache.prompts is not None:
-            max_tokens, width = max_tokens // width * self.sampling.max_new_tokens, self.sampling.max_new_tokens
+            width = self.sampling.max_new_tokens
         if not self.waiting:
             return len(samples), width
         # With spare columns, what is in use is moved to the left only now and then.
         to_come = sum(len(self.of_prompt[prompt]) for prompt in self.waiting)
-        return max(len(samples), min(max_tokens // width, len(samples) + to_come)), width + max(32, width // 4)
+        return max(len(samples), min(most, len(samples) + to_come)), width + max(32, width // 4)
 
     def _step(self) -> None:
         """Draw the next token of every row that lives."""

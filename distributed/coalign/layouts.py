@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalign.attention import use_dense, uses_blocks
+from coalign.attention import complaint_of, use_dense, uses_blocks
 from coalign.batching import Item, MicroBatch, collate, micro_batches
 from coalign.config import TrainTable
 from coalign.errors import UserError
@@ -110,9 +110,7 @@ def _complaint_of_layout(
         raise
     except expected as error:
         return f"it does not take their attention mask ({error})"
-    difference = float((together_N - plain_N).abs().max())
-    exact = difference <= (1e-3 if engine.dtype is torch.float32 else 0.5)
-    return "" if exact else f"log-probs differ by {difference:.2g} from those of separate rows"
+    return complaint_of(together_N, plain_N, engine.dtype)
 
 
 def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> TokenRows:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coalign.attention import complaint_of
 from coalign.batching import Row, best_fit, to_batch
 from coalign.logprobs import to_device, token_logps
 from coalign.prefixes import Group, Ids, group_by_prefix
-from coalign.stepping import LOGP_TOLERANCE, TokenIds, left_pad
+from coalign.stepping import TokenIds, left_pad
 
 logger = logging.getLogger("coalign")
 
@@ -181,9 +182,8 @@ def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         return f"the model does not take their attention mask ({str(error).partition(chr(10))[0]})"
     pairs = zip(separate, shared, strict=True)
-    difference = max(abs(a.logps[place] - b.logps[place]) for a, b in pairs for place in a.logps)
-    exact = difference <= LOGP_TOLERANCE.get(model.dtype, 0.5)
-    return "" if exact else f"log-probs differ by {difference:.2g} from those of separate rows"
+    found = torch.tensor([(b.logps[place], a.logps[place]) for a, b in pairs for place in a.logps], dtype=torch.float64)
+    return complaint_of(found[:, 0], found[:, 1], model.dtype)
 
 
 def _read(logits_RKV: Tensor, rows: Sequence[_Row], starts: Sequence[int]) -> None:

@@ -125,9 +125,9 @@ class SlotCache(Cache):
         if not extent.rows:
             extent.low, extent.high = 0, max(lengths)
         assert extent.high >= max(lengths), "prompts are admitted longest first"
-        source_R = torch.tensor(source, device=self.start_R.device)
-        for layer, other in zip(self._own_layers, prefilled.layers, strict=True):
-            if self.prompts is None:
+        if self.prompts is None:
+            source_R = torch.tensor(source, device=self.start_R.device)
+            for layer, other in zip(self._own_layers, prefilled.layers, strict=True):
                 layer.admit(other, source_R)
         self._set_rows([*self._starts, *(extent.high - lengths[i] for i in source)])
 

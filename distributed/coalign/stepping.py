@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from coalign.attention import complaint_of
 from coalign.cascade import SharedPrompts, attending_in_cascade, may_cascade
 from coalign.slots import SlotCache
 
 logger = logging.getLogger("coalign")
-LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
 
 # Whether rows of a model can share a prompt's keys and values; asked once.
 _cascades_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -69,12 +69,17 @@ def cascades_exactly(model: Any, codec: TokenIds) -> bool:
     Asked once a model, by two made-up prompts. One that attends in a way of its own (ALiBi) doesn't.
     """
     if model not in _cascades_exactly:
-        _cascades_exactly[model] = may_cascade(model) and _cascades(model, codec)
+        complaint = _complaint_of_cascade(model, codec)
+        if complaint:
+            logger.info("samples copy their prompt: %s", complaint)
+        _cascades_exactly[model] = not complaint
     return _cascades_exactly[model]
 
 
 @torch.no_grad()
-def _cascades(model: Any, codec: TokenIds) -> bool:
+def _complaint_of_cascade(model: Any, codec: TokenIds) -> str:
+    if not may_cascade(model):
+        return "the model attends in a way of its own"
     vocabulary, device = model.config.get_text_config().vocab_size, model.device
     ids = [(7919 * k + 13) % vocabulary for k in range(1, 20)]
     prompts, tokens = [ids[:9], ids[9:13]], [torch.tensor(ids[k : k + 4], device=device) for k in (13, 15)]
@@ -92,9 +97,5 @@ def _cascades(model: Any, codec: TokenIds) -> bool:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        logger.info("samples copy their prompt: %s", str(error).partition("\n")[0])
-        return False
-    difference = float((copied.log_softmax(-1) - shared.log_softmax(-1)).abs().max())
-    if difference > LOGP_TOLERANCE.get(model.dtype, 0.5):
-        logger.info("samples copy their prompt: log-probs differ by %.2g from those of rows that share it", difference)
-    return difference <= LOGP_TOLERANCE.get(model.dtype, 0.5)
+        return str(error).partition("\n")[0]
+    return complaint_of(shared.log_softmax(-1), copied.log_softmax(-1), model.dtype)
