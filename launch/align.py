@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from coalign.artifacts import RunFolder
 from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
 from coalign.records import Example, Group, Wording, read_records, read_rows
+from coalign.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from coalign import agreement as agreeing
 from coalign import evaluated, evaluation
-from coalign.artifacts import RunFolder, StepFolder, base_model_folder, installed_versions
+from coalign.artifacts import StepFolder, base_model_folder, installed_versions
 from coalign.cards import add_results, model_labels
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
@@ -18,6 +19,7 @@ from coalign.metrics import parse_agreement
 from coalign.page import write_results
 from coalign.process import announce, run_step, set_up_logging
 from coalign.records import Example, Task, read_records, to_row
+from coalign.run_folder import RunFolder
 from coalign.summary import summarise
 
 Row = dict[str, Any]
@@ -107,11 +109,11 @@ def ask_judge(
 
     model = table_for_other_model(config.model)
     codec = encoding.Codec(models.load_tokenizer(folder, model), model)
-    requests, too_long = evaluation.judge_requests(pairs, codec, model.too_long)
+    requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)
     rows = pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
-    return evaluation.read_agreement(rows, len(pairs))
+    return agreeing.read_agreement(rows, len(pairs))
 
 
 if __name__ == "__main__":

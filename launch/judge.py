@@ -6,7 +6,7 @@ import functools
 import logging
 
 from coalign import calibration, judging
-from coalign.artifacts import RunFolder, base_model_folder
+from coalign.artifacts import base_model_folder
 from coalign.commandline import parse_command_line
 from coalign.config import (
     STEP_TABLES,
@@ -20,6 +20,7 @@ from coalign.errors import UserError
 from coalign.process import announce, run_step, set_up_logging
 from coalign.prompts import NO, YES
 from coalign.records import Example, Response, Task, read_records, to_row
+from coalign.run_folder import RunFolder
 
 logger = logging.getLogger("coalign")
 

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 from coalign import arms, exhibits, experiment
-from coalign.artifacts import TRAINING_STEPS, RunFolder, read_manifest
+from coalign.artifacts import TRAINING_STEPS, read_manifest
 from coalign.cards import fill_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, table_values
 from coalign.digests import CARD, digest_file, digest_model_files
 from coalign.errors import UserError
 from coalign.process import derive_seed, run_command, run_step
+from coalign.run_folder import RunFolder
 from coalign.whole_files import write_atomic, write_json
 
 ALWAYS_STARTED = ("prepare", "paraphrase")  # they read files beside the run, and look for themselves what has changed

@@ -8,14 +8,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from coalign import filtering
-from coalign.artifacts import RunFolder, StepFolder, base_model_folder
+from coalign import filtering, rewrites
+from coalign.artifacts import StepFolder, base_model_folder
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_values
 from coalign.digests import digest_file, digest_model_files
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
 from coalign.records import Task, read_records, to_row
+from coalign.run_folder import RunFolder
 from coalign.wording_files import read_wordings
 from coalign.wordings import assign_splits, num_short
 
@@ -87,7 +88,7 @@ def generate(
     codec = Codec(load_tokenizer(folder, config.model), config.model)
     requests: list[dict[str, Any]] = []
     for task in (task for task in tasks if wanted[task.id]):
-        labels = filtering.labels_in(task.instruction, task.labels)
+        labels = rewrites.labels_in(task.instruction, task.labels)
         attempts = table.max_attempts * wanted[task.id]
         for variant in range(min(NUM_VARIANTS, attempts)):
             numbers = range(len(range(variant, attempts, NUM_VARIANTS)))

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from coalign import allocation
-from coalign.artifacts import RunFolder
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES
 from coalign.errors import UserError
 from coalign.process import run_step
+from coalign.run_folder import RunFolder
 from coalign.submission import GENERATING, TRAINING
 
 USAGE = "usage: python launch/preflight.py STEP [CONFIG.toml] [key=value ...]   # in a Slurm job, see slurm/job.sh"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalign.artifacts import RunFolder, read_manifest
+from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.data import digest_sources, read_sources
@@ -16,6 +16,7 @@ from coalign.instances import Dropped
 from coalign.inventory import Inventory, describe
 from coalign.process import announce, logger, run_step, set_up_logging
 from coalign.records import to_row
+from coalign.run_folder import RunFolder
 from coalign.splits import split_instances, tokenizer_texts
 
 

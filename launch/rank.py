@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 
 from coalign import ranking
-from coalign.artifacts import RunFolder, read_manifest
+from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.errors import UserError
 from coalign.process import announce, run_step, set_up_logging
 from coalign.records import Example, Response, Verdict, Wording, read_records, to_row
+from coalign.run_folder import RunFolder
 
 logger = logging.getLogger("coalign")
 

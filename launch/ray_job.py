@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from coalign.artifacts import TRAINING_STEPS, RunFolder, read_manifest
+from coalign.artifacts import TRAINING_STEPS, read_manifest
 from coalign.cluster import Cluster
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config
@@ -18,6 +18,7 @@ from coalign.errors import UserError
 from coalign.pool import require_workers
 from coalign.process import run_command, run_step, set_up_logging
 from coalign.ranks import Request, require_ranks, run_ranks
+from coalign.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:

@@ -11,12 +11,12 @@ import functools
 from collections import Counter
 from typing import Any
 
-from coalign.artifacts import RunFolder
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, cores_used, table_values
 from coalign.errors import UserError
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.records import Example, Response, Wording, read_records, to_row
+from coalign.run_folder import RunFolder
 from coalign.text import unit_hash
 from coalign.wordings import canonical_answer, misfit, render_prompt
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from coalign.artifacts import RunFolder, base_model_folder
+from coalign.artifacts import base_model_folder
 from coalign.cards import write_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.digests import digest_model_files, digest_replay
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
 from coalign.records import Example, Wording, read_records, read_rows
+from coalign.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:

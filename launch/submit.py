@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 
 from coalign import submission
-from coalign.artifacts import RunFolder, read_manifest
+from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config
 from coalign.process import run_step
+from coalign.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = """usage: slurm/pipeline.sh [CONFIG.toml] [key=value ...] [--only STEP] [--dry-run] [flags of sbatch]

@@ -167,13 +167,14 @@ lost_nodes() {
 }
 
 # Whether Slurm wants the nodes for another job: when its grace begins it tells the job's steps, not this script.
-is_preempted() { scontrol show job "$job" | grep -q "[^a-zA-Z]PreemptTime=[0-9]"; }
+# Read whole: a pipe to grep -q may end it by SIGPIPE, which pipefail would take for no.
+is_preempted() { [[ "$(scontrol show job "$job")" =~ [^a-zA-Z]PreemptTime=[0-9] ]]; }
 
 queue_again() {
     end_ray
     # A job that somebody has cancelled must not come back; one that Slurm has queued again already needs no help, and may
     # be at work again when this script hears of it.
-    scontrol show job "$job" | grep -q "Restarts=$attempt\b" || exit 1
+    [[ "$(scontrol show job "$job") " =~ Restarts=${attempt}[[:space:]] ]] || exit 1
     case "$(squeue --noheader --jobs="$job" --format="%T %r")" in
     RUNNING*) ;;
     *TimeLimit) fail "the time limit came before $step had saved its work; raise slurm.warn_seconds and submit again" ;;

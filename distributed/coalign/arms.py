@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import RunFolder, read_manifest
+from coalign.artifacts import read_manifest
 from coalign.commandline import toml_value
 from coalign.config import STEP_TABLES, EvalTable, JudgeTable, RankTable, RunTable, SftTable
 from coalign.errors import UserError
+from coalign.run_folder import RunFolder
 
 Settings = dict[str, Any]
 Place = tuple[str, str]  # (arm that owns a step, step); the arm "" owns what all seeds share

@@ -17,11 +17,12 @@ from typing import Any
 import jinja2
 
 from coalign.arms import ARMS
-from coalign.artifacts import RunFolder, StepFolder, installed_versions, read_manifest
+from coalign.artifacts import StepFolder, installed_versions, read_manifest
 from coalign.commandline import toml_value
 from coalign.config import EvalTable, differing_values
 from coalign.digests import CARD
 from coalign.process import world_size
+from coalign.run_folder import RunFolder
 from coalign.whole_files import write_atomic
 
 logger = logging.getLogger("coalign")

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coalign.artifacts import MANIFEST, ROUND_STEPS, RunFolder, StepFolder, read_manifest
+from coalign.artifacts import MANIFEST, ROUND_STEPS, StepFolder, read_manifest
 from coalign.config import STEP_TABLES, ModelTable, RunTable, table_for_other_model
 from coalign.digests import digest_folder
 from coalign.errors import UserError
+from coalign.run_folder import RunFolder
 
 STEPS = ("base", "sft", "align")
 

@@ -10,13 +10,13 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from coalign.agreement import PromptCodec
 from coalign.config import EvalTable, GenerationTable
 from coalign.digests import digest_file
 from coalign.errors import UserError
 from coalign.process import derive_seed
-from coalign.prompts import NO, YES, same_answer_question
 from coalign.records import Example, Response, Task, Wording, read_records
 from coalign.text import normalise_input, unit_hash
 from coalign.wording_files import load_wordings
@@ -28,18 +28,6 @@ logger = logging.getLogger("coalign")
 
 # (what, requests, generation mode, temperature, rows a shard or 0 for what is configured) -> result rows in order
 Generate = Callable[[str, list[dict[str, Any]], str, float, int], Iterable[dict[str, Any]]]
-
-
-class PromptCodec(Protocol):
-    """What is asked of encoding.Codec here."""
-
-    max_tokens: int
-
-    def encode_prompt(self, user_text: str) -> list[int]:
-        """Return the token ids of a user message."""
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Return the token ids of a text alone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -261,47 +249,6 @@ def collect_answers(
     samples = ask("samples", seeded_samples(few, table.noise_samples, seed), mode, NOISE_TEMPERATURE)
     other_mode = neighbours if mode == "exact" else ask("exact", few, "exact") if generation.engine != "vllm" else []
     return ModelOutput(answers, neighbours, samples, other_mode, num_tokens)
-
-
-def judge_requests(
-    pairs: Sequence[tuple[str, str]], codec: PromptCodec, too_long: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return a request to score yes and no after the question whether two answers mean the same, a pair each.
-
-    A pair whose prompt exceeds the judge's context gets none but a row in the second list, and counts as not agreeing;
-    UserError when `too_long` is "error".
-    """
-    verdicts = [codec.encode_plain(YES), codec.encode_plain(NO)]
-    room = codec.max_tokens - max(map(len, verdicts))
-    requests: list[dict[str, Any]] = []
-    dropped: list[dict[str, Any]] = []
-    for index, pair in enumerate(pairs):
-        ids = codec.encode_prompt(same_answer_question(*pair))
-        if len(ids) <= room:
-            requests.append({"pair": index, "prompt_ids": ids, "continuations": verdicts})
-        elif too_long == "error":
-            raise UserError(
-                f"eval.agreement: the question whether {pair[0][:40]!r} and {pair[1][:40]!r} mean the same has"
-                f" {len(ids)} tokens, which exceed the judge's context of {codec.max_tokens}; set"
-                ' model.too_long="drop" to count such pairs as not agreeing, or use a judge with a longer context'
-            )
-        else:
-            dropped.append({"reason": "too_long_for_judge", "answers": list(pair), "num_tokens": len(ids)})
-    if dropped:
-        logger.warning(
-            "%d of %d pairs of answers exceed the context of the judge of agreement (%d tokens) and count as not"
-            " agreeing",
-            len(dropped),
-            len(pairs),
-            codec.max_tokens,
-        )
-    return requests, dropped
-
-
-def read_agreement(rows: Iterable[dict[str, Any]], num_pairs: int) -> list[bool]:
-    """Return for each pair whether yes scored above no; a pair that was not asked about does not agree."""
-    agreeing = {row["pair"] for row in rows if row["logps"][0] > row["logps"][1]}
-    return [index in agreeing for index in range(num_pairs)]
 
 
 def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput], pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from coalign.batching import Item, permutations
 from coalign.config import AlignTable, SftTable
 from coalign.encoding import Codec
 from coalign.errors import UserError
+from coalign.forking import chunks_of, forked_map
 from coalign.instances import Instance, parse_row
 from coalign.process import derive_seed
 from coalign.records import Example, Group, Wording, read_rows
 from coalign.text import normalise_input, unit_hash
-from coalign.tokens import Columns, TokenRows, TokenWriter, chunks_of, columns_of, forked_map
+from coalign.tokens import Columns, TokenRows, TokenWriter, columns_of
 from coalign.wordings import expected_answer, render_prompt
 
 logger = logging.getLogger("coalign")

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from coalign.artifacts import RunFolder
 from coalign.counting import Assumed, Counts, make_counts
 from coalign.generation_memory import generation_memory, tokens_in_flight
 from coalign.machine import Options
 from coalign.memory import CONTEXT_BYTES, GB, Memory, Training, element_bytes, training_memory
+from coalign.run_folder import RunFolder
 from coalign.shapes import Shape, count_lora_parameters, count_parameters, find_shape, known_shape, shape_of_numbers
 from coalign.workload import Tables, row_widths
 

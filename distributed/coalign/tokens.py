@@ -6,31 +6,25 @@ an item is read when its turn has come.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
 import logging
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
 from coalign.batching import Item
-from coalign.process import exit_with_parent
 from coalign.whole_files import replace_folder, write_json, write_rows
 
 logger = logging.getLogger("coalign")
 
 Array = np.ndarray[Any, Any]
 Columns = dict[str, Array]
-Chunk = TypeVar("Chunk")
-Result = TypeVar("Result")
 
 # A row is a segment for its prompt and one for each response; a column X_starts has one entry more than there are X.
 COLUMNS = {
@@ -46,7 +40,6 @@ COLUMNS = {
 STARTS = {"segment_starts": "ids", "row_starts": "segment_starts", "name_starts": "names"}
 META = "tokens.json"
 FORMAT = 1
-CHUNK = 1024  # rows that a process encodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,46 +255,3 @@ def open_rows(folder: Path) -> TokenRows:
     """Return the items of a folder; the ids stay on the disk until they are read."""
     names = read_meta(folder)["columns"]
     return TokenRows({name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names})
-
-
-_work: Callable[[Any], Any] | None = None  # what forked processes do
-
-
-def forked_map(work: Callable[[Chunk], Result], chunks: Sequence[Chunk]) -> Iterator[Result]:
-    """Yield `work` of every chunk, in order, from as many processes as there are cores for this one.
-
-    They are forked, so that they share what `work` refers to, and a chunk may be as small as a range of numbers. One
-    chunk is worked on here.
-    """
-    global _work
-    count = min(len(os.sched_getaffinity(0)), len(chunks))
-    if count < 2:
-        yield from map(work, chunks)
-        return
-    _work = work
-    asked = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and the cores are taken
-    try:
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(count, context, initializer=_begin) as pool:
-            yield from pool.map(_run, chunks)
-    finally:
-        _work = None
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if asked is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = asked
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
-    exit_with_parent()
-
-
-def _run(chunk: Any) -> Any:
-    assert _work is not None
-    return _work(chunk)
-
-
-def chunks_of(jobs: Sequence[Chunk]) -> list[Sequence[Chunk]]:
-    """Return jobs in chunks for `forked_map`."""
-    return [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]

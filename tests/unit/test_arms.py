@@ -10,10 +10,10 @@ import pytest
 
 from coalign import arms
 from coalign.arms import ARMS, PIPELINE, UPDATES, Ladder, Options, StepRun
-from coalign.artifacts import RunFolder
 from coalign.commandline import ROOT, parse_command_line
 from coalign.config import STEP_TABLES, Config, table_values
 from coalign.errors import UserError
+from coalign.run_folder import RunFolder
 from coalign.whole_files import write_json
 
 PLACES = {"run.folder", "run.name", "run.seed", "run.inputs"}

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from coalign import artifacts
-from coalign.artifacts import RunFolder, StepFolder, lineage_of, read_manifest, require_complete
+from coalign.artifacts import StepFolder, lineage_of, read_manifest, require_complete
 from coalign.config import RunTable
 from coalign.errors import UserError
+from coalign.run_folder import RunFolder
 from coalign.whole_files import replace_folder, require_free_space, write_json, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]

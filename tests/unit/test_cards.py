@@ -13,9 +13,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from coalign import arms, cards
-from coalign.artifacts import RunFolder, StepFolder
+from coalign.artifacts import StepFolder
 from coalign.config import Config, EvalTable, RunTable, table_values
 from coalign.digests import CARD, digest_folder, digest_weights
+from coalign.run_folder import RunFolder
 from coalign.whole_files import write_json
 
 ARGUMENTS = ["/srv/me/my.toml", "run.folder=/srv/me/runs", 'run.inputs={judge = "/srv/you/runs/a"}', "sft.epochs=2"]

@@ -11,19 +11,17 @@ import pytest
 from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.filtering import (
-    REASONS,
-    check_rewrite,
     choose_rewrites,
     drop_held_out,
     drop_repeats,
     held_out_texts,
-    labels_in,
     merge_files,
     summarise,
     take_turns,
 )
 from coalign.records import Task, Wording
 from coalign.repeats import NearRepeats, repeats, similarity
+from coalign.rewrites import REASONS, check_rewrite, labels_in
 from coalign.wording_files import WordingFiles
 
 TABLE = ParaphraseTable()

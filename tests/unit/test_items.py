@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coalign import tokens
+from coalign import forking
 from coalign.batching import Item, permutations
 from coalign.config import AlignTable, SftTable
 from coalign.errors import UserError
@@ -74,7 +74,7 @@ def slow_stream(examples: Sequence[Example], rows: int) -> list[Item]:
 @pytest.fixture
 def many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let rows be encoded by three processes, a few each."""
-    monkeypatch.setattr(tokens, "CHUNK", 3)
+    monkeypatch.setattr(forking, "CHUNK", 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalign import evaluated, evaluation, report, summary
+from coalign import agreement, evaluated, evaluation, report, summary
 from coalign.config import STEP_TABLES, GenerationTable, RunTable
 from coalign.errors import UserError
 from coalign.evaluation import ModelOutput
@@ -268,21 +268,21 @@ def test_pairs_too_long_for_the_judge_of_agreement_do_not_agree(caplog: pytest.L
 
     codec = LetterCodec()
     pairs = [("a", "b"), ("c" * 50, "d"), ("e", "f")]
-    requests, dropped = evaluation.judge_requests(pairs, codec, "error")
+    requests, dropped = agreement.judge_requests(pairs, codec, "error")
     assert len(requests) == 3 and not dropped
     longest = max(len(c) for c in requests[0]["continuations"])
     codec.max_tokens = len(requests[0]["prompt_ids"]) + longest
-    requests, dropped = evaluation.judge_requests(pairs, codec, "drop")
+    requests, dropped = agreement.judge_requests(pairs, codec, "drop")
     assert [row["pair"] for row in requests] == [0, 2]
     assert [(row["reason"], row["answers"][1]) for row in dropped] == [("too_long_for_judge", "d")]
     assert "1 of 3 pairs" in caplog.text
     scored = [{"pair": row["pair"], "logps": [-1.0, -2.0]} for row in requests]
-    assert evaluation.read_agreement(scored, 3) == [True, False, True]
+    assert agreement.read_agreement(scored, 3) == [True, False, True]
     scored[1]["logps"] = [-2.0, -1.0]
-    assert evaluation.read_agreement(scored, 3) == [True, False, False]
+    assert agreement.read_agreement(scored, 3) == [True, False, False]
     codec.max_tokens -= 1
     with pytest.raises(UserError, match="judge's context of"):
-        evaluation.judge_requests(pairs, codec, "error")
+        agreement.judge_requests(pairs, codec, "error")
 
 
 def model_folder(path: Path, text: str = "{}") -> Path:

@@ -14,7 +14,8 @@ import pytest
 
 from coalign.batching import Item, row_tokens
 from coalign.errors import UserError
-from coalign.tokens import TokenRows, TokenWriter, as_rows, columns_of, forked_map, open_rows, prepare_rows
+from coalign.forking import forked_map
+from coalign.tokens import TokenRows, TokenWriter, as_rows, columns_of, open_rows, prepare_rows
 
 GROUPS = [
     Item("e1 under a", (1, 2, 3), ((4,), (5, 6)), (2, 0), 0),

@@ -1,0 +1,62 @@
+"""Work on chunks by forked processes, one a core, which share what the work refers to.
+
+Used by items. Knows no tokens.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from coalign.process import exit_with_parent
+
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
+
+CHUNK = 1024  # rows that a process encodes at a time
+
+_work: Callable[[Any], Any] | None = None  # what forked processes do
+
+
+def forked_map(work: Callable[[Chunk], Result], chunks: Sequence[Chunk]) -> Iterator[Result]:
+    """Yield `work` of every chunk, in order, from as many processes as there are cores for this one.
+
+    They are forked, so that they share what `work` refers to, and a chunk may be as small as a range of numbers. One
+    chunk is worked on here.
+    """
+    global _work
+    count = min(len(os.sched_getaffinity(0)), len(chunks))
+    if count < 2:
+        yield from map(work, chunks)
+        return
+    _work = work
+    asked = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and the cores are taken
+    try:
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(count, context, initializer=_begin) as pool:
+            yield from pool.map(_run, chunks)
+    finally:
+        _work = None
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if asked is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = asked
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    exit_with_parent()
+
+
+def _run(chunk: Any) -> Any:
+    assert _work is not None
+    return _work(chunk)
+
+
+def chunks_of(jobs: Sequence[Chunk]) -> list[Sequence[Chunk]]:
+    """Return jobs in chunks for `forked_map`."""
+    return [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
