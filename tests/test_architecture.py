@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("generation", "vllm", "objectives", "tokens", "forking"),
     ("likelihoods",),
     ("batching", "decoding", "inventory"),
+    ("fixed_steps",),
     ("stepping",),
     ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting", "drawing"),
     ("cascade",),

@@ -207,9 +207,9 @@ def use_dense(model: Any) -> None:
     bare(model).set_attn_implementation("sdpa")
 
 
-def bucket(width: int) -> int:
-    """Return the width that a row is padded to, so that kernels are compiled for few of them."""
-    step = max(BLOCK, (1 << (max(width - 1, 1).bit_length() - 1)) // BUCKETS_AN_OCTAVE)
+def bucket(width: int, least: int = BLOCK, an_octave: int = BUCKETS_AN_OCTAVE) -> int:
+    """Return the size that something is padded to, a multiple of `least`, so that kernels are made for few sizes."""
+    step = max(least, (1 << (max(width - 1, 1).bit_length() - 1)) // an_octave)
     return -(-width // step) * step
 
 

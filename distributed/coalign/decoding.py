@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import DynamicCache
 
 from coalign.cascade import SharedPrompts, attending_in_cascade
 from coalign.drawing import Sampling, penalised, pick_tokens, uniforms
+from coalign.fixed_steps import FixedSteps
 from coalign.slots import SlotCache
-from coalign.stepping import TokenIds, cascades_exactly, left_pad, next_logits
+from coalign.stepping import Step, TokenIds, cascades_exactly, left_pad, next_logits
 
 # Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
 REFILL_SHARE = 8
@@ -42,16 +44,22 @@ def decode(
     sampling: Sampling,
     codec: TokenIds,
     max_tokens: int,
+    fixed: FixedSteps | None = None,
 ) -> list[list[Answer]]:
     """Return, for each prompt, one answer a seed; (prompt + limit) x rows of what is computed together <= max_tokens.
 
-    Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself.
+    Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself. With `fixed`, which
+    is kept from call to call, steps have few shapes, which a GPU records.
     """
     with torch.inference_mode():
+        if fixed is not None and fixed.is_exact(codec):
+            cache = SlotCache(model.device, memory=fixed)
+            return _Decoder(model, prompts, seeds, sampling, codec, cache, fixed.next_logits).run(max_tokens)
+        step = functools.partial(next_logits, model)
         share = max(map(len, seeds), default=0) > 1 and model.device.type == "cpu" and cascades_exactly(model, codec)
         cache = SlotCache(model.device, SharedPrompts(model.config) if share else None)
         with attending_in_cascade(model) if share else contextlib.nullcontext():
-            return _Decoder(model, prompts, seeds, sampling, codec, cache).run(max_tokens)
+            return _Decoder(model, prompts, seeds, sampling, codec, cache, step).run(max_tokens)
 
 
 @dataclasses.dataclass
@@ -75,6 +83,7 @@ class _Decoder:
         sampling: Sampling,
         codec: TokenIds,
         cache: SlotCache,
+        step: Step,
     ) -> None:
         self.model, self.prompts, self.sampling, self.codec = model, prompts, sampling, codec
         self.stops = frozenset(codec.stop_ids)
@@ -85,7 +94,7 @@ class _Decoder:
             self.of_prompt[sample.prompt].append(sample)
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         self.live: list[_Sample] = []
-        self.cache = cache
+        self.cache, self.next_logits = cache, step
         self.token_R = torch.zeros(0, dtype=torch.long, device=model.device)
         self.seen_RV: Tensor | None = None  # with a repetition penalty: the tokens of each row so far
         self.uniform_NT: Tensor | None = None
@@ -161,7 +170,7 @@ class _Decoder:
 
     def _step(self) -> None:
         """Draw the next token of every row that lives."""
-        logits_RV = next_logits(self.model, self.cache, self.token_R)
+        logits_RV = self.next_logits(self.cache, self.token_R)
         self.token_R = self._pick(logits_RV.float(), self.live, self.seen_RV)
         self._record(self.live, self.token_R)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import gc
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coalign.attention import use_blocks, use_dense, uses_blocks
+from coalign.attention import use_blocks
 from coalign.batching import Item, collate
 from coalign.config import ModelTable, TrainTable
 from coalign.digests import digest_file
@@ -85,7 +84,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def deepspeed_config(train: TrainTable, dtype: torch.dtype, universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(train: TrainTable, dtype: torch.dtype) -> dict[str, Any]:
     """Return DeepSpeed's JSON for our settings. Accumulation is ours: DeepSpeed sees one micro-batch a step."""
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.offload_optimizer:
@@ -102,7 +101,6 @@ def deepspeed_config(train: TrainTable, dtype: torch.dtype, universal: bool = Fa
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype is torch.bfloat16},
-        "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -120,10 +118,7 @@ class DeepSpeedEngine:
         self.dtype = pick_dtype(train.precision, device)
         self.source = source
         self.json_path = json_path
-        self._start(universal=False)
-
-    def _start(self, universal: bool) -> None:
-        config = deepspeed_config(self.train, self.dtype, universal)
+        config = deepspeed_config(self.train, self.dtype)
         if rank() == 0:
             write_json(self.json_path, config)
         if self.train.zero_stage == 3:
@@ -228,13 +223,10 @@ class DeepSpeedEngine:
                 )
                 self._to_universal(folder)
             dist.barrier()
-            by_blocks = uses_blocks(self._engine)
-            del self._engine, self._optimizer
-            gc.collect()
-            self._start(universal=True)
-            if uses_blocks(self._engine) and not by_blocks:
-                use_dense(self._engine)  # the check at the start found it to be inexact
+            # A second engine, told so at its start, would keep this one in memory: DeepSpeed holds on to it.
+            self._engine._config.load_universal_checkpoint = True
             self._load(folder.parent / f".{folder.name}.universal", "all")
+            self._engine._config.load_universal_checkpoint = False
             dist.barrier()
             if rank() == 0:
                 shutil.rmtree(folder.parent / f".{folder.name}.universal", ignore_errors=True)

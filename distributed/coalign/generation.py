@@ -16,6 +16,7 @@ from coalign.decoding import decode
 from coalign.drawing import Sampling
 from coalign.encoding import Codec
 from coalign.errors import UserError
+from coalign.fixed_steps import FixedSteps
 from coalign.generation_memory import TOKENS_ON_CPU, tokens_in_flight
 from coalign.likelihoods import score
 from coalign.models import load_model, load_tokenizer, pick_device, pick_dtype
@@ -77,6 +78,8 @@ class GenerateWorker(_Worker):
     ) -> None:
         super().__init__(folder, model, generation, threads)
         self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
+        # In exact mode nothing may depend on what was sampled before, as whether a step is recorded does.
+        self.fixed = FixedSteps(self.model) if self.model.device.type == "cuda" and not self.exact else None
         if not has_plain_cache(self.model):
             raise UserError(
                 f"{folder}: a {self.model.config.model_type} model keeps more than keys and values of its tokens, which"
@@ -90,7 +93,7 @@ class GenerateWorker(_Worker):
 
     def _answer(self, rows: list[Row]) -> list[Row]:
         prompts, seeds = [row["prompt_ids"] for row in rows], [row["seeds"] for row in rows]
-        found = decode(self.model, prompts, seeds, self.sampling, self.codec, self.max_tokens)
+        found = decode(self.model, prompts, seeds, self.sampling, self.codec, self.max_tokens, self.fixed)
         return [
             {k: v for k, v in row.items() if k not in ("prompt_ids", "seeds")}
             | {"answers": [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]}

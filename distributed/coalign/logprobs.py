@@ -27,6 +27,8 @@ logger = logging.getLogger("coalign")
 # Logits that exist at once: they stay in a CPU's cache; a GPU wants large products.
 BLOCK_LOGITS_CPU = 2**20
 BLOCK_LOGITS_GPU = 2**26
+# Logits that a GPU keeps for the backward pass, which computes the others again: there memory costs less than products.
+KEPT_LOGITS_GPU = 2**27
 MIN_COLUMNS = 64
 
 # Whether a model returns its head's output as it is, by head; asked once.
@@ -171,7 +173,8 @@ def _forward_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
 def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor) -> Tensor:
     """Return log softmax(hidden W^T + b)[row_N, target_N]: (N,), in float32 at least.
 
-    The logits exist a block of the vocabulary at a time, in both passes; what is kept between them is their logsumexp.
+    The logits exist a block of the vocabulary at a time, in both passes; what is kept between them is their logsumexp,
+    and on a GPU the first of these blocks.
     """
     found: Tensor = _FusedLogps.apply(hidden_UD, weight_VD, bias_V, row_N, target_N)  # type: ignore[no-untyped-call]
     return found
@@ -187,18 +190,23 @@ class _FusedLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden_UD.dtype, torch.float32)
         logsumexp_U = torch.full((len(hidden_UD),), -torch.inf, dtype=wide, device=hidden_UD.device)
         picked_N = torch.zeros(len(row_N), dtype=wide, device=hidden_UD.device)
+        kept: list[Tensor] = []
+        room = KEPT_LOGITS_GPU if hidden_UD.is_cuda and any(ctx.needs_input_grad) else 0
         for block in _blocks(hidden_UD, weight_VD):
             logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
             column_N, inside_N = _columns(target_N, block)
             picked_N = torch.where(inside_N, logits_UC[row_N, column_N].to(wide), picked_N)
             logsumexp_U = torch.logaddexp(logsumexp_U, _elementwise(_logsumexp, logits_UC))
-        ctx.save_for_backward(hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U)
+            room -= logits_UC.numel()
+            if room >= 0:
+                kept.append(logits_UC)
+        ctx.save_for_backward(hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U, *kept)
         return picked_N - logsumexp_U[row_N]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U = ctx.saved_tensors
+        hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U, *kept = ctx.saved_tensors
         grad_U = torch.zeros_like(logsumexp_U).index_add_(0, row_N, grad_N)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         of_hidden_UD = torch.zeros_like(hidden_UD, dtype=grad_N.dtype) if needs_hidden else None
@@ -207,7 +215,7 @@ class _FusedLogps(torch.autograd.Function):
         blocks = list(_blocks(hidden_UD, weight_VD))
         targets = _targets_by_block(row_N, target_N, grad_N, len(hidden_UD), blocks)
         for block, (row_P, column_P, of_target_P) in zip(blocks, targets, strict=True):
-            logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
+            logits_UC = kept.pop(0) if kept else _block_logits(hidden_UD, weight_VD, bias_V, block)
             # Near P = 1 the two terms cancel, so they are added before they are rounded to the head's dtype.
             share_P = (logits_UC[row_P, column_P] - logsumexp_U[row_P]).exp_()
             of_logits_UC = _elementwise(_softmax_term, logits_UC, logsumexp_U, grad_U)
@@ -253,8 +261,8 @@ def _logsumexp(logits_UC: Tensor) -> Tensor:
 
 
 def _softmax_term(logits_UC: Tensor, logsumexp_U: Tensor, grad_U: Tensor) -> Tensor:
-    """Return -grad_u softmax_uv, rounded to the dtype of the logits, whose place it may take."""
-    if logits_UC.dtype == logsumexp_U.dtype and not torch.compiler.is_compiling():
+    """Return -grad_u softmax_uv, rounded to the dtype of the logits, whose place it takes on a CPU."""
+    if logits_UC.device.type == "cpu" and logits_UC.dtype == logsumexp_U.dtype:
         return logits_UC.sub_(logsumexp_U.unsqueeze(1)).exp_().mul_(-grad_U.unsqueeze(1))
     wide_UC = logits_UC.to(logsumexp_U.dtype)
     return ((wide_UC - logsumexp_U.unsqueeze(1)).exp() * -grad_U.unsqueeze(1)).to(logits_UC.dtype)

@@ -16,7 +16,7 @@ from coalign.shapes import Shape, count_lora_parameters, count_parameters
 GB = 10**9
 BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters and sub_group_size
-BLOCK_LOGITS = 2**26  # logprobs.BLOCK_LOGITS_GPU
+BLOCK_LOGITS, KEPT_LOGITS = 2**26, 2**27  # logprobs.BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU
 MIN_COLUMNS = 64  # logprobs.MIN_COLUMNS
 CONTEXT_BYTES = 1 * GB  # an assumption: CUDA's context, NCCL, kernels
 FRAGMENTATION = 0.1  # an assumption: what the allocator can't use, as a share of all but weights and states
@@ -197,15 +197,16 @@ def head_bytes(plan: Training) -> float:
     """Return what the fused head takes (logprobs.fused_logps), as if every position predicted a response token.
 
     Hidden states and their gradient, (2 e + 4) h a position; one block of logits in e, in fp32, once more for the
-    exponential or in e for the product; the head's gradient, e V h, where it is trained. A model that changes its
-    logits afterwards has them in full, in e and in fp32, and their gradients.
+    exponential or in e for the product; those that are kept, in e; the head's gradient, e V h, where it is trained. A
+    model that changes its logits afterwards has them in full, in e and in fp32, and their gradients.
     """
     shape, e, positions = plan.shape, plan.element_bytes, plan.batch_tokens
     trained = 0 if plan.model.lora.enabled else e * shape.vocabulary * shape.hidden
     if not shape.plain_head:
         return 2.0 * (e + 4) * positions * shape.vocabulary + trained
     columns = min(shape.vocabulary, max(BLOCK_LOGITS // positions, MIN_COLUMNS))
-    return (2 * e + 4) * shape.hidden * positions + (2 * e + 4) * positions * columns + trained
+    kept = e * min(KEPT_LOGITS, positions * shape.vocabulary)
+    return (2 * e + 4) * shape.hidden * positions + (2 * e + 4) * positions * columns + kept + trained
 
 
 def host_bytes(plan: Training) -> float:

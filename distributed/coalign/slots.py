@@ -9,8 +9,9 @@ Shape suffixes: S slots, R live rows, H heads, C columns, D head size, B prefill
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from coalign.cascade import SharedPrompts
+
+
+class SlotMemory(Protocol):
+    """Where slots lie, if a cache is not to take memory of its own."""
+
+    def room(self, slots: int, columns: int) -> tuple[int, int]:
+        """Return the slots and columns to take where so many are needed."""
+
+    def take(self, place: int, like_SHCD: Tensor, slots: int, columns: int) -> Tensor:
+        """Return the memory of a layer's keys or values: finite numbers, of the shape of `like_SHCD` otherwise."""
 
 
 @dataclasses.dataclass
@@ -77,29 +88,31 @@ class _SlotLayer(DynamicLayer):
         self.keys[rows, :, columns] = prefilled.keys[source_R]
         self.values[rows, :, columns] = prefilled.values[source_R]
 
-    def resize(self, slots: int, columns: int) -> None:
-        """Take as much room, keeping what is in use, from column 0 on."""
-        self.keys, self.values = (self._resized(states, slots, columns) for states in (self.keys, self.values))
+    def resize(self, take: Callable[[int, Tensor], Tensor]) -> None:
+        """Move what is in use to other memory, to column 0: keys to what `take` gives for 0, values to that for 1."""
+        self.keys, self.values = (self._moved(states, take, k) for k, states in enumerate((self.keys, self.values)))
 
-    def _resized(self, states_SHCD: Tensor, slots: int, columns: int) -> Tensor:
+    def _moved(self, states_SHCD: Tensor, take: Callable[[int, Tensor], Tensor], place: int) -> Tensor:
         extent = self.extent
-        resized_SHCD = states_SHCD.new_zeros(slots, states_SHCD.shape[1], columns, states_SHCD.shape[3])
-        used = states_SHCD[: extent.rows, :, extent.low : extent.high]
-        resized_SHCD[: extent.rows, :, : extent.high - extent.low] = used
-        return resized_SHCD
+        used = states_SHCD[: extent.rows, :, extent.low : extent.high].clone()  # the new memory may be the same
+        taken_SHCD = take(place, states_SHCD)
+        taken_SHCD[: extent.rows, :, : extent.high - extent.low] = used
+        return taken_SHCD
 
 
 class SlotCache(Cache):
     """The cache that a model's forward pass reads and writes while rows enter, advance by a token and leave.
 
     `start_R` is the column of each row's first token. With `prompts` these hold what rows have read before they came,
-    and the slots the tokens after it alone.
+    and the slots the tokens after it alone. With `memory` the slots lie there.
     """
 
-    def __init__(self, device: torch.device, prompts: SharedPrompts | None = None) -> None:
+    def __init__(
+        self, device: torch.device, prompts: SharedPrompts | None = None, memory: SlotMemory | None = None
+    ) -> None:
         super().__init__(layers=[])
         self._own_layers: list[_SlotLayer] = []
-        self.prompts = prompts
+        self.prompts, self._memory = prompts, memory
         self.extent = _Extent()
         self.num_slots = self.num_columns = 0
         self._starts: list[int] = []
@@ -142,6 +155,10 @@ class SlotCache(Cache):
             self.prompts.keep(order)
         self._set_rows([self._starts[i] for i in order])
 
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values of all slots, (S, H, C, D) each, layer by layer."""
+        return [(layer.keys, layer.values) for layer in self._own_layers]
+
     def make_room(self) -> None:
         """See to it that there is a column for the next token."""
         if self.extent.high == self.num_columns:
@@ -179,10 +196,17 @@ class SlotCache(Cache):
         self._moved_left(columns)
 
     def _resize(self, slots: int, columns: int) -> None:
-        for layer in self._own_layers:
-            layer.resize(slots, columns)
+        if self._memory is not None:
+            slots, columns = self._memory.room(slots, columns)
+        for number, layer in enumerate(self._own_layers):
+            layer.resize(functools.partial(self._take, slots, columns, number))
         self.num_slots, self.num_columns = slots, columns
         self._moved_left(self.extent.low)
+
+    def _take(self, slots: int, columns: int, layer: int, place: int, like_SHCD: Tensor) -> Tensor:
+        if self._memory is not None:
+            return self._memory.take(2 * layer + place, like_SHCD, slots, columns)
+        return like_SHCD.new_zeros(slots, like_SHCD.shape[1], columns, like_SHCD.shape[3])
 
     def _moved_left(self, columns: int) -> None:
         self.extent.high -= columns

@@ -5,9 +5,10 @@ Used by decoding and likelihoods. Shape suffixes: B prompts, T tokens, R rows, V
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,8 @@ logger = logging.getLogger("coalign")
 
 # Whether rows of a model can share a prompt's keys and values; asked once.
 _cascades_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+Step = Callable[[SlotCache, Tensor], Tensor]  # appends a token to every row; returns the logits after it
 
 
 class TokenIds(Protocol):
@@ -76,26 +79,35 @@ def cascades_exactly(model: Any, codec: TokenIds) -> bool:
     return _cascades_exactly[model]
 
 
-@torch.no_grad()
 def _complaint_of_cascade(model: Any, codec: TokenIds) -> str:
     if not may_cascade(model):
         return "the model attends in a way of its own"
+    with attending_in_cascade(model):
+        shared = SlotCache(model.device, SharedPrompts(model.config))
+        return complaint_of_step(model, codec, shared, functools.partial(next_logits, model))
+
+
+@torch.no_grad()
+def complaint_of_step(model: Any, codec: TokenIds, cache: SlotCache, step: Step) -> str:
+    """Return what is wrong with a way to step the rows of a cache of its kind, or nothing.
+
+    Tried on two made-up prompts of unlike length and two tokens after each; `cache` is empty.
+    """
     vocabulary, device = model.config.get_text_config().vocab_size, model.device
     ids = [(7919 * k + 13) % vocabulary for k in range(1, 20)]
     prompts, tokens = [ids[:9], ids[9:13]], [torch.tensor(ids[k : k + 4], device=device) for k in (13, 15)]
 
-    def logits_of(shared: SharedPrompts | None) -> Tensor:
-        cache, prefilled = SlotCache(device, shared), DynamicCache()
+    def logps(cache: SlotCache, step: Step) -> Tensor:
+        prefilled = DynamicCache()
         model(**left_pad(prompts, codec.pad_id, device), past_key_values=prefilled, use_cache=True, logits_to_keep=1)
         cache.admit(prefilled, [len(p) for p in prompts], [0, 0, 0, 1], (4, 11))
-        return torch.stack([next_logits(model, cache, token_R).float() for token_R in tokens])
+        return torch.stack([step(cache, token_R).float().log_softmax(-1) for token_R in tokens])
 
-    copied = logits_of(None)
+    plain = logps(SlotCache(device), functools.partial(next_logits, model))
     try:
-        with attending_in_cascade(model):
-            shared = logits_of(SharedPrompts(model.config))
+        found = logps(cache, step)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return str(error).partition("\n")[0]
-    return complaint_of(shared.log_softmax(-1), copied.log_softmax(-1), model.dtype)
+    return complaint_of(found, plain, model.dtype)

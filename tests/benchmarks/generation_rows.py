@@ -14,6 +14,7 @@ from benchmarks.rows import Row, Side
 from benchmarks.workloads import judge_request, judge_requests, judge_step
 from coalign.decoding import decode
 from coalign.drawing import Sampling
+from coalign.fixed_steps import FixedSteps
 from coalign.generation_memory import TOKENS_ON_CPU
 from coalign.likelihoods import score
 
@@ -37,6 +38,11 @@ def in_batches(model: Any, prompts: list[Ids], **options: Any) -> list[Ids]:
     return [row for i in starts for row in generate(model, prompts[i : i + BATCH_ROWS], **options)]
 
 
+def fixed_steps(model: Any) -> FixedSteps | None:
+    """Return what a worker keeps from shard to shard."""
+    return FixedSteps(model) if model.device.type == "cuda" else None
+
+
 def sampling_rows(tiny: bool) -> list[Row]:
     """Return several samples of long prompts."""
     shape, count, length = (TINY, 2, 20) if tiny else (SMALL, 8, 200)
@@ -50,8 +56,10 @@ def sampling_row(model: Any, shape: Shape, count: int, length: int, batch_tokens
     seeds = [[8 * n + k for k in range(8)] for n in range(count)]
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "eos_token_id": None, "num_return_sequences": 8}
 
+    fixed = fixed_steps(model)
+
     def ours() -> list[Ids]:
-        found = decode(model, prompts, seeds, Sampling(16, 1.0), Codec(), batch_tokens)
+        found = decode(model, prompts, seeds, Sampling(16, 1.0), Codec(), batch_tokens, fixed)
         return [answer.ids for answers in found for answer in answers]
 
     return Row(
@@ -116,8 +124,10 @@ def mixed_row(model: Any, shape: Shape, count: int, longest: int) -> Row:
         found = in_batches(model, prompts, do_sample=False, max_new_tokens=longest, eos_token_id=STOP)
         return [[*row, STOP][: [*row, STOP].index(STOP)] for row in found]
 
+    fixed = fixed_steps(model)
+
     def ours() -> list[Ids]:
-        found = decode(model, prompts, [[0]] * count, Sampling(longest), Codec(STOP), BATCH_TOKENS)
+        found = decode(model, prompts, [[0]] * count, Sampling(longest), Codec(STOP), BATCH_TOKENS, fixed)
         return [answers[0].ids for answers in found]
 
     name = f"sampling, {count} prompts, mixed answers of 4-{longest} tokens, {shape.name}"

@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import gc
 import json
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,10 @@ from coalign.decoding import decode
 from coalign.drawing import Sampling
 from coalign.layouts import Engine
 from coalign.losses import RankingForm
+from coalign.memory import Training, training_memory
 from coalign.models import without_planned_attention
 from coalign.objectives import Objective, align_objective, sft_objective
+from coalign.shapes import find_shape
 from coalign.training import _update
 
 SHAPES = {shape.name: shape for shape in (HALF, SEVEN, TINY)}  # the last only to see that every line is measured
@@ -58,6 +62,7 @@ POSITIONS = 8192  # of the head alone
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 (SXM), a second
 FULL_GIB = 18  # of memory a billion parameters: full training holds 16 bytes of each, and activations
 RANKS_TOKENS = 16384  # of an update of the engines
+ROW_TOKENS = 256  # of a row of theirs, about
 BATCH_TOKENS = 65536  # generation.batch_tokens of the configs for 7B models
 Figures = dict[str, Any]
 
@@ -206,10 +211,12 @@ def first_of(items: Sequence[Item], tokens: int) -> list[Item]:
     return list(items[:count])
 
 
-def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointing: bool) -> Iterator[Figures]:
-    """Yield speed, MFU and memory of both stages by DeepSpeed, one rank, every step of training included."""
+def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointing: bool) -> list[Figures]:
+    """Return speed, MFU and memory of both stages by DeepSpeed, one rank, every step of training included."""
     from coalign.engine import DeepSpeedEngine, init_ranks
 
+    without_planned_attention()
+    found = []
     table = TrainTable(zero_stage=zero, gradient_checkpointing=checkpointing)
     model = ModelTable(path=folder, lora=LoraTable(enabled=lora))
     engine = DeepSpeedEngine(folder, model, table, init_ranks(), Path(folder) / "deepspeed.json")
@@ -222,16 +229,27 @@ def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointi
     for stage, items, objective in stages:
         seconds, peak = timed_updates(engine, items, objective, table, 3)
         tokens, flops = training_rows.num_tokens(items), model_flops(shape, items, lora)
-        yield {
-            "what": f"{stage}, {name}",
-            "tokens_a_second": round(tokens / seconds),
-            "mfu": round(flops / seconds / PEAK_FLOPS, 3),
-            "peak_gib": round(peak, 1),
-        }
+        found.append(
+            {
+                "what": f"{stage}, {name}",
+                "tokens_a_second": round(tokens / seconds),
+                "mfu": round(flops / seconds / PEAK_FLOPS, 3),
+                "peak_gib": round(peak, 1),
+                "planned_gib": round(planned_gib(model, table), 1),
+            }
+        )
+    return found
+
+
+def planned_gib(model: ModelTable, table: TrainTable) -> float:
+    """Return the memory that `launch/plan.py` foresees for a step, without its margin for CUDA and the allocator."""
+    memory = training_memory(Training(find_shape(model)[0], model, table, 1, ROW_TOKENS))
+    margin = sum(part.num_bytes for part in memory.parts if part.name == "margin")
+    return (memory.total_bytes - margin) / 2**30
 
 
 def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
-    """Yield figures of the engine's forms that fit the device."""
+    """Yield figures of the engine's forms that fit the device, each in a process: DeepSpeed leaves memory taken."""
     room = torch.cuda.mem_get_info()[1] / 2**30
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
         network = make_network(shape, DEVICE, DTYPE)
@@ -243,9 +261,9 @@ def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
         forms = [(3, True, False)] if size > 1 else [(0, False, False), (2, False, False)]
         if size * FULL_GIB < room:
             forms.append((3, False, size > 1))
-        for zero, lora, checkpointing in forms:
-            yield from engine_figures(shape, place, zero, lora, checkpointing)
-            free()
+        for form in forms:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                yield from process.submit(engine_figures, shape, place, *form).result()
 
 
 def sampling_table(shape: Shape, count: int) -> Iterator[Figures]:
@@ -254,7 +272,8 @@ def sampling_table(shape: Shape, count: int) -> Iterator[Figures]:
     prompts = [random_ids(source, source.randint(100, 200), shape) for _ in range(count)]
     seeds = [[8 * n + k for k in range(8)] for n in range(len(prompts))]
     for budget in (8192, 65536):
-        work = functools.partial(decode, model, prompts, seeds, Sampling(32, 1.0), Codec(STOP), budget)
+        fixed = generation_rows.fixed_steps(model)
+        work = functools.partial(decode, model, prompts, seeds, Sampling(32, 1.0), Codec(STOP), budget, fixed)
         work()
         torch.cuda.reset_peak_memory_stats()
         seconds, answers = cuda_seconds(work)
@@ -337,7 +356,9 @@ def measured(table: str, shape: Shape, options: argparse.Namespace) -> Iterator[
 def figures_line(figures: Figures) -> str:
     """Return figures as a line."""
     mfu = f"  MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
-    return f"{figures['what']:<80} {figures['tokens_a_second']:>9,} tokens/s{mfu}  peak {figures['peak_gib']} GiB"
+    planned = f" of {figures['planned_gib']} planned" if "planned_gib" in figures else ""
+    speed = f"{figures['tokens_a_second']:>9,} tokens/s{mfu}"
+    return f"{figures['what']:<80} {speed}  peak {figures['peak_gib']} GiB{planned}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from coalign.cascade import SharedPrompts, attending_in_cascade
 from coalign.config import GenerationTable, ModelTable, RandomTable
 from coalign.decoding import Answer, decode, greedy_in_step
 from coalign.drawing import Sampling, pick_tokens
+from coalign.fixed_steps import FixedSteps
 from coalign.generation import GenerateWorker, ScoreWorker
 from coalign.models import make_random_model
 from coalign.process import derive_seed
@@ -208,6 +209,60 @@ def test_a_prompt_is_read_once_for_its_samples() -> None:
         decode(model, prompts, [[0], [4]], Sampling(4, 1.0), codec, 8192)
         assert not seen
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("max_tokens", [60, 150, 8192])
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        *((family, {}) for family in (*FAMILIES, "cohere")),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_steps_of_fixed_shapes_equal_others(
+    family: str, changed: dict[str, Any], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers, call after call in the same memory, of few samples and many, short prompts and long ones."""
+    monkeypatch.setattr("coalign.fixed_steps.LEAST_COLUMNS", 8)  # several shapes within the context of a tiny network
+    model = network(family, torch.float64, **changed)
+    codec: Any = FakeCodec(2, 3, 4, 5)
+    fixed = FixedSteps(model)
+    assert fixed.is_exact(codec)
+    prompts = prompts_of(9)
+    for few, count in ((slice(0, 3), 1), (slice(0, 9), 3), (slice(4, 6), 2)):
+        seeds = [[derive_seed("fixed", n, k) for k in range(count)] for n, _ in enumerate(prompts[few])]
+        args = (model, prompts[few], seeds, Sampling(12, 1.5), codec, max_tokens)
+        assert decode(*args, fixed) == decode(*args)
+    shapes = {key for key, steps in fixed._steps.items() if steps}
+    assert len(shapes) > 1 and not fixed.num_graphs  # which a GPU alone has
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_a_model_that_counts_positions_itself_has_no_fixed_steps(family: str) -> None:
+    model = network(family, torch.float64)
+    codec: Any = FakeCodec(2)
+    fixed = FixedSteps(model)
+    args = (model, prompts_of(3), [[0], [1], [2]], Sampling(6), codec, 8192)
+    assert not fixed.is_exact(codec) and decode(*args, fixed) == decode(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "changed"), [("llama", {}), ("gpt2", {}), ("qwen3", {}), ("mistral", {"sliding_window": 4})]
+)
+def test_recorded_steps_find_what_computed_ones_do(family: str, changed: dict[str, Any]) -> None:
+    """Graphs on a GPU, with prompts and rows that come and go, call after call; in float64, where nothing is close."""
+    model = network(family, torch.float64, **changed).to("cuda")
+    codec: Any = FakeCodec(2, 3)
+    fixed = FixedSteps(model)
+    for seed in range(3):
+        prompts = prompts_of(12, seed=seed)
+        seeds = [[derive_seed("recorded", seed, n, k) for k in range(4)] for n in range(12)]
+        args = (model, prompts, seeds, Sampling(24, 1.5), codec, 300)
+        assert decode(*args, fixed) == decode(*args)
+    assert fixed.is_exact(codec) and fixed.num_graphs > 1
 
 
 def test_prompts_are_computed_once_and_rows_refilled() -> None:

@@ -183,12 +183,14 @@ def test_one_position_may_predict_several_tokens() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kept", [0, 100_000, 2**27])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 def test_compiled_blocks_equal_the_full_softmax_on_a_gpu(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probs and both gradients, several blocks, sizes that were not compiled for; a position with two targets."""
+    """Log-probs and both gradients, several blocks, none, some or all of them kept; a position with two targets."""
     monkeypatch.setattr(logprobs, "BLOCK_LOGITS_GPU", 30_000)
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS_GPU", kept)
     for positions, vocabulary in ((40, 3000), (77, 5001), (1, 700)):
         torch.manual_seed(positions)
         hidden_UD = torch.randn(positions, 64, device="cuda").to(dtype)

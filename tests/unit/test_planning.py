@@ -170,9 +170,12 @@ def test_grouped_keys_count_in_the_cache_and_not_in_masked_attention() -> None:
 
 
 def test_the_head_never_holds_all_logits() -> None:
+    """A block of them, and those that are kept."""
     plan = dataclasses.replace(training(2, micro_batch_tokens=16384), shape=SEVEN)
     block = 16384 * (2**26 // 16384)
-    assert memory.head_bytes(plan) == 8 * 4096 * 16384 + 8 * block + 2 * 32000 * 4096
+    assert memory.head_bytes(plan) == 8 * 4096 * 16384 + 8 * block + 2 * 2**27 + 2 * 32000 * 4096
+    small = dataclasses.replace(plan, train=plan.train.model_copy(update={"micro_batch_tokens": 2048}))
+    assert memory.head_bytes(small) == 8 * 4096 * 2048 + (8 + 2) * 2048 * 32000 + 2 * 32000 * 4096
     capped = dataclasses.replace(plan, shape=dataclasses.replace(SEVEN, plain_head=False))
     assert memory.head_bytes(capped) == 12 * 16384 * 32000 + 2 * 32000 * 4096
 
@@ -293,8 +296,8 @@ def test_ways_are_tried_in_order(tmp_path: Path) -> None:
 
 def test_tokens_in_flight_are_what_half_of_the_free_memory_holds(tmp_path: Path) -> None:
     """A power of two, by the formulas of the plan; a setting is taken as it is."""
-    free = {tokens: generation_memory.tokens_in_flight(SEVEN, "auto", tokens * GB) for tokens in (1, 10, 33, 66, 500)}
-    assert free == {1: 4096, 10: 4096, 33: 16384, 66: 32768, 500: 65536}
+    free = {tokens: generation_memory.tokens_in_flight(SEVEN, "auto", tokens * GB) for tokens in (1, 10, 36, 66, 500)}
+    assert free == {1: 4096, 10: 4096, 36: 16384, 66: 32768, 500: 65536}
     for tokens in (16384, 32768):
         table = GenerationTable(batch_tokens=tokens)
         needed = generation_memory.sampling_bytes(SEVEN, table, 96, 32)
@@ -327,6 +330,7 @@ def test_copied_constants_are_those_of_the_code() -> None:
     """The formulas import no torch, so they repeat them."""
     sources = {name: (ROOT / "distributed/coalign" / f"{name}.py").read_text() for name in ("logprobs", "decoding")}
     assert "BLOCK_LOGITS_GPU = 2**26\n" in sources["logprobs"] and memory.BLOCK_LOGITS == 2**26
+    assert "KEPT_LOGITS_GPU = 2**27\n" in sources["logprobs"] and memory.KEPT_LOGITS == 2**27
     assert f"MIN_COLUMNS = {memory.MIN_COLUMNS}\n" in sources["logprobs"]
     assert f"PREFILL_TOKENS_GPU = {generation_memory.PREFILL_TOKENS}\n" in sources["decoding"]
 
