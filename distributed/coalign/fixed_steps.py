@@ -95,13 +95,13 @@ class FixedSteps:
         return bucket(slots, 1, ROWS_AN_OCTAVE), bucket(columns, LEAST_COLUMNS, COLUMNS_AN_OCTAVE)
 
     def take(self, place: int, like_SHTD: Tensor, slots: int, columns: int) -> Tensor:
-        """Return memory for a layer's keys or values: the same for the same `place`, whatever is in it."""
+        """Return memory for a layer's keys or values, zeros, at the same address for the same `place`."""
         shape = (slots, like_SHTD.shape[1], columns, like_SHTD.shape[3])
         size = slots * columns * shape[1] * shape[3]
         if place not in self._memory or len(self._memory[place]) < size:
             self._forget()
             self._memory[place] = like_SHTD.new_zeros(size)
-        return self._memory[place][:size].view(shape)
+        return self._memory[place][:size].zero_().view(shape)  # masked NaN of a call before would stay NaN
 
     def next_logits(self, cache: SlotCache, token_R: Tensor) -> Tensor:
         """Append a token to every row of a cache; return the logits after it: (R, V), until the next step."""

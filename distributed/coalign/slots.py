@@ -28,7 +28,7 @@ class SlotMemory(Protocol):
         """Return the slots and columns to take where so many are needed."""
 
     def take(self, place: int, like_SHCD: Tensor, slots: int, columns: int) -> Tensor:
-        """Return the memory of a layer's keys or values: finite numbers, of the shape of `like_SHCD` otherwise."""
+        """Return the memory of a layer's keys or values, zeros, of the shape of `like_SHCD` otherwise."""
 
 
 @dataclasses.dataclass

@@ -134,7 +134,7 @@ def columns_of(items: Sequence[Item]) -> Columns:
     segments = [segment for item in items for segment in (item.prompt, *item.responses)]
     names = [item.name.encode() for item in items]
     columns = {
-        "ids": np.fromiter((i for segment in segments for i in segment), np.int32),
+        "ids": np.fromiter(itertools.chain.from_iterable(segments), np.int32),
         "segment_starts": _starts([len(segment) for segment in segments]),
         "row_starts": _starts([1 + len(item.responses) for item in items]),
         "names": np.frombuffer(b"".join(names), np.uint8),
