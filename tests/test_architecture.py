@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("digests", "whole_files", "repeats"),
     ("config", "records", "process"),
-    ("text", "errors", "tables"),
+    ("text", "errors", "tables", "padding"),
 )
 ENGINES = {
     "ray": "cluster",

@@ -21,7 +21,6 @@ from transformers.masking_utils import sdpa_mask
 
 BLOCKS = "coalign_blocks"  # our attention's name among those of transformers
 BLOCK = 128  # tokens: FlexAttention's own size
-BUCKETS_AN_OCTAVE = 8  # widths to which rows are padded between two powers of two
 MAX_KERNELS = 64  # widths, twice (with gradient and without); torch would stop to compile after 8
 
 LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
@@ -178,7 +177,7 @@ def complaint_of(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
     difference = float((found - expected).abs().max())
     if difference <= LOGP_TOLERANCE.get(dtype, 0.5):
         return ""
-    return f"log-probs differ by {difference:.2g} from those of separate rows"
+    return f"log-probs differ by {difference:.2g} from those of the plain computation"
 
 
 def bare(model: Any) -> Any:
@@ -205,12 +204,6 @@ def use_blocks(model: Any) -> bool:
 def use_dense(model: Any) -> None:
     """Let a model attend by SDPA with a dense mask again."""
     bare(model).set_attn_implementation("sdpa")
-
-
-def bucket(width: int, least: int = BLOCK, an_octave: int = BUCKETS_AN_OCTAVE) -> int:
-    """Return the size that something is padded to, a multiple of `least`, so that kernels are made for few sizes."""
-    step = max(least, (1 << (max(width - 1, 1).bit_length() - 1)) // an_octave)
-    return -(-width // step) * step
 
 
 def attend_by_blocks(

@@ -227,6 +227,9 @@ class DeepSpeedEngine:
             self._engine._config.load_universal_checkpoint = True
             self._load(folder.parent / f".{folder.name}.universal", "all")
             self._engine._config.load_universal_checkpoint = False
+            # DeepSpeed gives all sub-groups of stage 3 one tensor as their step, which each would count up.
+            for moments in self._optimizer.optimizer.state.values():
+                moments["step"] = torch.as_tensor(moments["step"]).clone()
             dist.barrier()
             if rank() == 0:
                 shutil.rmtree(folder.parent / f".{folder.name}.universal", ignore_errors=True)

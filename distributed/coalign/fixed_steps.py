@@ -1,14 +1,13 @@
 """The next token of all rows of a cache in few shapes, each of which a GPU records once and replays: CUDA graphs.
 
 A step of few rows costs the launch of every kernel of every layer; a graph of them is launched at once. Rows and
-columns are padded up to few numbers, in the same memory from call to call, and a mask hides what is not there. Used by
+columns are padded to a few sizes, in the same memory from call to call, and a mask hides what is not there. Used by
 decoding and generation. Shape suffixes: R rows that live, S rows of the shape, T its columns, H heads, D head size, V
 vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from typing import Any
@@ -18,17 +17,17 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from coalign.attention import bucket, layer_windows
+from coalign.attention import layer_windows
 from coalign.cascade import may_cascade
+from coalign.padding import padded_slots
 from coalign.slots import SlotCache
 from coalign.stepping import TokenIds, complaint_of_step
 
 logger = logging.getLogger("coalign")
 
-LEAST_COLUMNS, COLUMNS_AN_OCTAVE, ROWS_AN_OCTAVE = 64, 4, 2
 # Steps of a shape before it is recorded, which takes as long as several.
 STEPS_BEFORE = 2
-MAX_GRAPHS = 48  # recorded at a time
+MAX_GRAPHS = 64  # recorded at a time; then those go that were not used for longest
 NO_START = 2**40  # of a row that is not there
 
 
@@ -48,14 +47,6 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-@dataclasses.dataclass(frozen=True)
-class _Graph:
-    """A recorded step and where it leaves its logits: (S, V)."""
-
-    graph: Any
-    logits_SV: Tensor
-
-
 class FixedSteps:
     """Steps of one model, and the memory of the slots of the caches that it steps: one at a time.
 
@@ -70,9 +61,11 @@ class FixedSteps:
         self._memory: dict[int, Tensor] = {}
         self._token_S = self._start_S = torch.zeros(0, dtype=torch.long, device=self._device)
         self._column_1 = torch.zeros(1, dtype=torch.long, device=self._device)
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._logits_SV: Tensor | None = None  # where recorded steps leave theirs
+        self._graphs: dict[tuple[int, int, int], Any] = {}
         self._steps: Counter[tuple[int, int, int]] = Counter()
         self._records = self._device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(self._device) if self._records else None  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._exact: bool | None = None
 
@@ -92,7 +85,7 @@ class FixedSteps:
 
     def room(self, slots: int, columns: int) -> tuple[int, int]:
         """Return the slots and columns of a fixed shape that has as many at least."""
-        return bucket(slots, 1, ROWS_AN_OCTAVE), bucket(columns, LEAST_COLUMNS, COLUMNS_AN_OCTAVE)
+        return padded_slots(slots, columns)
 
     def take(self, place: int, like_SHTD: Tensor, slots: int, columns: int) -> Tensor:
         """Return memory for a layer's keys or values, zeros, at the same address for the same `place`."""
@@ -117,6 +110,7 @@ class FixedSteps:
         if len(self._token_S) < slots:
             self._forget()
             self._token_S, self._start_S = (self._token_S.new_zeros(slots) for _ in range(2))
+            self._logits_SV = None
         rows = len(token_R)
         self._token_S[:rows] = token_R
         self._start_S[:rows] = start_R
@@ -130,9 +124,10 @@ class FixedSteps:
             self._record(cache, key)
         if key not in self._graphs:
             return self._logits(cache, *key[1:])
-        recorded = self._graphs[key]
-        recorded.graph.replay()
-        return recorded.logits_SV
+        self._graphs[key] = graph = self._graphs.pop(key)  # the last one used is the last one
+        graph.replay()
+        assert self._logits_SV is not None
+        return self._logits_SV
 
     def _logits(self, cache: SlotCache, rows: int, columns: int) -> Tensor:
         """Compute a step; a row that is not there sees its own token alone."""
@@ -163,30 +158,36 @@ class FixedSteps:
         return logits_S1V[:, -1]
 
     def _record(self, cache: SlotCache, key: tuple[int, int, int]) -> None:
-        """Record a step, which computes nothing yet; a model that can't be recorded goes on without."""
-        if len(self._graphs) >= MAX_GRAPHS:
-            self._forget()
+        """Compute a step and record it; its replay writes the same once more. A model that can't be goes on without."""
+        current, debug = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         try:
-            stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            current = torch.cuda.current_stream(self._device)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):  # what a stream needs once is not to be recorded
-                self._logits(cache, *key[1:])
-            current.wait_stream(stream)
+            self._stream.wait_stream(current)
+            # Nothing that waits for the GPU can be recorded: to be stopped there would leave the allocator recording.
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self._stream):
+                logits_SV = self._logits(cache, *key[1:])
+            torch.cuda.set_sync_debug_mode(debug)
+            current.wait_stream(self._stream)
+            if self._logits_SV is None:
+                self._logits_SV = logits_SV.new_empty(len(self._token_S), logits_SV.shape[1])
             graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                logits_SV = self._logits(cache, *key[1:])
-            self._graphs[key] = _Graph(graph, logits_SV)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._logits_SV[: key[1]] = self._logits(cache, *key[1:])
+            if len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = graph
         except RuntimeError as error:  # also what CUDA says, and out of memory
             logger.warning("steps of sampling are not recorded: %s", str(error).partition("\n")[0])
             self._forget()
             self._records = False
+        finally:
+            torch.cuda.set_sync_debug_mode(debug)
+            torch.cuda.set_stream(current)
 
     def _forget(self) -> None:
-        """Let go of recorded steps, whose memory is about to change or needed."""
+        """Let go of recorded steps: memory that they read is about to change, or is needed."""
         self._graphs.clear()
-        self._steps.clear()
         self._pool = None
 
     def _complaint(self, codec: TokenIds) -> str:

@@ -6,8 +6,11 @@ e are those of memory.py.
 
 from __future__ import annotations
 
+import math
+
 from coalign.config import GenerationTable
 from coalign.memory import CONTEXT_BYTES, Memory, Part, element_bytes, margin
+from coalign.padding import padded_slots
 from coalign.shapes import Shape, count_parameters
 
 PREFILL_TOKENS = 8192  # decoding.PREFILL_TOKENS_GPU
@@ -31,15 +34,14 @@ def forward_bytes(shape: Shape, e: int, row_tokens: int) -> int:
 def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
     """Return what sampling takes beside the weights: the slots (slots.py), a pass over entering prompts, the choice.
 
-    Slots hold batch_tokens and spare columns, a quarter of the width or 32, rounded up to the next of four sizes an
-    octave (fixed_steps.py): an eighth more on average. The choice of a token sorts and sums up float64: 46 bytes an
-    entry of the vocabulary and row.
+    Slots hold batch_tokens and spare columns, a quarter of the width or 32, both padded as steps are (padding.py). The
+    choice of a token sorts and sums up float64: 46 bytes an entry of the vocabulary and row, beside the step's logits.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
-    slots = max(generation.batch_tokens, width) * (1 + max(1 / 4, 32 / width)) * (1 + 1 / 8)
-    entering = max(PREFILL_TOKENS, prompt_tokens)
     rows = max(1, generation.batch_tokens // width)
-    choice = 46 * rows * shape.vocabulary
+    slots = math.prod(padded_slots(rows, width + max(32, width // 4)))
+    entering = max(PREFILL_TOKENS, prompt_tokens)
+    choice = (46 + e) * rows * shape.vocabulary
     per_token = forward_bytes(shape, e, width) + kv_bytes(shape, e)
     return slots * kv_bytes(shape, e) + entering * per_token + choice
 

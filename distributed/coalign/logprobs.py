@@ -1,4 +1,4 @@
-"""Log-probs of response tokens, computed only at positions that predict one, without the tensor of all their logits.
+"""Log-probs of response tokens, computed only at positions that predict one, without all logits of a large batch.
 
 Used by training for every loss. Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept
 positions, N response tokens, U positions that predict at least one, R responses, D hidden size, V vocabulary, C the
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from coalign.attention import RowLayout, bucket, mask_for, uses_blocks
+from coalign.attention import BLOCK, RowLayout, mask_for, uses_blocks
+from coalign.padding import padded_size
 
 logger = logging.getLogger("coalign")
 
-# Logits that exist at once: they stay in a CPU's cache; a GPU wants large products.
+# Logits of a block: they stay in a CPU's cache; a GPU wants large products.
 BLOCK_LOGITS_CPU = 2**20
 BLOCK_LOGITS_GPU = 2**26
 # Logits that a GPU keeps for the backward pass, which computes the others again: there memory costs less than products.
@@ -98,7 +99,7 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
     attends by blocks get a width for which there may be a kernel already.
     """
     if uses_blocks(model) and isinstance(batch.attention_mask, RowLayout):
-        batch = widen(batch, bucket(batch.input_ids_BT.shape[1]))
+        batch = widen(batch, padded_size(batch.input_ids_BT.shape[1], BLOCK))
     head = _plain_head(model)
     if head is None or not _returns_unchanged(model, head, batch.input_ids_BT):
         return _logps_from_logits(model, batch)
@@ -176,7 +177,9 @@ def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row
     The logits exist a block of the vocabulary at a time, in both passes; what is kept between them is their logsumexp,
     and on a GPU the first of these blocks.
     """
-    found: Tensor = _FusedLogps.apply(hidden_UD, weight_VD, bias_V, row_N, target_N)  # type: ignore[no-untyped-call]
+    keep = hidden_UD.is_cuda and torch.is_grad_enabled()
+    args = (hidden_UD, weight_VD, bias_V, row_N, target_N, KEPT_LOGITS_GPU if keep else 0)
+    found: Tensor = _FusedLogps.apply(*args)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -185,13 +188,18 @@ class _FusedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor
+        ctx: Any,
+        hidden_UD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        row_N: Tensor,
+        target_N: Tensor,
+        room: int,
     ) -> Tensor:
         wide = torch.promote_types(hidden_UD.dtype, torch.float32)
         logsumexp_U = torch.full((len(hidden_UD),), -torch.inf, dtype=wide, device=hidden_UD.device)
         picked_N = torch.zeros(len(row_N), dtype=wide, device=hidden_UD.device)
         kept: list[Tensor] = []
-        room = KEPT_LOGITS_GPU if hidden_UD.is_cuda and any(ctx.needs_input_grad) else 0
         for block in _blocks(hidden_UD, weight_VD):
             logits_UC = _block_logits(hidden_UD, weight_VD, bias_V, block)
             column_N, inside_N = _columns(target_N, block)
@@ -205,7 +213,7 @@ class _FusedLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden_UD, weight_VD, bias_V, row_N, target_N, logsumexp_U, *kept = ctx.saved_tensors
         grad_U = torch.zeros_like(logsumexp_U).index_add_(0, row_N, grad_N)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -227,7 +235,7 @@ class _FusedLogps(torch.autograd.Function):
             if of_bias_V is not None:
                 torch.sum(of_logits_UC, 0, out=of_bias_V[block])
         of_hidden_UD = None if of_hidden_UD is None else of_hidden_UD.to(hidden_UD.dtype)
-        return of_hidden_UD, of_weight_VD, of_bias_V, None, None
+        return of_hidden_UD, of_weight_VD, of_bias_V, None, None, None
 
 
 def _targets_by_block(

@@ -240,7 +240,7 @@ def training_memory(plan: Training) -> Memory:
         Part("communication buffers", buffers_bytes(plan), f"DeepSpeed's defaults, ZeRO {train.zero_stage}"),
         Part("activations", activation_bytes(plan), f"{plan.batch_tokens} tokens, {kept} of {layer} bytes", "pass"),
         Part("backward of one layer", work_bytes(plan), "(3 f + 2 h) a token", "pass"),
-        Part("head", head_bytes(plan), "hidden, a block of logits, gradient", "pass"),
+        Part("head", head_bytes(plan), "hidden, a block of logits and those kept, gradient", "pass"),
         Part("optimizer's step", step_bytes(plan), "fp32 gradient, AdamW; not with the three above", "step"),
     ]
     return Memory((*parts, margin(parts, ("weights", "gradients", "optimizer"))), host_bytes(plan))

@@ -28,7 +28,7 @@ class SlotMemory(Protocol):
         """Return the slots and columns to take where so many are needed."""
 
     def take(self, place: int, like_SHCD: Tensor, slots: int, columns: int) -> Tensor:
-        """Return the memory of a layer's keys or values, zeros, of the shape of `like_SHCD` otherwise."""
+        """Return the memory of a layer's keys or values, zeros, shaped like `like_SHCD` but for slots and columns."""
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class _Extent:
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's keys and values, (S, H, C, D) each; zeros where nothing was written, since masked NaN stays NaN."""
+    """One layer's keys and values, (S, H, C, D) each; zeros where no row lives, since masked NaN stays NaN."""
 
     keys: Tensor
     values: Tensor
@@ -79,14 +79,16 @@ class _SlotLayer(DynamicLayer):
         for states in (self.keys, self.values):
             kept = states[: extent.rows, :, extent.low : extent.high].clone()
             states[: extent.rows, :, extent.low - columns : extent.high - columns] = kept
+            states[:, :, extent.high - columns : extent.high] = 0
 
     def admit(self, prefilled: Any, source_R: Tensor) -> None:
         """Append rows: copies of prefilled prompts, aligned at the right."""
         extent, width = self.extent, prefilled.keys.shape[2]
         rows, columns = slice(extent.rows, extent.rows + len(source_R)), slice(extent.high - width, extent.high)
         source_R = source_R.to(self.keys.device)  # a layer may lie on another GPU than the first
-        self.keys[rows, :, columns] = prefilled.keys[source_R]
-        self.values[rows, :, columns] = prefilled.values[source_R]
+        for states, new in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
+            states[rows, :, : columns.start] = 0  # where a row before was
+            states[rows, :, columns] = new[source_R]
 
     def resize(self, take: Callable[[int, Tensor], Tensor]) -> None:
         """Move what is in use to other memory, to column 0: keys to what `take` gives for 0, values to that for 1."""

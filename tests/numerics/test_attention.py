@@ -14,11 +14,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from coalign import attention
-from coalign.attention import RowLayout, block_mask, bucket, dense_mask, use_blocks, uses_blocks
+from coalign.attention import BLOCK, RowLayout, block_mask, dense_mask, use_blocks, uses_blocks
 from coalign.batching import Item, collate
 from coalign.config import TrainTable
 from coalign.layouts import check_packing, check_shared_prefix
 from coalign.logprobs import to_device, token_logps, widen
+from coalign.padding import padded_size
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_items
 
@@ -169,7 +170,7 @@ def test_padding_at_the_left_changes_nothing() -> None:
 def test_rows_are_padded_to_few_widths() -> None:
     """A kernel is compiled for each: eight an octave, whole blocks, and an eighth of padding at most."""
     widths = range(1, 16_385)
-    found = [bucket(width) for width in widths]
+    found = [padded_size(width, BLOCK) for width in widths]
     assert all(width <= wide and wide % 128 == 0 for width, wide in zip(widths, found, strict=True))
     assert all(wide <= max(width + 127, math.ceil(width * 1.125)) for width, wide in zip(widths, found, strict=True))
     assert len(set(found)) <= 8 * 4 + 8

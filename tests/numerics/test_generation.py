@@ -225,7 +225,8 @@ def test_steps_of_fixed_shapes_equal_others(
     family: str, changed: dict[str, Any], max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same answers, call after call in the same memory, of few samples and many, short prompts and long ones."""
-    monkeypatch.setattr("coalign.fixed_steps.LEAST_COLUMNS", 8)  # several shapes within the context of a tiny network
+    monkeypatch.setattr("coalign.padding.ROWS", 2)  # several shapes within the context of a tiny network
+    monkeypatch.setattr("coalign.padding.COLUMNS", 8)
     model = network(family, torch.float64, **changed)
     codec: Any = FakeCodec(2, 3, 4, 5)
     fixed = FixedSteps(model)
@@ -263,6 +264,19 @@ def test_recorded_steps_find_what_computed_ones_do(family: str, changed: dict[st
         args = (model, prompts, seeds, Sampling(24, 1.5), codec, 300)
         assert decode(*args, fixed) == decode(*args)
     assert fixed.is_exact(codec) and fixed.num_graphs > 1
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_gpu_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """It samples all the same, says why, and leaves the allocator as it was."""
+    model = network("llama", torch.float64).to("cuda")
+    model.model.norm.register_forward_hook(lambda _module, _arguments, output: output * float(output.sum() != 0))
+    codec: Any = FakeCodec(2, 3)
+    fixed = FixedSteps(model)
+    args = (model, prompts_of(6), [[n, n + 9] for n in range(6)], Sampling(24, 1.5), codec, 8192)
+    assert decode(*args, fixed) == decode(*args)
+    assert fixed.is_exact(codec) and not fixed.num_graphs and "not recorded" in caplog.text
+    torch.cuda.empty_cache()
 
 
 def test_prompts_are_computed_once_and_rows_refilled() -> None:

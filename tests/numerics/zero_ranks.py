@@ -27,6 +27,7 @@ from numerics.tiny import random_ids, random_items
 
 NUM_STEPS = 10
 SPOILT = "row20"
+SUB_GROUP = 2000  # weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +86,21 @@ def run_case(engine: Engine, case: Case) -> None:
     train(engine, plan, objective, table, LogTable(tensorboard=False), case.path)
 
 
+def in_small_groups(config: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's settings with several sub-groups at stage 3, as a model of billions of weights has them."""
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["sub_group_size"] = SUB_GROUP
+    return config
+
+
 def main(spec: str) -> None:
     """Train every case on this rank and keep the weights."""
+    from coalign import engine as engines
     from coalign.engine import DeepSpeedEngine, init_ranks
     from coalign.process import exit_with_launcher, rank, set_up_logging
 
+    made = engines.deepspeed_config
+    engines.deepspeed_config = lambda *settings: in_small_groups(made(*settings))
     set_up_logging("info")
     exit_with_launcher()
     torch.set_num_threads(1)

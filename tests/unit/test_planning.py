@@ -169,8 +169,7 @@ def test_grouped_keys_count_in_the_cache_and_not_in_masked_attention() -> None:
     assert memory.layer_activation_bytes(mistral, 2) == memory.layer_activation_bytes(ungrouped, 2)
 
 
-def test_the_head_never_holds_all_logits() -> None:
-    """A block of them, and those that are kept."""
+def test_the_head_holds_a_block_of_logits_and_what_is_kept() -> None:
     plan = dataclasses.replace(training(2, micro_batch_tokens=16384), shape=SEVEN)
     block = 16384 * (2**26 // 16384)
     assert memory.head_bytes(plan) == 8 * 4096 * 16384 + 8 * block + 2 * 2**27 + 2 * 32000 * 4096
