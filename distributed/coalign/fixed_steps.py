@@ -9,6 +9,7 @@ vocabulary.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,7 @@ logger = logging.getLogger("coalign")
 # Steps of a shape before it is recorded, which takes as long as several.
 STEPS_BEFORE = 2
 MAX_GRAPHS = 64  # recorded at a time; then those go that were not used for longest
+COARSER = 2  # sizes of a step beside those of the slots, which cost memory
 NO_START = 2**40  # of a row that is not there
 
 
@@ -100,22 +102,23 @@ class FixedSteps:
         """Append a token to every row of a cache; return the logits after it: (R, V), until the next step."""
         cache.make_room()
         rows, end = len(token_R), cache.extent.high
-        shape = self.room(rows, end + 1)
-        self._set_inputs(token_R, cache.start_R, end, shape[0])
+        padded = padded_slots(rows, end + 1, COARSER)
+        shape = min(padded[0], cache.num_slots), min(padded[1], cache.num_columns)
+        self._set_inputs(token_R, cache, shape[0])
         logits_SV = self._computed(cache, (cache.num_columns, *shape))
         cache.advance()
         return logits_SV[:rows]
 
-    def _set_inputs(self, token_R: Tensor, start_R: Tensor, end: int, slots: int) -> None:
-        if len(self._token_S) < slots:
+    def _set_inputs(self, token_R: Tensor, cache: SlotCache, slots: int) -> None:
+        if len(self._token_S) < cache.num_slots:
             self._forget()
-            self._token_S, self._start_S = (self._token_S.new_zeros(slots) for _ in range(2))
+            self._token_S, self._start_S = (self._token_S.new_zeros(cache.num_slots) for _ in range(2))
             self._logits_SV = None
         rows = len(token_R)
         self._token_S[:rows] = token_R
-        self._start_S[:rows] = start_R
+        self._start_S[:rows] = cache.start_R
         self._start_S[rows:slots] = NO_START
-        self._column_1.fill_(end)
+        self._column_1.fill_(cache.extent.high)
 
     def _computed(self, cache: SlotCache, key: tuple[int, int, int]) -> Tensor:
         """Return the logits of a step of slots of so many columns, by so many rows and columns of them."""
@@ -159,15 +162,9 @@ class FixedSteps:
 
     def _record(self, cache: SlotCache, key: tuple[int, int, int]) -> None:
         """Compute a step and record it; its replay writes the same once more. A model that can't be goes on without."""
-        current, debug = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
+        current = torch.cuda.current_stream(self._device)
         try:
-            self._stream.wait_stream(current)
-            # Nothing that waits for the GPU can be recorded: to be stopped there would leave the allocator recording.
-            torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(self._stream):
-                logits_SV = self._logits(cache, *key[1:])
-            torch.cuda.set_sync_debug_mode(debug)
-            current.wait_stream(self._stream)
+            logits_SV = self._unwaiting(cache, key)
             if self._logits_SV is None:
                 self._logits_SV = logits_SV.new_empty(len(self._token_S), logits_SV.shape[1])
             graph = torch.cuda.CUDAGraph()
@@ -175,15 +172,31 @@ class FixedSteps:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._logits_SV[: key[1]] = self._logits(cache, *key[1:])
             if len(self._graphs) >= MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+                oldest = next(iter(self._graphs))
+                del self._graphs[oldest], self._steps[oldest]
             self._graphs[key] = graph
         except RuntimeError as error:  # also what CUDA says, and out of memory
             logger.warning("steps of sampling are not recorded: %s", str(error).partition("\n")[0])
             self._forget()
-            self._records = False
+            self._records, self._logits_SV = False, None
         finally:
-            torch.cuda.set_sync_debug_mode(debug)
             torch.cuda.set_stream(current)
+
+    def _unwaiting(self, cache: SlotCache, key: tuple[int, int, int]) -> Tensor:
+        """Compute a step on the stream that records. Raises RuntimeError where the model waits for the GPU.
+
+        What waits can't be recorded, and to be stopped while it is would leave torch's allocator recording.
+        """
+        current, before = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(current)
+        try:
+            with warnings.catch_warnings(), torch.cuda.stream(self._stream):
+                warnings.simplefilter("ignore")  # torch calls the mode a prototype
+                torch.cuda.set_sync_debug_mode("error")
+                return self._logits(cache, *key[1:])
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            current.wait_stream(self._stream)
 
     def _forget(self) -> None:
         """Let go of recorded steps: memory that they read is about to change, or is needed."""

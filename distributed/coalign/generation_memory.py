@@ -6,8 +6,6 @@ e are those of memory.py.
 
 from __future__ import annotations
 
-import math
-
 from coalign.config import GenerationTable
 from coalign.memory import CONTEXT_BYTES, Memory, Part, element_bytes, margin
 from coalign.padding import padded_slots
@@ -35,13 +33,15 @@ def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int
     """Return what sampling takes beside the weights: the slots (slots.py), a pass over entering prompts, the choice.
 
     Slots hold batch_tokens and spare columns, a quarter of the width or 32, both padded as steps are (padding.py). The
-    choice of a token sorts and sums up float64: 46 bytes an entry of the vocabulary and row, beside the step's logits.
+    choice of a token sorts and sums up float64: 46 bytes an entry of the vocabulary and row, beside the logits of a
+    step, which are there twice.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
     rows = max(1, generation.batch_tokens // width)
-    slots = math.prod(padded_slots(rows, width + max(32, width // 4)))
+    padded_rows, columns = padded_slots(rows, width + max(32, width // 4))
+    slots = padded_rows * columns
     entering = max(PREFILL_TOKENS, prompt_tokens)
-    choice = (46 + e) * rows * shape.vocabulary
+    choice = (46 * rows + 2 * e * padded_rows) * shape.vocabulary
     per_token = forward_bytes(shape, e, width) + kv_bytes(shape, e)
     return slots * kv_bytes(shape, e) + entering * per_token + choice
 

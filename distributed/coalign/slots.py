@@ -86,9 +86,12 @@ class _SlotLayer(DynamicLayer):
         extent, width = self.extent, prefilled.keys.shape[2]
         rows, columns = slice(extent.rows, extent.rows + len(source_R)), slice(extent.high - width, extent.high)
         source_R = source_R.to(self.keys.device)  # a layer may lie on another GPU than the first
-        for states, new in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
-            states[rows, :, : columns.start] = 0  # where a row before was
-            states[rows, :, columns] = new[source_R]
+        self.keys[rows, :, columns] = prefilled.keys[source_R]
+        self.values[rows, :, columns] = prefilled.values[source_R]
+
+    def clear(self, rows: slice) -> None:
+        """Let nothing be left of rows that were in these slots."""
+        self.keys[rows], self.values[rows] = 0, 0
 
     def resize(self, take: Callable[[int, Tensor], Tensor]) -> None:
         """Move what is in use to other memory, to column 0: keys to what `take` gives for 0, values to that for 1."""
@@ -140,6 +143,8 @@ class SlotCache(Cache):
         if not extent.rows:
             extent.low, extent.high = 0, max(lengths)
         assert extent.high >= max(lengths), "prompts are admitted longest first"
+        for layer in self._own_layers:
+            layer.clear(slice(extent.rows, extent.rows + len(source)))
         if self.prompts is None:
             source_R = torch.tensor(source, device=self.start_R.device)
             for layer, other in zip(self._own_layers, prefilled.layers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -225,8 +226,7 @@ def test_steps_of_fixed_shapes_equal_others(
     family: str, changed: dict[str, Any], max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same answers, call after call in the same memory, of few samples and many, short prompts and long ones."""
-    monkeypatch.setattr("coalign.padding.ROWS", 2)  # several shapes within the context of a tiny network
-    monkeypatch.setattr("coalign.padding.COLUMNS", 8)
+    monkeypatch.setattr("coalign.padding.COLUMNS", 4)  # several shapes within the context of a tiny network
     model = network(family, torch.float64, **changed)
     codec: Any = FakeCodec(2, 3, 4, 5)
     fixed = FixedSteps(model)
@@ -238,6 +238,63 @@ def test_steps_of_fixed_shapes_equal_others(
         assert decode(*args, fixed) == decode(*args)
     shapes = {key for key, steps in fixed._steps.items() if steps}
     assert len(shapes) > 1 and not fixed.num_graphs  # which a GPU alone has
+
+
+class Replayed:
+    """A CUDA graph as far as a CPU can be one: it computes again in the memory that was there when it was recorded."""
+
+    num_replays = 0
+    work: Any = None
+
+    def replay(self) -> None:
+        Replayed.num_replays += 1
+        self.work()
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let FixedSteps record on a CPU."""
+    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    for name, stub in {
+        "CUDAGraph": Replayed, "graph": lambda *_, **__: contextlib.nullcontext(), "graph_pool_handle": object,
+        "stream": contextlib.nullcontext, "current_stream": lambda _device: stream, "set_stream": lambda _stream: None,
+        "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": lambda _mode: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stub)
+    begin, record = FixedSteps.__init__, FixedSteps._record
+
+    def begin_recording(self: Any, model: Any) -> None:
+        begin(self, model)
+        self._records, self._stream = True, stream
+
+    def remember(self: Any, cache: SlotCache, key: tuple[int, int, int]) -> None:
+        record(self, cache, key)
+        states, logits_SV = cache.states(), self._logits_SV
+        then = SimpleNamespace(states=lambda: states)
+        self._graphs[key].work = lambda: logits_SV[: key[1]].copy_(self._logits(then, *key[1:]))
+
+    monkeypatch.setattr(FixedSteps, "__init__", begin_recording)
+    monkeypatch.setattr(FixedSteps, "_record", remember)
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+@pytest.mark.parametrize("max_graphs", [2, 64])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_recorded_stays_right_from_call_to_call(
+    family: str, max_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of few rows, many and few again: where memory grows steps are recorded anew, else they find it in place."""
+    monkeypatch.setattr("coalign.padding.COLUMNS", 4)
+    monkeypatch.setattr("coalign.fixed_steps.MAX_GRAPHS", max_graphs)
+    model, codec = network(family, torch.float64), cast(Any, FakeCodec(2, 3))
+    fixed = FixedSteps(model)
+    before = Replayed.num_replays
+    for number, (count, samples, max_tokens) in enumerate([(3, 1, 80), (9, 3, 8192), (9, 2, 150), (4, 2, 8192)] * 2):
+        prompts = prompts_of(count, seed=number % 4)
+        seeds = [[derive_seed("replayed", number, n, k) for k in range(samples)] for n in range(count)]
+        args = (model, prompts, seeds, Sampling(20, 1.5), codec, max_tokens)
+        assert decode(*args, fixed) == decode(*args)
+    assert Replayed.num_replays > before + 100 and 1 < fixed.num_graphs <= max_graphs
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
