@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fixed_steps",),
     ("stepping",),
     ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting", "drawing"),
-    ("cascade",),
+    ("cascade", "fused_head"),
     ("attention",),
     ("comparison",),
     ("page",),

@@ -13,7 +13,7 @@ from coalign.shapes import Shape, count_parameters
 
 PREFILL_TOKENS = 8192  # decoding.PREFILL_TOKENS_GPU
 SHARED_TOKENS = 1024  # likelihoods.ROW_TOKENS_GPU
-LOGITS = 2**26  # logprobs.BLOCK_LOGITS_GPU
+LOGITS = 2**26  # fused_head.BLOCK_LOGITS_GPU
 VLLM_SHARE = 0.9  # of a GPU, or of its part, that a vLLM worker takes
 TOKENS_ON_CPU, LEAST_TOKENS, MOST_TOKENS = 16384, 4096, 65536  # in flight, where generation.batch_tokens is 0
 PROMPT_TOKENS, NEW_TOKENS = 96, 32  # of a row, assumed for it: the shorter rows are, the more of them need a choice
@@ -49,8 +49,8 @@ def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int
 def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
     """Return what judging takes beside the weights: batch_tokens in rows that prompts share (likelihoods.py).
 
-    A row has SHARED_TOKENS, so the mask has as many entries a token. Logits exist in blocks of LOGITS (logprobs.py), in
-    e and in float32.
+    A row has SHARED_TOKENS, so the mask has as many entries a token. Logits exist in blocks of LOGITS (fused_head.py),
+    in e and in float32.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
     tokens = max(generation.batch_tokens, width)

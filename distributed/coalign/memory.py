@@ -16,8 +16,8 @@ from coalign.shapes import Shape, count_lora_parameters, count_parameters
 GB = 10**9
 BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters and sub_group_size
-BLOCK_LOGITS, KEPT_LOGITS = 2**26, 2**27  # logprobs.BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU
-MIN_COLUMNS = 64  # logprobs.MIN_COLUMNS
+BLOCK_LOGITS, KEPT_LOGITS = 2**26, 2**27  # fused_head.BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU
+MIN_COLUMNS = 64  # fused_head.MIN_COLUMNS
 CONTEXT_BYTES = 1 * GB  # an assumption: CUDA's context, NCCL, kernels
 FRAGMENTATION = 0.1  # an assumption: what the allocator can't use, as a share of all but weights and states
 
@@ -194,7 +194,7 @@ def work_bytes(plan: Training) -> float:
 
 
 def head_bytes(plan: Training) -> float:
-    """Return what the fused head takes (logprobs.fused_logps), as if every position predicted a response token.
+    """Return what the fused head takes (fused_head.fused_logps), as if every position predicted a response token.
 
     Hidden states and their gradient, (2 e + 4) h a position; one block of logits in e, in fp32, once more for the
     exponential or in e for the product; those that are kept, in e; the head's gradient, e V h, where it is trained. A

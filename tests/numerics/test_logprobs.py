@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coalign import logprobs
+from coalign import fused_head, logprobs
 from coalign.batching import Item, collate
 from coalign.config import LoraTable
-from coalign.logprobs import Batch, fused_logps, sum_by_response, token_logps
+from coalign.fused_head import fused_logps
+from coalign.logprobs import Batch, sum_by_response, token_logps
 from coalign.models import attach_lora
 from numerics.tiny import FAMILIES, VOCABULARY, network, plain_logps, random_items
 
@@ -77,8 +78,8 @@ def test_log_probs_of_bfloat16_weights_are_float32() -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let no block hold more than 7 of the 64 words, so that the last one is short."""
-    monkeypatch.setattr(logprobs, "BLOCK_LOGITS_CPU", 1)
-    monkeypatch.setattr(logprobs, "MIN_COLUMNS", 7)
+    monkeypatch.setattr(fused_head, "BLOCK_LOGITS_CPU", 1)
+    monkeypatch.setattr(fused_head, "MIN_COLUMNS", 7)
     yield
 
 
@@ -175,7 +176,7 @@ def test_one_position_may_predict_several_tokens() -> None:
     row_N, target_N = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([4, 10, 4, 0, 1])
 
     def logps(hidden_UD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
-        return logprobs.fused_logps(hidden_UD, weight_VD, bias_V, row_N, target_N)
+        return fused_logps(hidden_UD, weight_VD, bias_V, row_N, target_N)
 
     expected_N = (hidden_UD @ weight_VD.t() + bias_V).log_softmax(-1)[row_N, target_N]
     assert torch.allclose(logps(hidden_UD, weight_VD, bias_V), expected_N, rtol=0, atol=1e-12)
@@ -189,8 +190,8 @@ def test_compiled_blocks_equal_the_full_softmax_on_a_gpu(
     dtype: torch.dtype, tolerance: float, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probs and both gradients, several blocks, none, some or all of them kept; a position with two targets."""
-    monkeypatch.setattr(logprobs, "BLOCK_LOGITS_GPU", 30_000)
-    monkeypatch.setattr(logprobs, "KEPT_LOGITS_GPU", kept)
+    monkeypatch.setattr(fused_head, "BLOCK_LOGITS_GPU", 30_000)
+    monkeypatch.setattr(fused_head, "KEPT_LOGITS_GPU", kept)
     for positions, vocabulary in ((40, 3000), (77, 5001), (1, 700)):
         torch.manual_seed(positions)
         hidden_UD = torch.randn(positions, 64, device="cuda").to(dtype)

@@ -327,10 +327,10 @@ def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:
 
 def test_copied_constants_are_those_of_the_code() -> None:
     """The formulas import no torch, so they repeat them."""
-    sources = {name: (ROOT / "distributed/coalign" / f"{name}.py").read_text() for name in ("logprobs", "decoding")}
-    assert "BLOCK_LOGITS_GPU = 2**26\n" in sources["logprobs"] and memory.BLOCK_LOGITS == 2**26
-    assert "KEPT_LOGITS_GPU = 2**27\n" in sources["logprobs"] and memory.KEPT_LOGITS == 2**27
-    assert f"MIN_COLUMNS = {memory.MIN_COLUMNS}\n" in sources["logprobs"]
+    sources = {name: (ROOT / "distributed/coalign" / f"{name}.py").read_text() for name in ("fused_head", "decoding")}
+    assert "BLOCK_LOGITS_GPU = 2**26\n" in sources["fused_head"] and memory.BLOCK_LOGITS == 2**26
+    assert "KEPT_LOGITS_GPU = 2**27\n" in sources["fused_head"] and memory.KEPT_LOGITS == 2**27
+    assert f"MIN_COLUMNS = {memory.MIN_COLUMNS}\n" in sources["fused_head"]
     assert f"PREFILL_TOKENS_GPU = {generation_memory.PREFILL_TOKENS}\n" in sources["decoding"]
 
 
