@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coalign.cards import write_card
-from coalign.commandline import parse_command_line
+from coalign.commandline import ENCODE, parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
 from coalign.records import Example, Group, Wording, read_records, read_rows
@@ -46,8 +46,12 @@ def main(argv: list[str]) -> None:
         by_name = {(w.task, w.id): w for w in wordings}
         write_groups(writer, groups, by_id, by_name, Encoder(codec, config.model.too_long))
 
+    digest = step.digest(codec.digest())
+    if ENCODE in argv:
+        prepare_rows(rows, digest, encode)
+        return
     device = init_ranks()
-    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    run_on_rank_zero(lambda: prepare_rows(rows, digest, encode))
     items, found = open_rows(rows), read_meta(rows)["counts"]
     engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
     if config.train.shared_prefix:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coalign import filtering, rewrites
-from coalign.artifacts import StepFolder, base_model_folder
+from coalign.ahead import encode_ahead
+from coalign.artifacts import StepFolder, base_model_folder, require_complete
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_values
 from coalign.digests import digest_file, digest_model_files
@@ -19,6 +20,7 @@ from coalign.records import Task, read_records, to_row
 from coalign.run_folder import RunFolder
 from coalign.wording_files import read_wordings
 from coalign.wordings import assign_splits, num_short
+from coalign.workload import num_drawn
 
 logger = logging.getLogger("coalign")
 
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
         "cores": cores_used(config.generation, config.run) if total else 1,
     }
     step.commit(counts)
+    inputs = require_complete(prepared, run.command("prepare"))["counts"]["inputs"][config.sft.split]
+    encode_ahead(Path(__file__).with_name("sft.py"), run, num_drawn(config.sft, inputs, config.sft.batch_rows))
 
 
 def generate(

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from coalign import allocation
+from coalign.artifacts import TRAINING_STEPS
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES
 from coalign.errors import UserError
 from coalign.process import run_step
 from coalign.run_folder import RunFolder
-from coalign.submission import GENERATING, TRAINING
+from coalign.submission import GENERATING
 
 USAGE = "usage: python launch/preflight.py STEP [CONFIG.toml] [key=value ...]   # in a Slurm job, see slurm/job.sh"
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     allocation.check_shared(host, run.path, f"{job}-{restarts}", is_first)
     allocation.check_disk(host, run.path, config.slurm.free_gib)
     gpus, nodes = allocation.count_gpus(), allocation.node_names()
-    if step in TRAINING and (config.slurm.gpus_per_node or gpus):
+    if step in TRAINING_STEPS and (config.slurm.gpus_per_node or gpus):
         ranks = int(os.environ.get("COALIGN_RANKS_PER_NODE", "1"))
         allocation.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
         if is_first and ranks < gpus and not config.slurm.ranks_per_node:

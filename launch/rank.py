@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from coalign import ranking
+from coalign.ahead import encode_ahead
 from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
     for line in ranking.describe_groups(counts):
         logger.info("%s", line)
     step.commit(counts | {"cores": 1})
+    encode_ahead(Path(__file__).with_name("align.py"), run, len(groups))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.artifacts import base_model_folder
 from coalign.cards import write_card
-from coalign.commandline import parse_command_line
+from coalign.commandline import ENCODE, parse_command_line
 from coalign.config import STEP_TABLES, changed_values, table_values
 from coalign.digests import digest_model_files, digest_replay
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
@@ -47,8 +47,12 @@ def main(argv: list[str]) -> None:
         encoder = Encoder(codec, config.model.too_long)
         write_sft(writer, read_records(Example, examples), chosen, encoder, config.sft, config.run.seed)
 
+    digest = step.digest(codec.digest())
+    if ENCODE in argv:
+        prepare_rows(rows, digest, encode)
+        return
     device = init_ranks()
-    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    run_on_rank_zero(lambda: prepare_rows(rows, digest, encode))
     stream, found = open_rows(rows), read_meta(rows)["counts"]
     plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
     words = (

@@ -22,7 +22,7 @@ LAUNCH = ROOT / "launch"
 
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("development",),
+    ("development", "ahead"),
     ("training", "engine", "pool", "ranks", "ray_node"),
     ("postmortem",),
     ("items", "cluster", "workers", "layouts"),
@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("digests", "whole_files", "repeats"),
     ("config", "records", "process"),
-    ("text", "errors", "tables", "padding"),
+    ("text", "errors", "tables", "padding", "watcher"),
 )
 ENGINES = {
     "ray": "cluster",

@@ -15,11 +15,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from coalign.artifacts import TRAINING_STEPS
 from coalign.config import STEP_TABLES, Config, Table, known_keys
 from coalign.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "configs" / "default.toml"
+ENCODE = "--encode"  # the one option of the training steps
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -56,9 +58,11 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def parse_command_line(step: str, argv: list[str]) -> Config:
     """Return the configuration that `[CONFIG.toml] [key=value ...]` asks for; print the keys and exit on --help.
 
-    `--local_rank=N`, which the deepspeed launcher puts first, is passed over. Raises UserError.
+    `--local_rank=N`, which the deepspeed launcher puts first, and a training step's ENCODE are passed over. Raises
+    UserError.
     """
-    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    options = ("--local_rank", "--local-rank", *((ENCODE,) if step in TRAINING_STEPS else ()))
+    words = [word for word in argv if not word.startswith(options)]
     if any(word in ("-h", "--help") for word in words):
         print(help_text(step))
         raise SystemExit(0)
@@ -70,7 +74,7 @@ def parse_command_line(step: str, argv: list[str]) -> Config:
         raise UserError(f"one config file was expected, not {len(files)}: {' '.join(files)}")
     overrides = [word for word in words if "=" in word]
     config = load(Path(files[0]) if files else DEFAULT_CONFIG, overrides)
-    if step in ("sft", "align") and config.log.wandb and importlib.util.find_spec("wandb") is None:
+    if step in TRAINING_STEPS and config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false")
     generates = "generation" in STEP_TABLES.get(step, ("generation",))
     if generates and config.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -84,8 +88,10 @@ def parse_command_line(step: str, argv: list[str]) -> Config:
 def help_text(step: str) -> str:
     """Return what --help prints for a step: its keys with types, defaults and meaning."""
     lines = [f"usage: python launch/{step}.py [CONFIG.toml] [key=value ...]"]
-    if step in ("sft", "align"):
+    if step in TRAINING_STEPS:
         lines.append(f"       deepspeed [options] launch/{step}.py [CONFIG.toml] [key=value ...]")
+        lines.append(f"       python launch/{step}.py {ENCODE} [CONFIG.toml] [key=value ...]")
+        lines += ["", f"{ENCODE} writes the token ids that training reads, which needs no GPU, and stops."]
     lines += ["", f"Without a config: configs/default.toml. Keys of {step}:", ""]
     for table in STEP_TABLES.get(step, tuple(Config.model_fields)):
         model = Config.model_fields[table].annotation

@@ -12,22 +12,32 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from coalign.process import exit_with_parent
+from coalign.process import exit_with_parent, progress_bar
 
-Chunk = TypeVar("Chunk")
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CHUNK = 1024  # rows that a process encodes at a time
+SHOWN_CHUNKS = 20  # fewer are done before anybody looks
 
 _work: Callable[[Any], Any] | None = None  # what forked processes do
 
 
-def forked_map(work: Callable[[Chunk], Result], chunks: Sequence[Chunk]) -> Iterator[Result]:
+def forked_map(
+    work: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]], title: str
+) -> Iterator[Result]:
     """Yield `work` of every chunk, in order, from as many processes as there are cores for this one.
 
     They are forked, so that they share what `work` refers to, and a chunk may be as small as a range of numbers. One
-    chunk is worked on here.
+    chunk is worked on here. A bar with a title counts the jobs when they are many.
     """
+    with progress_bar(title, "row", sum(map(len, chunks)), shown=len(chunks) >= SHOWN_CHUNKS) as bar:
+        for chunk, result in zip(chunks, _results(work, chunks), strict=True):
+            bar.update(len(chunk))
+            yield result
+
+
+def _results(work: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]) -> Iterator[Result]:
     global _work
     count = min(len(os.sched_getaffinity(0)), len(chunks))
     if count < 2:
@@ -57,6 +67,6 @@ def _run(chunk: Any) -> Any:
     return _work(chunk)
 
 
-def chunks_of(jobs: Sequence[Chunk]) -> list[Sequence[Chunk]]:
+def chunks_of(jobs: Sequence[Job]) -> list[Sequence[Job]]:
     """Return jobs in chunks for `forked_map`."""
     return [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from coalign.records import Example, Group, Wording, read_rows
 from coalign.text import normalise_input, unit_hash
 from coalign.tokens import Columns, TokenRows, TokenWriter, columns_of
 from coalign.wordings import expected_answer, render_prompt
+from coalign.workload import num_drawn
 
 logger = logging.getLogger("coalign")
 
@@ -112,7 +112,7 @@ def write_sft(
         raise UserError(f'no inputs in the split "{table.split}"; check data.*_share and data.max_*_inputs')
     held_out = {normalise_input(e.input) for e in examples if e.split != table.split} if table.replay else set()
     replayed = _write_replay(writer, table, encoder, held_out)
-    total = table.max_steps * table.batch_rows or math.ceil(table.epochs * len(inputs))
+    total = num_drawn(table, len(inputs), table.batch_rows)
     mixed = _replayed_by_update(total, table) if replayed else []
     own = iter(_write_own(writer, inputs, wordings, encoder, seed, total - sum(mixed)))
     others = (replayed[i] for i in permutations(len(replayed), derive_seed(seed, "replay"))) if replayed else iter(())
@@ -176,7 +176,7 @@ def _write_own(
         draws = [(n, i) for n, i in itertools.islice(numbered, wanted - len(drawn)) if i not in useless]
         chunks = chunks_of(sorted(draws, key=lambda draw: (draw[1], draw[0])))  # so that an input's draws are together
         row_of: dict[int, int] = {}
-        for chunk, (columns, places, dropped) in zip(chunks, forked_map(encode, chunks), strict=True):
+        for chunk, (columns, places, dropped) in zip(chunks, forked_map(encode, chunks, "encoding"), strict=True):
             first = writer.add(columns)
             encoder.add(dropped)
             useless |= {index for (_, index), place in zip(chunk, places, strict=True) if place < 0}
@@ -201,7 +201,7 @@ def _write_replay(writer: TokenWriter, table: SftTable, encoder: Encoder, held_o
         return columns_of([item for item in found if item]), mine.dropped
 
     first = writer.num_rows
-    for columns, dropped in forked_map(encode, chunks_of(list(read_rows(Path(table.replay))))):
+    for columns, dropped in forked_map(encode, chunks_of(list(read_rows(Path(table.replay)))), "encoding"):
         writer.add(columns)
         encoder.add(dropped)
     if writer.num_rows == first:
@@ -237,7 +237,7 @@ def write_groups(
         items = [_group_item(g, examples[g.example], wordings[g.task, g.wording], mine.codec) for g in part]
         return columns_of([item for item in items if mine.fits(item)]), mine.dropped
 
-    for columns, dropped in forked_map(encode, chunks_of(groups)):
+    for columns, dropped in forked_map(encode, chunks_of(groups), "encoding"):
         writer.add(columns)
         encoder.add(dropped)
     if not writer.num_rows:
@@ -261,6 +261,6 @@ def _group_item(group: Group, example: Example, wording: Wording, codec: Codec) 
 
 def group_stream(items: TokenRows, table: AlignTable, seed: int) -> TokenRows:
     """Return stage 2's groups in the order they are trained on."""
-    wanted = table.max_steps * table.batch_groups or math.ceil(table.epochs * len(items))
+    wanted = num_drawn(table, len(items), table.batch_groups)
     order = itertools.islice(permutations(len(items), derive_seed(seed, "align")), wanted)
     return items.take(np.fromiter(order, np.int64))

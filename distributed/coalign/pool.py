@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,8 @@ from coalign.cluster import Cluster
 from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.placement import Asked, asked_workers, complaint, table_lines, waiting_words
-from coalign.postmortem import Place, explain_death, here, say_death
-from coalign.process import out_of_memory
+from coalign.postmortem import Place, explain_death, here, say_death, watched
+from coalign.process import out_of_memory, progress_bar
 from coalign.records import read_rows
 from coalign.whole_files import write_rows
 
@@ -101,7 +100,7 @@ class _Pool:
         self.shared: set[Path] = set()  # folders that every node was seen to see
         self.wait_seconds = settings.ray_wait_seconds
         self.asked = require_workers(self.cluster, settings)
-        options = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus}
+        options = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus, **watched(self.ray)}
         self._make = self.ray.remote(max_restarts=0, max_task_retries=0, **options)(_Actor)
         self.members = [self._start() for _ in range(settings.workers)]
         where = "a private cluster" if self.cluster.is_private else self.cluster.address
@@ -139,12 +138,17 @@ class _Pool:
 _pools: dict[tuple[int, float, str], _Pool] = {}
 
 
+def close_pools() -> None:
+    """Let go of all workers and of the cluster now, and not when this process ends."""
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
 def _pool(settings: GenerationTable) -> _Pool:
     key = (settings.workers, settings.gpus_per_worker, settings.ray_address)
     if key not in _pools:
-        for old in _pools.values():
-            old.close()
-        _pools.clear()
+        close_pools()
         _pools[key] = _Pool(settings)
     return _pools[key]
 
@@ -319,8 +323,6 @@ def run_shards(
 
     Shards lie in the step's folder under `name`; the driver writes them, each atomically.
     """
-    from tqdm import tqdm
-
     size = settings.shard_size
     folder = step.path / "shards"
     folder.mkdir(exist_ok=True)
@@ -331,16 +333,8 @@ def run_shards(
     shards = [(i, list(requests[i * size : (i + 1) * size])) for i in missing]
     if shards and settings.workers:
         _pool(settings).require_shared(step.path)
-    interactive = sys.stderr.isatty()
-    with tqdm(
-        total=len(requests),
-        initial=len(requests) - sum(len(rows) for _, rows in shards),
-        desc=title,
-        unit="prompt",
-        mininterval=0.5 if interactive else 15.0,
-        disable=not shards,
-        dynamic_ncols=interactive,
-    ) as bar:
+    done = len(requests) - sum(len(rows) for _, rows in shards)
+    with progress_bar(title, "prompt", len(requests), done, bool(shards)) as bar:
         for index, results in map_shards(make_worker, shards, settings, title):
             assert len(results) == len(requests[index * size : (index + 1) * size])
             write_rows(paths[index], results)

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from coalign.errors import UserError
 
@@ -174,6 +175,22 @@ def run_command(command: list[str]) -> int:
     if asked:
         raise SystemExit("stopped by a signal; run the same command again to go on")
     return code
+
+
+def progress_bar(title: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Any:
+    """Return tqdm's bar on stderr, `done` of `total` filled; into a log it writes a line every 15 seconds at most."""
+    from tqdm import tqdm
+
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        mininterval=0.5 if interactive else 15.0,
+        disable=not shown,
+        dynamic_ncols=interactive,
+    )
 
 
 def announce(step: str, changed: dict[str, object], plan: str, with_model: bool = True) -> None:

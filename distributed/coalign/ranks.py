@@ -25,7 +25,7 @@ from typing import Any
 from coalign.cluster import Cluster
 from coalign.errors import UserError
 from coalign.placement import Asked, Node, asked_ranks, complaint, spread, table_lines, waiting_words
-from coalign.postmortem import LAST_LINES, Place, count_oom_kills, exit_words, explain_death, here, say_death
+from coalign.postmortem import LAST_LINES, Place, count_oom_kills, exit_words, explain_death, here, say_death, watched
 from coalign.process import Preemption
 
 logger = logging.getLogger("coalign")
@@ -206,6 +206,7 @@ class _Group:
                 "num_gpus": asked.gpus * count,
                 "scheduling_strategy": strategy(self.reserved, placement_group_bundle_index=bundle),
                 "max_restarts": 0,
+                **watched(self.ray),
             }
             self.hosts.append(self.ray.remote(**options)(_Host).remote(str(Path.cwd())))
             self.places.append(None)

@@ -23,7 +23,7 @@ class RunFolder:
 
     def __init__(self, run: RunTable, arguments: list[str]) -> None:
         self.run = run
-        self.arguments = [word for word in arguments if not word.startswith("--local")]  # the launcher's own word
+        self.arguments = [word for word in arguments if not word.startswith("--")]  # but the launcher's and ENCODE
         self.path = Path(run.folder) / run.name
 
     def step(self, name: str) -> Path:

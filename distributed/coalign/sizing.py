@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from coalign.artifacts import TRAINING_STEPS
 from coalign.config import LoraTable, ModelTable, TrainTable
 from coalign.counting import CHARACTERS_A_TOKEN
 from coalign.memory import GB, Memory, Training, training_memory
@@ -14,7 +15,6 @@ from coalign.planning import Plan, training_memories, worker_memory
 from coalign.shapes import KNOWN, Shape, count_lora_parameters, count_parameters
 from coalign.workload import Work, works
 
-TRAINING = ("sft", "align")
 TABLE_MODELS = ("1b", "4b", "7b", "8b", "13b", "32b", "70b")
 TABLE_METHODS = {"full": ModelTable(), "LoRA": ModelTable(lora=LoraTable(enabled=True))}
 TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -26,7 +26,7 @@ TABLE_ROW_TOKENS = 2048
 def hours(plan: Plan, work: Work) -> float:
     """Return the hours of a step: FLOPs over GPUs x peak x share of it, apart for reading and for drawing tokens."""
     options, generation = plan.options, plan.tables.generation
-    gpus = float(plan.ranks) if work.step in TRAINING else max(1, generation.workers) * plan.worker_gpus
+    gpus = float(plan.ranks) if work.step in TRAINING_STEPS else max(1, generation.workers) * plan.worker_gpus
     peak = gpus * options.gpu_tflops * 1e12
     return (work.read_flops / options.mfu + work.new_flops / options.generation_mfu) / peak / 3600
 

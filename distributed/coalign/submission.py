@@ -13,12 +13,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from coalign.artifacts import TRAINING_STEPS
 from coalign.errors import UserError
 from coalign.tables import SlurmTable
 
 MARK = "coalign "  # begins the comment of our jobs; the step's folder follows
 GENERATING = ("paraphrase", "sample", "judge", "eval")
-TRAINING = ("sft", "align")
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "PartitionConfig", "BadConstraints")
 WITH_VALUE = (
     "partition",
@@ -68,7 +68,7 @@ class Step:
 
 def script_of(step: str, workers: int) -> str:
     """Return the job script that runs a step."""
-    if step in TRAINING:
+    if step in TRAINING_STEPS:
         return "deepspeed.sbatch"
     return "ray.sbatch" if step in GENERATING and workers else "single.sbatch"
 
@@ -88,7 +88,7 @@ def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
         flags += [f"--ntasks-per-node={ranks_per_node(table)}", f"--cpus-per-task={table.cpus_per_rank}"]
     else:
         flags += ["--ntasks-per-node=1", f"--cpus-per-task={cpus if step in GENERATING else table.cpus_per_rank}"]
-    if step not in (*TRAINING, *GENERATING):
+    if step not in (*TRAINING_STEPS, *GENERATING):
         return flags
     if table.gpus_per_node:
         flags.append(f"--gpus-per-node={table.gpus_per_node}")
@@ -97,7 +97,7 @@ def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
 
 def last_flags(step: str) -> list[str]:
     """Return what holds even against the user's flags: a step without a model takes one node without GPUs."""
-    return [] if step in (*TRAINING, *GENERATING) else ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+    return [] if step in (*TRAINING_STEPS, *GENERATING) else ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
 
 
 def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> None:

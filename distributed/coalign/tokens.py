@@ -225,7 +225,7 @@ def prepare_rows(folder: Path, digest: str, encode: Callable[[TokenWriter], None
     It appears when it is whole; called by one process alone.
     """
     if _is_whole(folder, digest):
-        logger.info("the token ids of the attempt before are used again")
+        logger.info("the rows have been encoded already")
         return
 
     def write(target: Path) -> None:

@@ -1,6 +1,6 @@
 """What a run computes and writes, by formula: tokens, FLOPs and bytes on disk, step by step.
 
-Used by planning and sizing. Sources: "Chinchilla" arXiv 2203.15556, "PaLM" arXiv 2204.02311.
+Used by planning, sizing and items. Sources: "Chinchilla" arXiv 2203.15556, "PaLM" arXiv 2204.02311.
 """
 
 from __future__ import annotations
@@ -119,9 +119,14 @@ def checkpoint_bytes(shape: Shape, model: ModelTable, train: TrainTable) -> floa
     return e * weights + (8 if e == 4 and train.zero_stage == 0 else 12) * trained
 
 
+def num_drawn(stage: StageTable, items: int, batch: int) -> int:
+    """Return how many rows or groups a stage trains on, repeated ones counted again."""
+    return stage.max_steps * batch or math.ceil(stage.epochs * items)
+
+
 def num_updates(stage: StageTable, items: int, batch: int) -> int:
-    """Return the updates of a stage, as items.write_sft and group_stream deal them out."""
-    return stage.max_steps or math.ceil(math.ceil(stage.epochs * items) / batch)
+    """Return the updates of a stage."""
+    return math.ceil(num_drawn(stage, items, batch) / batch)
 
 
 def works(tables: Tables, shape: Shape, counts: Counts) -> list[Work]:
@@ -201,7 +206,7 @@ def _training(step: str, tables: Tables, shape: Shape, counts: Counts) -> Work:
         item_tokens = prompts * counts.prompt_tokens + responses * counts.answer_tokens
         width = item_tokens if train.shared_prefix else counts.prompt_tokens + counts.answer_tokens
     updates = num_updates(stage, items, batch)
-    used = updates * batch if stage.max_steps else math.ceil(stage.epochs * items)
+    used = num_drawn(stage, items, batch)
     tokens = used * item_tokens
     flops = training_flops(shape, tables.model, tokens, width, recomputed)
     if step == "align" and tables.align.loss == "dpo":

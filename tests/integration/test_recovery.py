@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -97,15 +98,19 @@ def test_a_killed_driver_goes_on_at_the_missing_shards(
 
 @pytest.mark.ray
 def test_every_actor_killed_once_changes_nothing(copy_of: Callable[..., Run], finished: Run) -> None:
-    """All actors of the judge die at random moments; the verdicts are those of an undisturbed run."""
+    """All actors of the judge die at random moments; how is printed, the verdicts are those of an undisturbed run."""
     run = copy_of("judge", *LATER["judge"])
     command = run.start("judge")
     until(lambda: shards_of(run, "judge") > 0, LIMIT_SECONDS, command.output, command.end)
-    for victim in command.actors():
+    victims = command.actors()
+    for victim in victims:
         random_delay(0.3)
         victim.kill()
     assert not run.complete("judge")
-    assert command.wait().returncode == 0
+    done = command.wait()
+    assert done.returncode == 0
+    for victim in victims:
+        assert re.search(rf"process {victim.pid} on \S+ ended: killed by SIGKILL \(exit code -9\)", done.stdout)
     assert_same_files(run.path / "judge", finished.path / "judge", OUTPUTS["judge"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from coalign import ahead
 from integration.bad_inputs import ROOT, Outcome, World, losses, run_command
 
 pytestmark = pytest.mark.deepspeed
@@ -104,6 +105,25 @@ def test_an_arm_borrows_what_it_shares(run: World) -> None:
     printed = local(*words).stdout
     assert [line[3:] for line in printed.splitlines() if line.startswith("== ")][:-1] == ["rank", "align", "eval"]
     assert printed.count("is complete in") == 3
+
+
+def test_the_step_before_encodes_many_rows(run: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training finds them and gives the same model; where that fails, the step before is complete all the same."""
+    monkeypatch.setattr(ahead, "MANY_ROWS", 1)
+    for before, step in (("paraphrase", "sft"), ("rank", "align")):
+        known = run.manifest(step)["outputs"]
+        run.remove(before, step)
+        assert f"rows for {step}, so that its ranks need not wait" in must(run.run(before)).stdout
+        assert (run.run_folder / step / "shards" / "rows" / "tokens.json").is_file()
+        assert "the rows have been encoded already" in must(run.run(step)).stdout
+        assert run.manifest(step)["outputs"] == known
+    run.remove("paraphrase", "sft")
+    words = ("model.max_tokens=16", 'model.too_long="error"')
+    assert (
+        "the rows were not encoded (exit code 2); sft will do it itself" in must(run.run("paraphrase", *words)).stdout
+    )
+    (error,) = must(run.run("sft", *words), 2).errors
+    assert "the context is 16" in error
 
 
 def test_plain_fine_tuning_makes_as_many_updates(run: World) -> None:

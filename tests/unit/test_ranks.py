@@ -77,7 +77,7 @@ def test_a_killed_rank_is_told_from_a_failed_one(host: ranks._Host) -> None:
     os.kill(host._ranks[1].pid, signal.SIGKILL)
     _, codes = outcome(host, 1)
     assert codes == [None, -9]
-    assert ranks.exit_words(-9) == "killed by SIGKILL, which out of memory often means"
+    assert ranks.exit_words(-9) == "killed by SIGKILL (exit code -9), which out of memory often means"
 
 
 def test_a_script_that_the_node_lacks_is_named(host: ranks._Host) -> None:

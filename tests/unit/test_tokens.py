@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +94,30 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_work_in_order_and_report_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     two_cores(monkeypatch)
     here = os.getpid()
-    found = list(forked_map(lambda chunk: (chunk, os.getpid() != here), list(range(20))))
-    assert found == [(n, True) for n in range(20)]
+    chunks = [[n] for n in range(20)]
+    found = list(forked_map(lambda chunk: (chunk, os.getpid() != here), chunks, "encoding"))
+    assert found == [(chunk, True) for chunk in chunks]
 
-    def refuse(chunk: int) -> int:
-        if chunk == 3:
+    def refuse(chunk: Sequence[int]) -> Sequence[int]:
+        if 3 in chunk:
             raise UserError("row 3 is too long")
         return chunk
 
     with pytest.raises(UserError, match="row 3"):
-        list(forked_map(refuse, list(range(20))))
+        list(forked_map(refuse, chunks, "encoding"))
 
 
 def test_processes_end_with_the_one_that_forked_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed, it leaves nobody behind who would hold the step's lock."""
     two_cores(monkeypatch)
 
-    def work(chunk: int) -> None:
+    def work(chunk: Sequence[int]) -> None:
         (tmp_path / str(os.getpid())).touch()
         time.sleep(600)
 
     parent = os.fork()
     if not parent:
-        list(forked_map(work, [0, 1]))
+        list(forked_map(work, [[0], [1]], "encoding"))
         os._exit(1)
     until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
     children = [Path("/proc", path.name) for path in tmp_path.iterdir()]

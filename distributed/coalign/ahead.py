@@ -1,0 +1,36 @@
+"""The token ids that a training step reads, written by the step before it: no rank waits for them while it holds a GPU.
+
+Used by launch/paraphrase.py and launch/rank.py. Knows neither tokens nor how a step trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from coalign.artifacts import read_manifest
+from coalign.commandline import ENCODE
+from coalign.pool import close_pools
+from coalign.process import run_command
+from coalign.run_folder import RunFolder
+
+logger = logging.getLogger("coalign")
+
+MANY_ROWS = 20_000  # fewer are encoded in the seconds that ranks need to start
+
+
+def encode_ahead(recipe: Path, run: RunFolder, num_rows: int) -> None:
+    """Let a training recipe write its token ids now when there are many, and a training step of this run reads them.
+
+    A failure is left for that step to meet and to report: the one that is at work is complete.
+    """
+    name = recipe.stem
+    if num_rows < MANY_ROWS or name in run.run.inputs or read_manifest(run.step(name)) is not None:
+        return
+    close_pools()  # others may use the GPUs meanwhile
+    logger.info("encoding %d rows for %s, so that its ranks need not wait", num_rows, name)
+    code = run_command([sys.executable, os.path.relpath(recipe), ENCODE, *run.arguments])
+    if code:
+        logger.warning("the rows were not encoded (exit code %d); %s will do it itself", code, name)
