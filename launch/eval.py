@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from coalign import agreement as agreeing
-from coalign import evaluated, evaluation
-from coalign.artifacts import StepFolder, base_model_folder, installed_versions
-from coalign.cards import add_results, model_labels
+from coalign import card_results, evaluated, evaluation
+from coalign.artifacts import TRAINING_STEPS, StepFolder, base_model_folder, installed_versions
+from coalign.cards import model_labels
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
 from coalign.metrics import parse_agreement
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     set_up_logging(config.log.level)
     run, table = RunFolder(config.run, argv), config.eval
     agreement = parse_agreement(table.agreement)
-    trained = {name: run.step(name) for name in ("sft", "align")}
+    trained = {name: run.step(name) for name in TRAINING_STEPS}
     needs = {"prepare": run.step("prepare")} | ({} if table.wordings_file else {"paraphrase": run.step("paraphrase")})
     needs |= {value: trained[value] for value in table.models.values() if value in trained}
     for name, path in needs.items():
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
     print("\n".join(write_results(step.path, result)), flush=True)
     step.commit(counts | {"dropped": result["dropped"]})
-    add_results(run, table, result)
+    card_results.add_results(run, table, result)
 
 
 def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coalign import arms, exhibits, experiment
 from coalign.artifacts import TRAINING_STEPS, read_manifest
-from coalign.cards import fill_card
+from coalign.card_results import fill_card
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config, table_values
 from coalign.digests import CARD, digest_file, digest_model_files

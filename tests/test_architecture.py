@@ -24,9 +24,10 @@ LAUNCH = ROOT / "launch"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("development", "ahead"),
     ("training", "engine", "pool", "ranks", "ray_node"),
+    ("rank_host",),
     ("postmortem",),
     ("items", "cluster", "workers", "layouts"),
-    ("generation", "vllm", "objectives", "tokens", "forking"),
+    ("generation", "vllm", "objectives", "tokens", "forking", "private_cluster"),
     ("likelihoods",),
     ("batching", "decoding", "inventory"),
     ("fixed_steps",),
@@ -36,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("comparison",),
     ("page",),
-    ("figures", "inputs", "sizing"),
+    ("figures", "inputs", "sizing", "card_results"),
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
     ("cases", "baselines"),
@@ -53,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("text", "errors", "tables", "padding", "watcher"),
 )
 ENGINES = {
-    "ray": "cluster",
+    "ray": "private_cluster",
     "deepspeed": "engine",
     "vllm": "vllm",
     "datasets": "data",

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from coalign.allocation import count_gpus, free_port, node_names, own_address, start_seconds
-from coalign.cluster import START_ATTEMPTS, node_resource, remove_cluster
+from coalign.cluster import node_resource
 from coalign.errors import UserError
+from coalign.private_cluster import START_ATTEMPTS, remove_cluster
 
 HOLDER = "holder"  # file in a cluster's folder: the process that keeps it
 LAST_LINES = 40

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from coalign import arms, cards
+from coalign import arms, card_results, cards
 from coalign.artifacts import StepFolder
 from coalign.config import Config, EvalTable, RunTable, table_values
 from coalign.digests import CARD, digest_folder, digest_weights
@@ -28,7 +28,7 @@ def estimate(mean: float) -> dict[str, Any]:
 
 def metrics_of(models: dict[str, str], seen: int = 8) -> dict[str, Any]:
     """Return the part of metrics.json that a card shows; each model is 0.1 better than the one before."""
-    numbers = {name: {m: estimate(0.3 + 0.1 * i) for m in cards.METRICS} for i, name in enumerate(models)}
+    numbers = {name: {m: estimate(0.3 + 0.1 * i) for m in card_results.METRICS} for i, name in enumerate(models)}
     found: dict[str, Any] = {
         "models": {name: {**one, "seen": one, "unseen": one} for name, one in numbers.items()},
         "run": "mine",
@@ -43,7 +43,7 @@ def metrics_of(models: dict[str, str], seen: int = 8) -> dict[str, Any]:
     names = list(models)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     for key in ("differences", "differences_seen", "differences_unseen"):
-        found[key] = [{"a": a, "b": b, "metric": m, **estimate(0.1)} for a, b in pairs for m in cards.METRICS]
+        found[key] = [{"a": a, "b": b, "metric": m, **estimate(0.1)} for a, b in pairs for m in card_results.METRICS]
     return found
 
 
@@ -113,7 +113,7 @@ def test_the_data_are_named_with_counts_and_digests(run: RunFolder) -> None:
 
 def test_no_path_of_this_machine_stands_in_a_card(run: RunFolder, tmp_path: Path) -> None:
     path = exported(run, "align")
-    cards.add_results(run, EvalTable(), metrics_of({"/srv/you/model": "/srv/you/model", "align": "align"}))
+    card_results.add_results(run, EvalTable(), metrics_of({"/srv/you/model": "/srv/you/model", "align": "align"}))
     text = path.read_text("utf-8")
     assert "/srv" not in text and str(tmp_path) not in text and "/me" not in text and "you" not in text
     assert "bash launch/local.sh my.toml" in text and "`own.jsonl`" in text
@@ -139,14 +139,14 @@ def test_results_come_in_and_can_be_replaced(run: RunFolder) -> None:
     """The Hub reads this model's numbers; the text has every model with intervals; a second eval leaves one set."""
     paths = {stage: exported(run, stage) for stage in ("sft", "align")}
     models = {"base": "base", "sft": "sft", "align": "align"}
-    cards.add_results(run, EvalTable(), metrics_of(models))
+    card_results.add_results(run, EvalTable(), metrics_of(models))
     first = paths["align"].read_text("utf-8")
-    cards.add_results(run, EvalTable(), metrics_of(models))
+    card_results.add_results(run, EvalTable(), metrics_of(models))
     assert paths["align"].read_text("utf-8") == first
     for stage, value in (("sft", 0.4), ("align", 0.5)):
         card = ModelCard.load(paths[stage])
         results = {result.metric_type: result for result in card.data.eval_results}
-        assert results.keys() == cards.METRICS.keys()
+        assert results.keys() == card_results.METRICS.keys()
         assert results["cr"].metric_value == pytest.approx(value)
         expected = {"low": value - 0.1, "high": value + 0.1, "num_tasks": 8}
         assert results["cr"].metric_args == pytest.approx(expected)
@@ -157,14 +157,14 @@ def test_results_come_in_and_can_be_replaced(run: RunFolder) -> None:
     assert "| **SFT (IA) + CAT** (this model) | 0.500 [0.400, 0.600] |" in first
     assert "| SFT (IA) + CAT minus SFT (IA) | +0.100 [+0.000, +0.200] |" in first
     assert "## Limits" in first and "unseen tasks |" not in first
-    cards.add_results(run, EvalTable(), metrics_of(models, seen=6))
+    card_results.add_results(run, EvalTable(), metrics_of(models, seen=6))
     assert "| unseen tasks |" in paths["align"].read_text("utf-8")
 
 
 def test_a_card_that_somebody_rewrote_keeps_its_text(run: RunFolder) -> None:
     path = exported(run, "sft")
     path.write_text("---\nlicense: mit\n---\n\n# Mine\n\nMy words.\n", "utf-8")
-    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
     assert path.read_text("utf-8").endswith("# Mine\n\nMy words.\n")
     assert metadata(path)["license"] == "mit" and metadata(path)["model-index"][0]["name"] == "Mine"
 
@@ -184,7 +184,7 @@ def test_a_card_that_cannot_be_read_is_left_alone(
     """A mistake in a card is no reason for eval to fail: one line of warning names it."""
     path = exported(run, "sft")
     path.write_bytes(content)
-    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
     assert path.read_bytes() == content
     (warning,) = caplog.messages
     assert f"could not be written into {path}: " in warning and "\n" not in warning
@@ -192,12 +192,12 @@ def test_a_card_that_cannot_be_read_is_left_alone(
 
 def test_results_under_a_file_of_wordings_say_so(run: RunFolder) -> None:
     path = exported(run, "sft")
-    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
+    card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}))
     text = path.read_text("utf-8")
     assert "under wordings that no training step has seen" in text
     assert "held-out inputs and wordings of some-org/tasks" in text
     settings = {"eval.wordings_file": "/srv/me/mine.jsonl"}
-    cards.add_results(run, EvalTable(), metrics_of({"sft": "sft"}) | {"settings": settings})
+    card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}) | {"settings": settings})
     text = path.read_text("utf-8")
     assert "in CR) under the wordings of mine.jsonl. Means over" in text and "no training step has seen" not in text
     assert "held-out inputs of some-org/tasks under the wordings of mine.jsonl" in text and "/srv" not in text
@@ -231,14 +231,14 @@ def test_only_models_of_the_run_get_results(run: RunFolder, tmp_path: Path) -> N
     outside = tmp_path / "outside"
     paths = [exported(run, "sft"), exported(run, "align")]
     before = [path.read_text("utf-8") for path in paths]
-    cards.add_results(run, EvalTable(folder="side"), metrics_of({"sft": "sft", "align": "align"}))
+    card_results.add_results(run, EvalTable(folder="side"), metrics_of({"sft": "sft", "align": "align"}))
     folder = {"mine": str(paths[0].parent)}
-    cards.add_results(run, EvalTable(models=folder), metrics_of(folder))
+    card_results.add_results(run, EvalTable(models=folder), metrics_of(folder))
     borrowing = RunFolder(run.run.model_copy(update={"inputs": {"sft": str(run.path)}}), [])
-    cards.add_results(borrowing, EvalTable(models={"sft": "sft"}), metrics_of({"sft": "sft"}))
+    card_results.add_results(borrowing, EvalTable(models={"sft": "sft"}), metrics_of({"sft": "sft"}))
     run.step("align").rename(outside)
     run.step("align").symlink_to(outside)
-    cards.add_results(run, EvalTable(models={"align": "align"}), metrics_of({"align": "align"}))
+    card_results.add_results(run, EvalTable(models={"align": "align"}), metrics_of({"align": "align"}))
     assert [path.read_text("utf-8") for path in paths] == before
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coalign import cluster
+from coalign import private_cluster as cluster
 
 RAY_LIKE = "import sys, time; print(flush=True); time.sleep(60)"
 
@@ -62,7 +62,7 @@ def test_processes_of_a_dead_cluster_end_and_others_stay(place: Path) -> None:
 HOLDER = """
 import os, sys
 from pathlib import Path
-from coalign import cluster
+from coalign import private_cluster as cluster
 
 ends, tried = sys.argv[1].split(","), Path(sys.argv[2])
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from coalign import ranks
+from coalign import rank_host
+from coalign.postmortem import exit_words
 
 SCRIPT = """
 import os, signal, sys, time
@@ -25,20 +26,20 @@ if sys.argv[1] == "fail" and os.environ["RANK"] == "3":
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ranks._Host]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[rank_host.Host]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "step.py").write_text(SCRIPT)
-    made = ranks._Host(str(tmp_path))
+    made = rank_host.Host(str(tmp_path))
     yield made
     made.end()
 
 
-def start(host: ranks._Host, word: str, script: str = "step.py") -> str:
+def start(host: rank_host.Host, word: str, script: str = "step.py") -> str:
     world = {"WORLD_SIZE": "4", "MASTER_ADDR": "here"}
     return host.start((script, word), [world | {"RANK": str(n), "LOCAL_RANK": str(n - 2)} for n in (2, 3)], "127.0.0.1")
 
 
-def outcome(host: ranks._Host, done: int = 2) -> tuple[list[tuple[int, str]], list[int | None]]:
+def outcome(host: rank_host.Host, done: int = 2) -> tuple[list[tuple[int, str]], list[int | None]]:
     """Poll until so many ranks have ended, or a line says ready from each."""
     lines: list[tuple[int, str]] = []
     deadline = time.monotonic() + 120
@@ -50,40 +51,40 @@ def outcome(host: ranks._Host, done: int = 2) -> tuple[list[tuple[int, str]], li
     raise AssertionError(f"{lines}, {codes}")
 
 
-def test_every_rank_has_its_number_and_all_lines_arrive(host: ranks._Host) -> None:
+def test_every_rank_has_its_number_and_all_lines_arrive(host: rank_host.Host) -> None:
     assert start(host, "x") == ""
     lines, codes = outcome(host)
     assert codes == [0, 0]
     assert sorted(lines) == [(2, "2 0 4 here x"), (3, "3 1 4 here x")]
 
 
-def test_a_failed_rank_shows_its_code_and_its_last_words(host: ranks._Host) -> None:
+def test_a_failed_rank_shows_its_code_and_its_last_words(host: rank_host.Host) -> None:
     start(host, "fail")
     lines, codes = outcome(host)
     assert codes == [0, 1]
     assert (3, "no luck") in lines
 
 
-def test_a_signal_reaches_every_rank(host: ranks._Host) -> None:
+def test_a_signal_reaches_every_rank(host: rank_host.Host) -> None:
     start(host, "wait")
     outcome(host, 0)
     host.signal(signal.SIGTERM)
     assert outcome(host)[1] == [7, 7]
 
 
-def test_a_killed_rank_is_told_from_a_failed_one(host: ranks._Host) -> None:
+def test_a_killed_rank_is_told_from_a_failed_one(host: rank_host.Host) -> None:
     start(host, "wait")
     outcome(host, 0)
     os.kill(host._ranks[1].pid, signal.SIGKILL)
     _, codes = outcome(host, 1)
     assert codes == [None, -9]
-    assert ranks.exit_words(-9) == "killed by SIGKILL (exit code -9), which out of memory often means"
+    assert exit_words(-9) == "killed by SIGKILL (exit code -9), which out of memory often means"
 
 
-def test_a_script_that_the_node_lacks_is_named(host: ranks._Host) -> None:
+def test_a_script_that_the_node_lacks_is_named(host: rank_host.Host) -> None:
     assert start(host, "x", "launch/align.py").endswith("launch/align.py is not there")
 
 
 def test_the_interface_of_an_address() -> None:
-    assert ranks._interface_of("127.0.0.1").startswith("lo")
-    assert ranks._interface_of("203.0.113.7") == ""
+    assert rank_host._interface_of("127.0.0.1").startswith("lo")
+    assert rank_host._interface_of("203.0.113.7") == ""
