@@ -64,7 +64,8 @@ def watched(ray: Any) -> dict[str, Any]:
     """
     if any(ray.get_runtime_context().runtime_env.get(name) for name in BRINGS_PYTHON):
         return {}
-    python = f'"$(command -v {shlex.quote(sys.executable)} || command -v python3)"'  # Ray gives this to a shell
+    # Ray gives this to a shell. Any Python will do, for the one that Ray itself would take is started by the watcher.
+    python = f'"$(command -v {shlex.quote(sys.executable)} || command -v python3)"'
     code = shlex.quote(Path(watcher.__file__).read_text(encoding="utf-8"))
     return {"runtime_env": {"py_executable": f"{python} -I -S -c {code}"}}
 

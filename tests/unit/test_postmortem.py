@@ -92,6 +92,16 @@ def test_the_watcher_outlives_the_group_of_what_it_watches(tmp_path: Path) -> No
     assert read_end("none", exit_file)[1] == -9
 
 
+def test_the_python_is_the_one_that_ray_would_have_started(tmp_path: Path) -> None:
+    """The raylet's own command names it; whoever else starts a watcher gets the one that runs it."""
+    words = ["-c", "import time; time.sleep(600)", "--python_worker_command=/opt/own/python setup_worker.py --x=1"]
+    raylet = subprocess.Popen([sys.executable, *words])
+    assert watcher.python_of(raylet.pid) == "/opt/own/python"
+    raylet.kill()
+    raylet.wait()
+    assert watcher.python_of(os.getpid()) == watcher.python_of(raylet.pid) == sys.executable
+
+
 def test_without_a_place_for_its_code_a_process_runs_all_the_same(tmp_path: Path) -> None:
     text = Path(watcher.__file__).read_text(encoding="utf-8")
     command = [sys.executable, "-I", "-S", "-c", text, "-c", SAY + "os._exit(4)"]
