@@ -13,7 +13,7 @@ from pathlib import Path
 from coalign.artifacts import read_manifest
 from coalign.commandline import ENCODE
 from coalign.pool import close_pools
-from coalign.process import run_command
+from coalign.process import SCRIPT, run_command
 from coalign.run_folder import RunFolder
 
 logger = logging.getLogger("coalign")
@@ -31,6 +31,7 @@ def encode_ahead(recipe: Path, run: RunFolder, num_rows: int) -> None:
         return
     close_pools()  # others may use the GPUs meanwhile
     logger.info("encoding %d rows for %s, so that its ranks need not wait", num_rows, name)
-    code = run_command([sys.executable, os.path.relpath(recipe), ENCODE, *run.arguments])
+    command = [sys.executable, os.path.relpath(recipe), ENCODE, *run.arguments]
+    code = run_command(command, {SCRIPT: str(os.getpid())})  # it ends when this process is killed
     if code:
         logger.warning("the rows were not encoded (exit code %d); %s will do it itself", code, name)

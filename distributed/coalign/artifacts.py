@@ -137,12 +137,14 @@ class StepFolder:
         self._lock()
         if read_manifest(self.path) is not None:
             return self.open()
-        if begun.exists() and self._has_work():
-            self._compare(json.loads(begun.read_text(encoding="utf-8")), "begun")
+        settings = {"config": self.config, "inputs": self.inputs}
+        earlier = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else None
+        if earlier and self._has_work():
+            self._compare(earlier, "begun")
             logger.info("resuming %s", self.path)
         else:
-            write_json(begun, {"config": self.config, "inputs": self.inputs})
-        self._carry_time()
+            write_json(begun, settings)
+        self._carry_time(earlier == settings)
         (self.path / "shards").mkdir(exist_ok=True)
         for leftover in (
             p for name in (".*.tmp", "shards/.*.tmp", "checkpoints/.step_*") for p in self.path.glob(name)
@@ -150,10 +152,10 @@ class StepFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return False
 
-    def _carry_time(self) -> None:
+    def _carry_time(self, same_settings: bool) -> None:
         """Add up the time of earlier attempts: each from its start to the last thing it wrote before it ended."""
         path = self.path / ".attempts.json"
-        if path.exists() and self._has_work():
+        if path.exists() and same_settings:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             written = [
                 p.stat().st_mtime for name in ("shards/*", "checkpoints/*", "*.jsonl") for p in self.path.glob(name)

@@ -152,12 +152,12 @@ def _exit_when(happened: Callable[[], bool], words: str, grace_seconds: float = 
     threading.Thread(target=watch, daemon=True, name=words.partition(" ")[0]).start()
 
 
-def run_command(command: list[str]) -> int:
-    """Run a command and return its exit code.
+def run_command(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run a command, with more in its environment, and return its exit code.
 
     Signals to stop are left to the command, which may have work to keep; then this process ends as asked.
     """
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=os.environ | (environment or {}))
     asked: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:

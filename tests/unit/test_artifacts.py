@@ -238,3 +238,18 @@ def test_wall_time_adds_up_over_attempts(tmp_path: Path) -> None:
     second = StepFolder(tmp_path / "a", {}, {})
     second.open()
     assert 40.0 <= second.commit({})["wall_seconds"] < 60.0
+
+
+@pytest.mark.parametrize(("setting", "least"), [(1, 40.0), (2, 0.0)])
+def test_the_time_of_what_was_encoded_counts_where_it_is_used(tmp_path: Path, setting: int, least: float) -> None:
+    """Encoded rows are no work of a setting yet: another one begins anew, and its time as well."""
+    first = StepFolder(tmp_path / "a", {"n": 1}, {})
+    first.started -= 100.0
+    first.open()
+    rows = first.path / "shards" / "rows"
+    rows.mkdir()
+    os.utime(rows, (first.started + 40.0, first.started + 40.0))
+    first.close()
+    second = StepFolder(tmp_path / "a", {"n": setting}, {})
+    second.open()
+    assert least <= second.commit({})["wall_seconds"] < least + 20.0

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from coalign.batching import Item, row_tokens
 from coalign.errors import UserError
 from coalign.forking import forked_map
 from coalign.tokens import TokenRows, TokenWriter, as_rows, columns_of, open_rows, prepare_rows
+from unit.waiting import until
 
 GROUPS = [
     Item("e1 under a", (1, 2, 3), ((4,), (5, 6)), (2, 0), 0),
@@ -119,16 +119,9 @@ def test_processes_end_with_the_one_that_forked_them(tmp_path: Path, monkeypatch
     if not parent:
         list(forked_map(work, [[0], [1]], "encoding"))
         os._exit(1)
-    until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
     children = [Path("/proc", path.name) for path in tmp_path.iterdir()]
     assert all(path.exists() for path in children)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    until(lambda: not any(path.exists() for path in children), 60)
-
-
-def until(happened: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not any(path.exists() for path in children))
