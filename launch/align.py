@@ -46,12 +46,10 @@ def main(argv: list[str]) -> None:
         by_name = {(w.task, w.id): w for w in wordings}
         write_groups(writer, groups, by_id, by_name, Encoder(codec, config.model.too_long))
 
-    digest = step.digest(codec.digest())
-    if ENCODE in argv:
-        prepare_rows(rows, digest, encode)
+    device = None if ENCODE in argv else init_ranks()
+    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    if device is None:
         return
-    device = init_ranks()
-    run_on_rank_zero(lambda: prepare_rows(rows, digest, encode))
     items, found = open_rows(rows), read_meta(rows)["counts"]
     engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
     if config.train.shared_prefix:

@@ -47,12 +47,10 @@ def main(argv: list[str]) -> None:
         encoder = Encoder(codec, config.model.too_long)
         write_sft(writer, read_records(Example, examples), chosen, encoder, config.sft, config.run.seed)
 
-    digest = step.digest(codec.digest())
-    if ENCODE in argv:
-        prepare_rows(rows, digest, encode)
+    device = None if ENCODE in argv else init_ranks()
+    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    if device is None:
         return
-    device = init_ranks()
-    run_on_rank_zero(lambda: prepare_rows(rows, digest, encode))
     stream, found = open_rows(rows), read_meta(rows)["counts"]
     plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
     words = (
