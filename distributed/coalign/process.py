@@ -26,6 +26,7 @@ from coalign.errors import UserError
 
 logger = logging.getLogger("coalign")
 SCRIPT = "COALIGN_SCRIPT"
+_LAUNCHED = "RANK" in os.environ  # by a launcher, which may have started a single rank
 
 
 def rank() -> int:
@@ -224,7 +225,7 @@ def run_step(main: Callable[[list[str]], None]) -> None:
             main(sys.argv[1:])
         finally:
             sys.stdout.flush()
-        if world_size() > 1:
+        if _LAUNCHED:
             _leave(0)
     except UserError as error:
         if local_rank() == 0:
@@ -233,7 +234,7 @@ def run_step(main: Callable[[list[str]], None]) -> None:
             print(f"error{where}: {' '.join(str(error).split())}\n", end="", file=sys.stderr, flush=True)
         _leave(2)
     except SystemExit as stop:
-        if world_size() == 1:
+        if not _LAUNCHED:
             raise
         if isinstance(stop.code, str) and local_rank() == 0:
             print(stop.code, file=sys.stderr, flush=True)
@@ -280,9 +281,9 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _leave(code: int) -> None:
-    """Exit; on many ranks at once, since destructors of the process group may hang, or abort a finished rank."""
+    """Exit; a rank at once, since destructors of the process group may hang, or abort a finished rank."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if world_size() > 1:
+    if _LAUNCHED:
         os._exit(code)
     sys.exit(code)

@@ -6,7 +6,6 @@ Rank 0 writes found.json: the wall seconds of the updates after the first, and t
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from coalign.batching import Item
 from coalign.config import ModelTable, TrainTable
 from coalign.layouts import Engine
 from coalign.objectives import sft_objective
+from coalign.process import exit_with_launcher, rank, run_step, set_up_logging
 from coalign.training import _update
 
 LEARNING_RATE = 1e-3
@@ -43,16 +43,15 @@ def time_updates(engine: Engine, items: list[Item], updates: int, table: TrainTa
     return {"seconds": time.monotonic() - start, "losses": losses}
 
 
-def main(path: str) -> None:
-    """Train on this rank."""
+def main(argv: list[str]) -> None:
+    """Train on this rank; the last word is the path of what to do."""
     from coalign.engine import DeepSpeedEngine, init_ranks
-    from coalign.process import exit_with_launcher, rank, set_up_logging
 
     set_up_logging("warning")
     exit_with_launcher()
     torch.set_num_threads(1)
     device = init_ranks()
-    spec = json.loads(Path(path).read_text())
+    spec = json.loads(Path(argv[-1]).read_text())
     folder, table = Path(spec["folder"]), TrainTable(precision="float32")
     engine = DeepSpeedEngine(str(folder / "model"), ModelTable(), table, device, folder / "deepspeed.json")
     found = time_updates(engine, items_of(spec), spec["updates"], table)
@@ -61,4 +60,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    run_step(main)  # a rank leaves as one of a recipe does: at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,3 +44,12 @@ def test_a_signal_to_stop_reaches_the_command_first() -> None:
     out, err = process.communicate(timeout=60)
     assert out == "kept\n" and process.returncode == 1
     assert "run the same command again" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("rank", "code"), [({"RANK": "0"}, 0), ({}, -signal.SIGABRT)])
+def test_a_rank_leaves_at_once(rank: dict[str, str], code: int) -> None:
+    """What ends with the interpreter, such as a process group, can't make a finished rank a failed one."""
+    program = "import atexit, os; from coalign.process import run_step; atexit.register(os.abort); run_step(print)"
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", program, "done"], env=own | rank, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (code, b"['done']\n")
