@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("figures", "inputs", "sizing", "card_results"),
     ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
     ("summary",),
+    ("result_rows",),
     ("cases", "baselines"),
     ("scoring", "machine", "placement", "allocation", "submission"),
     ("filtering", "judging", "ranking", "evaluation", "evaluated", "metrics", "arms", "workload", "generation_memory"),
