@@ -17,6 +17,7 @@ ALLOWED_SKIPS: list[tuple[str, str]] = [
     ("tests/*", r"the shared data are not here"),
     ("tests/*", r"needs a (GPU|CUDA device)"),
     ("tests/*", r"(sbatch|slurmctld|Slurm) is not installed"),
+    ("tests/*", r"(sshd|pdsh) is not installed"),
     ("tests/*", r"network namespaces are not permitted here"),
     ("tests/*", r"(vLLM|vllm|wandb|a browser|chromium) is not installed"),
 ]

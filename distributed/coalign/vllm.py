@@ -81,9 +81,7 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
     if device.type == "cuda":
         part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
         options["gpu_memory_utilization"] = round(GPU_SHARE * part, 4)
-        if generation.gpus_per_worker > 1:  # by vLLM's own processes: Ray's would ask the cluster for GPUs again
-            options |= {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
-        return options
+        return options | parallel_options(generation)
     num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return options | {
         "gpu_memory_utilization": round(CPU_SHARE / max(1, generation.workers), 4),
@@ -91,6 +89,14 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
         "num_gpu_blocks_override": num_blocks,
         "enforce_eager": True,  # compiling takes minutes of a CPU
     }
+
+
+def parallel_options(generation: GenerationTable) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM that lay a model over several GPUs, or none."""
+    if generation.gpus_per_worker <= 1:
+        return {}
+    # By vLLM's own processes: Ray's would ask the cluster for GPUs again.
+    return {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
 
 
 def _engine(vllm: Any, options: dict[str, Any]) -> Any:

