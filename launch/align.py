@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
 
     from coalign.development import make_dev_measure
     from coalign.encoding import Codec
-    from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
+    from coalign.engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
+    from coalign.exporting import export
     from coalign.items import Encoder, group_stream, write_groups
     from coalign.layouts import check_shared_prefix, reference_logps
     from coalign.losses import RankingForm

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
     if config.model.init == "random" and not (step.path / "model").exists():
-        from coalign.models import make_random_model
+        from coalign.random_model import make_random_model
 
         texts = tokenizer_texts(prepared.tasks, prepared.examples())
         make_random_model(step.path / "model", texts, config.model.random, config.run.seed)

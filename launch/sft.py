@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
 
     from coalign.development import make_dev_measure
     from coalign.encoding import Codec
-    from coalign.engine import DeepSpeedEngine, export, init_ranks, run_on_rank_zero
+    from coalign.engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
+    from coalign.exporting import export
     from coalign.items import Encoder, training_wordings, write_sft
     from coalign.layouts import check_packing
     from coalign.models import load_tokenizer

@@ -22,7 +22,7 @@ LAUNCH = ROOT / "launch"
 
 # From the top: a module imports only from rows below its own. Recipes stand above all of them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("development", "ahead"),
+    ("development", "ahead", "exporting"),
     ("training", "engine", "pool", "ranks", "ray_node"),
     ("rank_host",),
     ("postmortem",),
@@ -32,7 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batching", "decoding", "inventory"),
     ("fixed_steps",),
     ("stepping",),
-    ("encoding", "logprobs", "models", "slots", "losses", "data", "splits", "training_log", "meeting", "drawing"),
+    ("encoding", "logprobs", "models", "random_model", "slots", "losses", "data", "splits"),
+    ("training_log", "meeting", "drawing"),
     ("cascade", "fused_head"),
     ("attention",),
     ("comparison",),

@@ -5,7 +5,6 @@ The only import of DeepSpeed. Knows tensors and folders, no data and no losses.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import errno
 import json
@@ -19,22 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from coalign.attention import use_blocks
-from coalign.batching import Item, collate
 from coalign.config import ModelTable, TrainTable
 from coalign.digests import digest_file
-from coalign.encoding import Codec
 from coalign.errors import UserError
-from coalign.logprobs import evaluation_mode, to_device, token_logps
 from coalign.meeting import meet
-from coalign.models import attach_lora, export_model, load_model, merge_lora, pick_device, pick_dtype
+from coalign.models import attach_lora, load_model, pick_device, pick_dtype
 from coalign.process import local_rank, rank, world_size
-from coalign.tokens import as_rows
 from coalign.whole_files import write_json
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +38,6 @@ logger = logging.getLogger("coalign")
 
 CHECKPOINT_META = "checkpoint.json"
 RANK_ZERO_HOURS = 6  # how long the others wait while rank 0 digests a checkpoint or checks an export
-CHECKED_TOKENS = 2048  # of the fixed batch that a reopened model must answer as the live one does
 
 
 def init_ranks() -> torch.device:
@@ -271,52 +264,6 @@ class DeepSpeedEngine:
                 buffers = dict(module.named_buffers())
                 state.update({n: buffers[n].detach().cpu().clone() for n in module.state_dict() if n in buffers})
         return {n: t for n, t in state.items() if ".lora_" in n} if lora else state
-
-
-def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[Item]) -> None:
-    """Write the trained model as a verified folder: what it says to `items` must equal what the live engine says.
-
-    Called by every rank. Raises RuntimeError when a check fails; then no folder is left.
-    """
-    batch = collate(_few(items), codec.pad_id, False)
-    with torch.no_grad(), evaluation_mode(engine.model):
-        live_N = token_logps(engine.model, to_device(batch, engine.device)).cpu()
-    tolerance = 1e-4 if engine.dtype is torch.float32 else 0.1
-
-    def check(model: Any) -> str | None:
-        with torch.no_grad():
-            reopened_N = token_logps(model, batch)
-        difference = float((reopened_N - live_N).abs().mean())
-        if difference <= tolerance:
-            return None
-        return f"its log-probs differ from the live engine's by {difference:.2g} a token (at most {tolerance:g})"
-
-    state = engine.gather_state()
-
-    def write() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)  # the other ranks wait for this one
-        try:
-            write_alone()
-        finally:
-            torch.set_num_threads(threads)
-
-    def write_alone() -> None:
-        merged = merge_lora(engine.source, engine.table, state) if engine.table.lora.enabled else state
-        export_model(folder, merged, engine.source, engine.table, codec.tokenizer, check)
-
-    run_on_rank_zero(write)
-
-
-def _few(items: Sequence[Item]) -> list[Item]:
-    """Return the shortest items, one response each, up to four or CHECKED_TOKENS tokens: the check runs on a CPU."""
-    chosen: list[Item] = []
-    lengths = as_rows(items).sizes.longest
-    for index in np.argsort(lengths, kind="stable")[:4].tolist():
-        if chosen and sum(i.longest() for i in chosen) + int(lengths[index]) > CHECKED_TOKENS:
-            break
-        chosen.append(dataclasses.replace(items[index], responses=items[index].responses[:1]))
-    return chosen
 
 
 def run_on_rank_zero(work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Models in and out: tokenizer, causal LM, random tiny model, LoRA, and the verified model folder.
+"""Models in and out: tokenizer, causal LM, LoRA, and the verified model folder.
 
 Used by generation, engine and the recipes. The only import of peft and safetensors; safetensors weights only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from coalign.config import LoraTable, ModelTable, RandomTable
+from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
-from coalign.prompts import TINY_TEMPLATE
 from coalign.whole_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -168,56 +167,6 @@ def switch_off_dropout(model: Any) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def make_random_model(folder: Path, texts: Iterable[str], table: RandomTable, seed: int) -> None:
-    """Write a Llama-shaped model with random weights and a byte-level BPE tokenizer trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "<|user|>", "<|assistant|>", "<|end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=table.vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="<|end|>",
-        model_max_length=table.context,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = TINY_TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(wrapped),
-        hidden_size=table.hidden_size,
-        num_hidden_layers=table.num_layers,
-        num_attention_heads=table.num_heads,
-        intermediate_size=table.intermediate_size,
-        max_position_embeddings=table.context,
-        tie_word_embeddings=True,
-        pad_token_id=wrapped.pad_token_id,
-        bos_token_id=wrapped.bos_token_id,
-        eos_token_id=wrapped.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-
-    def write(target: Path) -> None:
-        model.save_pretrained(target)
-        wrapped.save_pretrained(target)
-
-    replace_folder(folder, write)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    logger.info("made a model with random weights: %.2fM parameters, %d tokens", num_parameters / 1e6, len(wrapped))
 
 
 def attach_lora(model: Any, table: LoraTable) -> Any:

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 from coalign.config import DataTable, ModelTable, RandomTable
 from coalign.data import read_sources
 from coalign.encoding import Codec
-from coalign.models import load_tokenizer, make_random_model
+from coalign.models import load_tokenizer
 from coalign.prompts import correct_question, type_question
+from coalign.random_model import make_random_model
 from coalign.records import Example, Task, Wording, read_rows
 from coalign.splits import Prepared, split_instances, tokenizer_texts
 from coalign.wordings import render_prompt

@@ -21,8 +21,8 @@ from coalign.decoding import Answer, decode, greedy_in_step
 from coalign.drawing import Sampling, pick_tokens
 from coalign.fixed_steps import FixedSteps
 from coalign.generation import GenerateWorker, ScoreWorker
-from coalign.models import make_random_model
 from coalign.process import derive_seed
+from coalign.random_model import make_random_model
 from coalign.slots import SlotCache, has_plain_cache
 from coalign.stepping import cascades_exactly, left_pad, next_logits
 from numerics.tiny import FAMILIES, network, random_ids

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.digests import digest_file
 from coalign.errors import UserError
-from coalign.models import attach_lora, export_model, load_model, load_tokenizer, make_random_model, merge_lora
+from coalign.models import attach_lora, export_model, load_model, load_tokenizer, merge_lora
+from coalign.random_model import make_random_model
 
 SHAPE = RandomTable(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, context=64)
 TEXTS = ["one text", "and another text"]

@@ -13,7 +13,7 @@ import pytest
 
 import coalign
 from coalign.config import RandomTable
-from coalign.models import make_random_model
+from coalign.random_model import make_random_model
 
 
 @pytest.fixture(scope="module")

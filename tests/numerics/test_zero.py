@@ -23,7 +23,8 @@ import torch
 
 import coalign
 from coalign.config import RandomTable
-from coalign.models import attach_lora, load_model, make_random_model
+from coalign.models import attach_lora, load_model
+from coalign.random_model import make_random_model
 from numerics.engine import TorchEngine
 from numerics.tiny import plain_logps
 from numerics.zero_ranks import NUM_STEPS, Case, run_case

@@ -292,7 +292,7 @@ def test_random_model_is_made_from_sft_texts(tmp_path: Path, monkeypatch: pytest
         folder.mkdir()
         (folder / "config.json").write_text("{}", encoding="utf-8")
 
-    monkeypatch.setattr("coalign.models.make_random_model", make)
+    monkeypatch.setattr("coalign.random_model.make_random_model", make)
     data = tmp_path / "d.jsonl"
     data.write_bytes(b"".join(good(i) for i in range(40)))
     step = prepare(tmp_path, data, "model.init=random")
