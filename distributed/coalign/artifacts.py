@@ -27,6 +27,7 @@ logger = logging.getLogger("coalign")
 
 MANIFEST = "manifest.json"
 LOCK_WAIT_SECONDS = 10.0
+LOCK_WAIT = "COALIGN_LOCK_WAIT_SECONDS"  # as an environment variable: for a process that takes over from another
 ROUND_STEPS = ("sample", "judge", "rank", "align", "eval")
 TRAINING_STEPS = ("sft", "align")
 VERSIONED_PACKAGES = (
@@ -171,7 +172,7 @@ class StepFolder:
 
     def _lock(self) -> None:
         stream = (self.path / ".lock").open("a+")
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        deadline = time.monotonic() + float(os.environ.get(LOCK_WAIT) or LOCK_WAIT_SECONDS)
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ from coalign.placement import Node
 from coalign.private_cluster import END_SECONDS, QUIET, address_of, import_ray, start_holder
 
 ANSWER_SECONDS = 120.0  # that a node may take to start a process and read a file
+LOOK_SECONDS = 2.0  # between two looks at which nodes live
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, and removes it with the job
 
 
@@ -105,9 +106,7 @@ class Cluster:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text(probe.name, encoding="utf-8")
         try:
-            found = {n.name: self.ask(n.id, _read, str(probe.absolute())) for n in self.nodes()}
-            ready, _ = self.ray.wait(list(found.values()), num_returns=len(found), timeout=ANSWER_SECONDS)
-            answers = {name: self._answer(ref, ref in ready) for name, ref in found.items()}
+            answers = self._answers(_read, str(probe.absolute()))
         finally:
             probe.unlink(missing_ok=True)
         blind = {name: answer for name, answer in answers.items() if answer != probe.name}
@@ -118,14 +117,34 @@ class Cluster:
                 f" {name}: {answer}); use a folder on storage that every node mounts, such as run.folder=/shared/runs"
             )
 
-    def _answer(self, reference: Any, is_ready: bool) -> str:
-        if not is_ready:
-            return f"no answer within {ANSWER_SECONDS:.0f} s"
-        try:
-            answer: str = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            return one_line(error)
-        return answer
+    def _answers(self, function: Callable[..., str], *arguments: Any) -> dict[str, str]:
+        """Return {node: what a function answers there}, without nodes that are lost meanwhile; asked twice."""
+        nodes, answers, silent = self.nodes(), dict[str, str](), dict[str, str]()
+        for _ in range(2):
+            asked = {node: self.ask(node.id, function, *arguments) for node in nodes}
+            self._await(asked)
+            silent = {}
+            for node, reference in asked.items():
+                try:
+                    answers[node.name] = self.ray.get(reference, timeout=0)
+                except self.ray.exceptions.GetTimeoutError:
+                    silent[node.id] = f"{node.name}: nothing within {ANSWER_SECONDS:.0f} s"
+                except self.ray.exceptions.RayError as error:
+                    silent[node.id] = f"{node.name}: {one_line(error)}"
+            nodes = [node for node in nodes if node.id in silent and self.is_alive(node.id)]
+            if not nodes:
+                return answers
+        raise UserError(
+            f"{len(nodes)} of the cluster's nodes can't start a process (on {silent[nodes[0].id]}); see `ray status`,"
+            " and try again"
+        )
+
+    def _await(self, asked: dict[Node, Any]) -> None:
+        """Return when the nodes that live have answered; of one that is lost nothing comes."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while asked and time.monotonic() < deadline:
+            ready, _ = self.ray.wait(list(asked.values()), num_returns=len(asked), timeout=LOOK_SECONDS)
+            asked = {n: reference for n, reference in asked.items() if reference not in ready and self.is_alive(n.id)}
 
     def _end_holder(self) -> None:
         if self._holder is not None:

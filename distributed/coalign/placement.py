@@ -82,14 +82,19 @@ def complaint(nodes: Sequence[Node], asked: Asked) -> str:
     room = sum(room_on(node, asked, False) for node in nodes)
     if room >= asked.count:
         return ""
-    have_gpus, have_cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    short, need, have = ("GPUs", asked.gpus * asked.count, have_gpus)
-    if need <= have and asked.cpus * asked.count > have_cpus:
-        short, need, have = ("CPUs", asked.cpus * asked.count, have_cpus)
-    largest = max((node.gpus if short == "GPUs" else node.cpus for node in nodes), default=0)
-    where = f" on {len(nodes)} nodes with at most {largest:g}" if len(nodes) > 1 else ""
+    by_gpus = sum(room_on(node, dataclasses.replace(asked, cpus=0), False) for node in nodes)
+    by_cpus = sum(room_on(node, dataclasses.replace(asked, gpus=0), False) for node in nodes)
+    if asked.gpus and by_gpus <= by_cpus:
+        short, each, have = "GPUs", asked.gpus, [node.gpus for node in nodes]
+    else:
+        short, each, have = "CPUs", asked.cpus, [node.cpus for node in nodes]
+    need = f"{each * asked.count:g} {short}"
+    if each * asked.count <= sum(have):  # enough of them, but not where they are needed
+        need = f"{asked.count} x {each:g} {short}, each on one node"
+        need += " beside the GPUs" if asked.gpus and short == "CPUs" else ""
+    where = f" on {len(nodes)} nodes with at most {max(have):g}" if len(nodes) > 1 else ""
     way = f"use {room} {asked.what} or fewer" if room else f"use fewer {short} each"
-    return f"{asked.setting} asks for {need:g} {short}, the cluster has {have:g}{where}; {way}, or start more nodes"
+    return f"{asked.setting} asks for {need}, the cluster has {sum(have):g}{where}; {way}, or start more nodes"
 
 
 def waiting_words(nodes: Sequence[Node], asked: Asked, missing: int) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from coalign.postmortem import Place, count_oom_kills, here
 
 POLL_SECONDS = 1.0
+LONELY_SECONDS = 40.0  # without a question from the driver: this node counts as lost there, or soon will
 SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
 
 
@@ -34,6 +35,7 @@ class Host:
         self._lines: deque[tuple[int, str]] = deque()
         self._readers: list[threading.Thread] = []
         self._kills = count_oom_kills()
+        self._asked = time.monotonic()
 
     def meet(self) -> tuple[Place, str, int]:
         """Return this process's place, its node's address in the cluster, and a port that is free there."""
@@ -65,7 +67,17 @@ class Host:
             reader = threading.Thread(target=self._read, args=(int(environment["RANK"]), process), daemon=True)
             reader.start()
             self._readers.append(reader)
+        self._asked = time.monotonic()
+        threading.Thread(target=self._end_when_lonely, daemon=True).start()
         return ""
+
+    def _end_when_lonely(self) -> None:
+        """Kill the ranks when nobody has asked after them for long: others take over, and two must not write."""
+        while time.monotonic() - self._asked < LONELY_SECONDS:
+            if all(process.poll() is not None for process in self._ranks):
+                return
+            time.sleep(POLL_SECONDS)
+        self.end()
 
     def _read(self, number: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -77,7 +89,8 @@ class Host:
 
         Returns at once when there is something to say, else after a moment.
         """
-        deadline = time.monotonic() + POLL_SECONDS
+        self._asked = time.monotonic()
+        deadline = self._asked + POLL_SECONDS
         codes = [process.poll() for process in self._ranks]
         while not self._lines and None in codes and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -15,12 +15,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from coalign.artifacts import LOCK_WAIT
 from coalign.cluster import Cluster
 from coalign.errors import UserError
 from coalign.placement import Asked, Node, asked_ranks, complaint, spread, table_lines, waiting_words
 from coalign.postmortem import LAST_LINES, Place, exit_words, explain_death, say_death, watched
 from coalign.process import Preemption
-from coalign.rank_host import POLL_SECONDS, Host
+from coalign.rank_host import LONELY_SECONDS, POLL_SECONDS, Host
 
 logger = logging.getLogger("coalign")
 
@@ -29,6 +30,7 @@ SAY_SECONDS = 20.0  # between two lines about what is waited for
 PLACE_SECONDS = 10.0  # for a placement that fits: another job may have been quicker
 STOP_SECONDS = 30.0  # for a checkpoint, after SIGTERM
 END_SECONDS = 15.0  # for killed ranks to be gone
+TAKEOVER_SECONDS = 2 * LONELY_SECONDS  # for ranks of a lost node to let go of the step's folder
 LOST = None
 
 
@@ -64,7 +66,7 @@ def run_ranks(cluster: Cluster, request: Request, stage: str) -> int:
     stop.install()
     try:
         for left in reversed(range(MAX_RESTARTS + 1)):
-            group = _Group(cluster, request, stage, stop)
+            group = _Group(cluster, request, stage, stop, left < MAX_RESTARTS)
             try:
                 code = group.run()
             finally:
@@ -84,8 +86,9 @@ def run_ranks(cluster: Cluster, request: Request, stage: str) -> int:
 class _Group:
     """One attempt: the reserved places, an actor on each of their nodes, and the ranks there."""
 
-    def __init__(self, cluster: Cluster, request: Request, stage: str, stop: Preemption) -> None:
+    def __init__(self, cluster: Cluster, request: Request, stage: str, stop: Preemption, takes_over: bool) -> None:
         self.cluster, self.request, self.stage, self.stop, self.ray = cluster, request, stage, stop, cluster.ray
+        self.takes_over = takes_over
         self.reserved: Any = None
         self.hosts: list[Any] = []
         self.places: list[Place | None] = []
@@ -169,6 +172,7 @@ class _Group:
     def _start(self, counts: list[int], met: list[tuple[Place, str, int]]) -> bool:
         """Start the ranks; return False when an actor is gone."""
         world = {"WORLD_SIZE": str(sum(counts)), "MASTER_ADDR": met[0][1], "MASTER_PORT": str(met[0][2])}
+        world |= {LOCK_WAIT: f"{TAKEOVER_SECONDS:g}"} if self.takes_over else {}
         first = 0
         started: list[Any] = []
         for host, count, (place, address, _) in zip(self.hosts, counts, met, strict=True):

@@ -43,7 +43,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     shutil.copy(Path(__file__).with_name("tiny.toml"), checkout / "configs" / "tiny.toml")
     with (checkout / "distributed" / "coalign" / "__init__.py").open("a") as package:
         package.write(f'MARK = "{MARK}"\n')
-    for big in ("runs", ".venv", ".git", "logs"):  # more than Ray takes, so that one which is not left out is noticed
+    for big in (
+        "runs",
+        ".venv",
+        ".git",
+        "logs",
+        "data",
+        "models",
+    ):  # more than Ray takes, so that one which is not left out is noticed
         (checkout / big).mkdir()
         with (checkout / big / "big").open("wb") as file:
             file.truncate(2**30)
@@ -180,7 +187,10 @@ def test_what_cannot_be_met_is_refused_with_a_table(nodes: Nodes, finished: tupl
     words = step_words(nodes, "sample", "greedy", "generation.workers=1", "generation.gpus_per_worker=3")
     code, printed = nodes.inside(0, on_cluster(words))
     assert code == 2, printed
-    assert "asks for 3 GPUs, the cluster has 4 on 2 nodes with at most 2; use fewer GPUs each" in printed
+    assert (
+        "asks for 1 x 3 GPUs, each on one node, the cluster has 4 on 2 nodes with at most 2; use fewer GPUs each"
+        in printed
+    )
     for name in NAMES:
         assert any(name in line and "2 of 2" in line for line in printed.splitlines()), printed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from coalign.config import GenerationTable
@@ -45,11 +47,24 @@ def test_a_request_that_never_fits_says_what_there_is_and_what_to_do() -> None:
     """GPUs on different nodes don't add up for one worker, which the numbers in all would hide."""
     assert complaint([ALPHA, BETA], asked(3, 2)) == ""
     assert complaint([ALPHA, BETA], asked(2, 3)) == (
-        "generation.workers=2 asks for 6 GPUs, the cluster has 6 on 2 nodes with at most 4; use 1 workers or fewer, or"
-        " start more nodes"
+        "generation.workers=2 asks for 2 x 3 GPUs, each on one node, the cluster has 6 on 2 nodes with at most 4; use 1"
+        " workers or fewer, or start more nodes"
     )
     assert "asks for 9 GPUs, the cluster has 4; use fewer GPUs each" in complaint([ALPHA], asked(1, 9))
     assert "asks for 5 CPUs, the cluster has 4; use 4 workers or fewer" in complaint([PLAIN], asked(5, 0))
+
+
+def test_what_is_short_is_named() -> None:
+    """CPUs that are enough in all and too few on each node, with and without GPUs beside them."""
+    nodes = [Node(name, name, cpus=3, gpus=gpus, free_cpus=3, free_gpus=gpus) for name, gpus in (("a", 4), ("b", 4))]
+    plain = [dataclasses.replace(node, gpus=0) for node in nodes]
+    assert "asks for 3 x 2 CPUs, each on one node, the cluster has 6 on 2 nodes with at most 3; use 2 workers" in (
+        complaint(plain, asked(3, 0, cpus=2))
+    )
+    assert "asks for 3 x 2 CPUs, each on one node beside the GPUs, the cluster has 6" in complaint(
+        nodes, asked(3, 1, cpus=2)
+    )
+    assert "asks for 9 GPUs, the cluster has 8" in complaint(nodes, asked(9, 1, cpus=0.1))
 
 
 def test_the_table_shows_asked_and_free() -> None:

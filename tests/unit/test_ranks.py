@@ -88,3 +88,17 @@ def test_a_script_that_the_node_lacks_is_named(host: rank_host.Host) -> None:
 def test_the_interface_of_an_address() -> None:
     assert rank_host._interface_of("127.0.0.1").startswith("lo")
     assert rank_host._interface_of("203.0.113.7") == ""
+
+
+def test_ranks_that_nobody_asks_after_end(host: rank_host.Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node that is cut off they would go on writing beside those that take over."""
+    monkeypatch.setattr(rank_host, "LONELY_SECONDS", 4.0)
+    start(host, "wait")
+    asked_until = time.monotonic() + 6
+    while time.monotonic() < asked_until:
+        assert host.poll()[1] == [None, None]
+    deadline = time.monotonic() + 60
+    while any(process.poll() is None for process in host._ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert [process.returncode for process in host._ranks] == [-9, -9]
