@@ -1,6 +1,7 @@
 """Check a node of a Slurm job before the work begins; slurm/job.sh runs this on every node at once.
 
-The first node notes the start of the job as well, and prints the run's folder, a free port and its own address.
+The first node prints a free port, its own address and the run's folder; whoever finds a mistake prints that word, since
+srun's exit code may be that of another node. With --count the start of the job is noted, and nothing is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from coalign.process import run_step
 from coalign.run_folder import RunFolder
 from coalign.submission import GENERATING
 
-USAGE = "usage: python launch/preflight.py STEP [CONFIG.toml] [key=value ...]   # in a Slurm job, see slurm/job.sh"
+USAGE = "usage: python launch/preflight.py [--count] STEP [CONFIG.toml] [key=value ...]   # see slurm/job.sh"
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +28,15 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return
+    try:
+        check([word for word in argv if word != "--count"], "--count" in argv)
+    except UserError:
+        print("mistake", flush=True)
+        raise
+
+
+def check(argv: list[str], count: bool) -> None:
+    """Note the job's start, or check this node. Raises UserError."""
     step, *words = argv or [""]
     if step not in STEP_TABLES:
         raise UserError(f"{step or 'nothing'} is no step; the steps are {', '.join(STEP_TABLES)}. {USAGE}")
@@ -34,6 +44,10 @@ def main(argv: list[str]) -> None:
     host, is_first = socket.gethostname(), os.environ.get("SLURM_NODEID", "0") == "0"
     job, restarts = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     run = RunFolder(config.run, words)
+    folder = Path(config.eval.folder) if step == "eval" and config.eval.folder else run.step(step)
+    if count:
+        allocation.count_start(folder, job, restarts)
+        return
     allocation.check_shared(host, run.path, f"{job}-{restarts}", is_first)
     allocation.check_disk(host, run.path, config.slurm.free_gib)
     gpus, nodes = allocation.count_gpus(), allocation.node_names()
@@ -44,11 +58,8 @@ def main(argv: list[str]) -> None:
             print(f"warning: {host} has {gpus} GPUs, but {ranks} ranks (--ntasks-per-node)", file=sys.stderr)
     if step in GENERATING and config.generation.workers and config.slurm.gpus_per_node:
         allocation.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
-    if not is_first:
-        return
-    folder = Path(config.eval.folder) if step == "eval" and config.eval.folder else run.step(step)
-    allocation.count_start(folder, job, restarts)
-    print(allocation.free_port(job), allocation.own_address(nodes), run.path.resolve())
+    if is_first:
+        print(allocation.free_port(job), allocation.own_address(nodes), run.path.resolve())
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
             print(f"{name}={value}")
         return
     submission.check_resources(table, generation.workers, generation.gpus_per_worker)
+    submission.check_flags([*table.options, *request.flags])
     submission.check_time(table, [*table.options, *request.flags])
     steps = [step for step in find_steps(config) if request.only in ("", step.name)]
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     for job in orphans:
         submission.call(["scancel", job.number])
         print(f"cancelled job {job.number} of {job.folder}: what it waited for is gone")
-    Path("logs").mkdir(exist_ok=True)  # or sbatch's jobs would fail without a word
+    submission.make_logs()
     running = {name: job.number for name, job in queued.items()}
     submitted = submission.submit(missing, running, command_of, submission.job_environment(table, ROOT))
     for step in steps:

@@ -7,7 +7,7 @@
 #
 # begin_job sets step, words, job, attempt, nodes, ranks, python, port and address. A step ends with exit code 2 for a
 # mistake of the user's: then the job fails. It is queued again when it was told to stop (USR1 before the time limit, TERM
-# when it is preempted) and when a node of it no longer answers. Ctrl-C, in an allocation of salloc, just ends it.
+# when it is preempted) and when a node of it no longer answers. Ctrl-C, in an allocation of salloc, stops it for good.
 set -uo pipefail
 
 fail() {
@@ -25,11 +25,12 @@ begin_job() {
     trap 'stop TERM' TERM
     trap 'stop INT' INT HUP
     trap leave EXIT
+    check_step
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     count_ranks
     # The shell of salloc may be on the login node: go on on the first node, which Ray's driver must be on.
-    [ -n "${SLURMD_NODENAME:-}" ] || COALIGN_HOP="$job $ranks" exec srun --interactive --preserve-env --nodes=1 \
-        --ntasks=1 --nodelist="${nodes[0]}" bash "$0" "$@"
+    [ -n "${SLURMD_NODENAME:-}" ] || COALIGN_HOP="$job $ranks" exec srun --interactive --quit-on-interrupt \
+        --preserve-env --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" bash "$0" "$@"
     echo "== $step, job $job on ${nodes[*]}$([ "$attempt" = 0 ] || echo ", requeued $attempt times")"
 
     [ -n "${COALIGN_ROOT:-}" ] || read_settings
@@ -41,12 +42,26 @@ begin_job() {
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_DISTRIBUTION=block SLURM_EXPORT_ENV=ALL
     export COALIGN_NODES="${nodes[*]}" COALIGN_START_SECONDS="${COALIGN_START_SECONDS:-300}"
     export COALIGN_RANKS_PER_NODE="$ranks"
+    # A node that was cut off may still be at work on the step that this attempt takes over.
+    [ "$attempt" = 0 ] || export COALIGN_LOCK_WAIT_SECONDS="$COALIGN_START_SECONDS"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
     export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
     unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT RAY_ADDRESS # of whatever submitted this job
     unset TMPDIR # srun's tasks would make it anew on every node
     make_folders
     preflight
+}
+
+# Each script runs its kind of step alone: ranks of a step that generates would all write the same files.
+check_step() {
+    local own generating="paraphrase sample judge eval"
+    case "$(basename "${COALIGN_JOB_SCRIPT:-$0}")" in
+    deepspeed.sbatch) own="sft align" ;;
+    ray.sbatch) own="$generating" ;;
+    *) own="prepare rank $generating" ;;
+    esac
+    case " $own " in *" $step "*) ;; *) fail "this script runs one of: $own; for another step take the script that \
+docs/running.md names, or slurm/pipeline.sh --only $step" 2 ;; esac
 }
 
 count_ranks() {
@@ -57,8 +72,12 @@ count_ranks() {
 # The table [slurm], which pipeline.sh passes on; in a job that sbatch or salloc made, the config is asked here.
 read_settings() {
     local venv="${VIRTUAL_ENV:-${VENV:-$root/.venv}}" found name value
-    found="$(PATH="$venv/bin:$PATH" python "$root/launch/submit.py" --settings "${words[@]}")" ||
-        fail "the table [slurm] can't be read on ${nodes[0]}; activate the environment first, or use slurm/pipeline.sh" 2
+    found="$(PATH="$venv/bin:$PATH" python "$root/launch/submit.py" --settings "${words[@]}")"
+    case $? in
+    0) ;;
+    2) exit 2 ;; # it has said why
+    *) fail "the table [slurm] can't be read on ${nodes[0]}; activate the environment first, or use slurm/pipeline.sh" 2 ;;
+    esac
     while IFS="=" read -r name value; do export "$name=$value"; done <<<"$found"
 }
 
@@ -106,10 +125,15 @@ make_folders() {
 
 preflight() {
     local found run
+    # Outside srun, which may not reach a node: also such a start counts, or the job would come back for ever.
+    timeout --kill-after=10 "$COALIGN_START_SECONDS" \
+        "${python[@]}" "$root/launch/preflight.py" --count "$step" "${words[@]}" || exit
     each_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1)
     found="$(timeout --kill-after=10 "$COALIGN_START_SECONDS" "${each_node[@]}" \
         "${python[@]}" "$root/launch/preflight.py" "$step" "${words[@]}")"
     code=$?
+    [ "$code" -ne 124 ] || echo "error: the nodes were not checked within $COALIGN_START_SECONDS s (slurm.start_seconds)" >&2
+    [[ $'\n'"$found"$'\n' != *$'\nmistake\n'* ]] || code=2 # srun tells how the others were ended
     [ -z "$stopping" ] || code=1
     [ "$code" -eq 0 ] || end_job
     # shellcheck disable=SC2034 # for those who source this
@@ -138,7 +162,7 @@ run() {
         "$@" &
     else
         work_is_srun=no
-        TMPDIR="$COALIGN_TMP.batch" "$@" &
+        COALIGN_SCRIPT=$$ TMPDIR="$COALIGN_TMP.batch" "$@" & # it ends when this script is killed
     fi
     work=$!
     [ -z "$stopping" ] || pass_on "$stopping" # which came a moment before
@@ -154,6 +178,7 @@ run() {
     wait "$work"
     code=$?
     work=""
+    [ ! -e "$COALIGN_TMP.batch/mistake" ] || code=2
 }
 
 # Names the nodes of this job on which nothing can be started.
@@ -180,6 +205,8 @@ queue_again() {
     *TimeLimit) fail "the time limit came before $step had saved its work; raise slurm.warn_seconds and submit again" ;;
     *) exit 1 ;;
     esac
+    [[ "$(scontrol show job "$job")" =~ Requeue=1 ]] ||
+        fail "$1; the job is not to be queued again (--no-requeue): submit the step anew and it goes on"
     echo "== $step, job $job is queued again: $1"
     scontrol requeue "$job"
     # Slurm ends this script, and often scontrol too; only what scontrol itself reports is a refusal.

@@ -20,5 +20,8 @@ trap 'kill -TERM "$rank" 2>/dev/null' TERM
 while :; do
     wait "$rank"
     code=$?
-    kill -0 "$rank" 2>/dev/null || exit "$code"
+    kill -0 "$rank" 2>/dev/null && continue
+    # srun may tell how the other ranks were ended; job.sh looks here, on the first node.
+    [ "$code" -ne 2 ] || touch "$COALIGN_TMP.batch/mistake" 2>/dev/null
+    exit "$code"
 done

@@ -113,7 +113,7 @@ def check_shared(host: str, folder: Path, attempt: str, is_first: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
         return
-    deadline = time.monotonic() + min(60.0, start_seconds())  # what a network file system may keep from us
+    deadline = time.monotonic() + min(60.0, start_seconds() / 2)  # what a network file system may keep from us
     while not mark.exists():
         if time.monotonic() > deadline:
             raise UserError(

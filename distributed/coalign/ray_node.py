@@ -44,6 +44,7 @@ def main() -> int:
             folder.mkdir(mode=0o700)
             (folder / HOLDER).write_text(str(os.getpid()))
             patience = {"RAY_gcs_server_port_wait_time_s": f"{start_seconds():.0f}"}  # Ray itself has 20
+            patience |= own_places(folder, int(os.environ["SLURM_JOB_ID"]))
             command = start_command(names, name, folder)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=os.environ | patience)
             started = time.monotonic()
@@ -65,6 +66,15 @@ def _end(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(other, signal.SIG_IGN)  # they may come several times
     raise _JobIsOverError
+
+
+def own_places(folder: Path, job: int) -> dict[str, str]:
+    """Return what gives this job ports of metrics and caches of its own, instead of the same ones for everybody."""
+    ports = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+    places = {name: str(free_port(job, index)) for index, name in enumerate(ports, 3)}
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        places[name] = os.environ.get(name) or str(folder / name.partition("_")[0].lower())
+    return places
 
 
 def start_command(names: list[str], name: str, folder: Path) -> list[str]:

@@ -31,7 +31,19 @@ WITH_VALUE = (
     "mem",
     "gres",
     "gpus-per-node",
+    "dependency",
 )
+# Flags that would break the chain of jobs or its traces, and what to do instead.
+REFUSED = {
+    "comment": "pipeline.sh knows its jobs again by it",
+    "job-name": "logs are named by it; use run.name",
+    "output": "logs lie in logs/",
+    "array": "a step is one job; use a run.name each",
+    "wrap": "the job scripts are the command",
+    "wait": "each job waits for the one before it",
+    "parsable": "pipeline.sh prints the numbers of the jobs",
+    "test-only": "use --dry-run",
+}
 GONE = "DependencyNeverSatisfied"
 # What sbatch says, and which keys it is about.
 CAUSES = (
@@ -118,6 +130,24 @@ def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> 
         )
 
 
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise UserError for flags of sbatch that a pipeline can't be given."""
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0]
+        if name in REFUSED:
+            raise UserError(f"{flag} can't be given to a pipeline: {REFUSED[name]}")
+
+
+def make_logs() -> None:
+    """Make the folder of the jobs' logs, without which they would fail without a word. Raises UserError."""
+    try:
+        Path("logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {Path('logs').absolute()} can't be made ({error.strerror}); jobs log there"
+        ) from None
+
+
 def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
     """Raise UserError when a job would be told to stop as soon as it starts."""
     given = [flag.removeprefix("--time=") for flag in flags if flag.startswith("--time=")]
@@ -164,8 +194,12 @@ def make_command(
         f"--comment={MARK}{step.folder.resolve()}",
     ]
     command += ["--output=logs/%x-%j.out", "--open-mode=append", "--requeue"]
-    if after:
-        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    given = [flag for flag in flags if flag.startswith("--dependency=")]
+    conditions = [f"afterok:{after}"] if after else []
+    conditions += [flag.partition("=")[2] for flag in given[-1:]]  # of several sbatch would take the last
+    if conditions:
+        command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
+    flags = [flag for flag in flags if flag not in given]
     return [*command, *flags, *last_flags(step.name), str(root / "slurm" / step.script), step.name, *words]
 
 
@@ -226,6 +260,8 @@ def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
     for word in rest:
         if word == "--only" or word.startswith("--only="):
             only = word.partition("=")[2] or next(rest, "")
+            if not only:
+                raise UserError(f"no step was named; the steps are {', '.join(steps)}, see slurm/pipeline.sh --help")
             if only not in steps:
                 raise UserError(f"--only {only or 'nothing'}: no such step; the steps are {', '.join(steps)}")
         elif word == "--dry-run":

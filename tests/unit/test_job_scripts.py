@@ -21,7 +21,7 @@ PROGRAMS = {
 case "$1 $2" in
 "show hostnames") echo here ;;
 "show job")
-    echo "JobState=RUNNING Restarts=${RESTARTS:-0}"
+    echo "JobState=RUNNING Requeue=${REQUEUE:-1} Restarts=${RESTARTS:-0}"
     echo "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}"
     ;;
 esac""",
@@ -29,7 +29,8 @@ esac""",
     "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
     "box": """\
 case "$*" in
-*preflight.py*) echo "20001 127.0.0.1 $PWD" ;;
+*--count*) exit "${COUNTED:-0}" ;;
+*preflight.py*) echo "${FOUND:-20001 127.0.0.1 $PWD}"; exit "${CHECKED:-0}" ;;
 *) trap '' TERM USR1; if [ -n "${SIGNAL:-}" ]; then kill "-$SIGNAL" "$PPID"; sleep 0.3; fi; exit "${CODE:-0}" ;;
 esac""",
 }
@@ -45,7 +46,9 @@ def run(tmp_path: Path) -> Run:
         path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$CALLED"\n{text}\n')
         path.chmod(0o755)
 
-    def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str, script: str = "single.sbatch", step: str = "rank", **more: str
+    ) -> subprocess.CompletedProcess[str]:
         env = {
             "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin",
             "PYTHONPATH": str(ROOT / "distributed"),
@@ -59,7 +62,7 @@ def run(tmp_path: Path) -> Run:
             "SLURMD_NODENAME": "here",
         }
         command = ["env", "--default-signal=INT"]  # which a shell lets its background ignore
-        command += ["bash", str(ROOT / "slurm" / "single.sbatch"), "rank", *words]
+        command += ["bash", str(ROOT / "slurm" / script), step, *words]
         env = {name: value for name, value in (env | more).items() if value}
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
 
@@ -78,7 +81,8 @@ def test_every_python_runs_in_the_container(run: Run, tmp_path: Path, venv: str,
     done = run("c.toml", "a=b", COALIGN_VENV=venv)
     assert done.returncode == 0, done.stderr
     begin = f"--nv image.sif {python} {ROOT}/launch"
-    assert called(tmp_path, "box") == [f"{begin}/preflight.py rank c.toml a=b", f"{begin}/rank.py c.toml a=b"]
+    ran = [f"{begin}/preflight.py --count rank c.toml a=b", f"{begin}/preflight.py rank c.toml a=b"]
+    assert called(tmp_path, "box") == [*ran, f"{begin}/rank.py c.toml a=b"]
     assert (tmp_path / "logs").is_dir()
     assert not [*Path("/tmp").glob(f"coalign-job{JOB}*")]
 
@@ -89,9 +93,9 @@ def test_a_job_without_pipeline_sh_asks_the_config(run: Run, tmp_path: Path) -> 
     config.write_text('[slurm]\ncontainer = "box from-config"\n')
     done = run(str(config), COALIGN_ROOT="", COALIGN_CONTAINER="")
     assert done.returncode == 0, done.stderr
-    assert called(tmp_path, "box")[1] == f"from-config python {ROOT}/launch/rank.py {config}"
+    assert called(tmp_path, "box")[2] == f"from-config python {ROOT}/launch/rank.py {config}"
     bad = run(str(config), "slurm.nodse=2", COALIGN_ROOT="", COALIGN_CONTAINER="")
-    assert bad.returncode == 2 and "slurm.nodse" in bad.stderr and "the table [slurm] can't be read" in bad.stderr
+    assert bad.returncode == 2 and "slurm.nodse" in bad.stderr and len(bad.stderr.splitlines()) == 1
 
 
 def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
@@ -116,7 +120,12 @@ def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
         ({"CODE": "1", "SIGNAL": "USR1"}, 0, "queued again: told to stop by USR1", True),
         ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1"}, 1, "", False),  # Slurm has started it anew meanwhile
         ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, 0, "queued again: told", True),
+        ({"CODE": "1", "SIGNAL": "USR1", "REQUEUE": "0"}, 1, "not to be queued again (--no-requeue)", False),
         ({"CODE": "0", "SIGNAL": "USR1"}, 0, "", False),
+        ({"CODE": "0", "COUNTED": "2"}, 2, "", False),
+        ({"CODE": "0", "CHECKED": "143", "FOUND": "mistake"}, 2, "", False),  # another node was killed by srun
+        ({"CODE": "0", "CHECKED": "143"}, 143, "failed (exit code 143)", False),
+        ({"CODE": "0", "CHECKED": "124"}, 124, "not checked within 300 s", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "CANCELLED None"}, 1, "", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "COMPLETING TimeLimit"}, 1, "raise slurm.warn_seconds", False),
         ({"CODE": "1", "SIGNAL": "INT"}, 130, "told to stop by INT", False),
@@ -129,6 +138,15 @@ def test_how_a_job_ends(run: Run, tmp_path: Path, more: dict[str, str], code: in
     assert said in done.stdout + done.stderr
     assert (f"requeue {JOB}" in called(tmp_path, "scontrol")) == requeued
     assert not [*Path("/tmp").glob(f"coalign-job{JOB}*")]
+
+
+@pytest.mark.parametrize(
+    ("script", "step"), [("single.sbatch", "sft"), ("ray.sbatch", "align"), ("deepspeed.sbatch", "sample")]
+)
+def test_a_script_runs_its_kind_of_step_alone(run: Run, script: str, step: str) -> None:
+    """As ranks a step that generates would write the same files several times."""
+    done = run("c.toml", script=script, step=step)
+    assert done.returncode == 2 and f"pipeline.sh --only {step}" in done.stderr
 
 
 def test_a_killed_scripts_folder_goes_with_the_next_job(run: Run) -> None:

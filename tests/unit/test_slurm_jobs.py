@@ -52,6 +52,9 @@ def test_a_job_waits_for_the_one_before_it_and_the_users_flags_come_last(tmp_pat
     assert {"--dependency=afterok:41", "--kill-on-invalid-dep=yes", "--job-name=coalign-a-b-c-sft"} <= {*command}
     assert command[-5:] == ["--time=1", "--time=2", str(tmp_path / "slurm/deepspeed.sbatch"), "sft", "c.toml"]
     assert not any("dependency" in word for word in submission.make_command(tmp_path, "a", sft, [], [], ""))
+    for after, begin in (("41", "afterok:41,"), ("", "")):
+        command = submission.make_command(tmp_path, "a", sft, ["--dependency=afterany:7", "--time=1"], [], after)
+        assert [word for word in command if "--dependency" in word] == [f"--dependency={begin}afterany:7"]
 
 
 def test_only_missing_steps_are_submitted(tmp_path: Path) -> None:
@@ -159,6 +162,21 @@ def test_a_job_that_makes_no_progress_stops_after_three_requeues(tmp_path: Path)
     for restarts in range(1, 9):  # a shard each time is progress
         (step / "shards" / f"{restarts:05d}.jsonl").touch()
         count_start(step, 6, restarts)
+
+
+@pytest.mark.parametrize("flag", ["--comment=x", "--array=1-2", "--test-only", "--output=x", "--job-name=x", "--wait"])
+def test_flags_that_would_break_the_chain_are_refused(flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} can't be given to a pipeline: "):
+        submission.check_flags(["--partition=x", flag])
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    submission.make_logs()
+    (tmp_path / "logs").rmdir()
+    (tmp_path / "logs").touch()
+    with pytest.raises(UserError, match="logs can't be made"):
+        submission.make_logs()
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:
