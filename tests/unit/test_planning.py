@@ -383,13 +383,41 @@ def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
 
 
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"intermediate_size": 176, "vocab_size": 96}
+BAD_VALUES = [
+    ("hidden_size", '"x"'),
+    ("hidden_size", "0"),
+    ("hidden_size", "64.5"),
+    ("num_hidden_layers", "1e400"),
+    ("num_hidden_layers", "1" + "0" * 400),
+    ("num_hidden_layers", "-3"),
+    ("num_hidden_layers", "null"),
+    ("num_attention_heads", "0"),
+    ("num_attention_heads", "true"),
+    ("num_key_value_heads", "0"),
+    ("vocab_size", "[96]"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=[f"{key}={value[:5]}" for key, value in BAD_VALUES])
+def test_widths_and_counts_are_positive_whole_numbers(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"head_dim": None}))
+    assert shapes.read_shape(tmp_path).head_size == 16
+    path.write_text(json.dumps(LLAMA | {key: "HERE"}).replace('"HERE"', value))
+    with pytest.raises(UserError, match=rf"config.json: {key}=.*: a whole number from 1 to") as caught:
+        shapes.read_shape(tmp_path)
+    assert len(str(caught.value)) < len(str(path)) + 120
+
+
 def test_bad_config_files(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     cases = [
         ("{", "can't be read"),
         ("[]", "holds no table"),
         (json.dumps({"model_type": "mixtral"}), "'mixtral' is not one"),
-        (json.dumps({"model_type": "llama", "hidden_size": 64}), "no usable value for 'num_attention_heads'"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "no value for 'num_attention_heads'"),
     ]
     for text, message in cases:
         path.write_text(text)
