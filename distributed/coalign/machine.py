@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from coalign.config import ModelTable
 from coalign.counting import Assumed
 from coalign.errors import UserError
-from coalign.shapes import KNOWN
+from coalign.shapes import KNOWN, Shape, find_shape, known_shape, shape_of_numbers, words_of_numbers
 
 ASSUMED = Assumed()
 
@@ -38,7 +39,7 @@ class Options:
     kv_heads: int = _option(0, "key and value heads (0: as many as heads)")
     intermediate: int = _option(0, "width inside the MLP (0: 8/3 of the width)")
     vocabulary: int = _option(0, "entries of the tokenizer (0: 32000)")
-    context: int = _option(0, "tokens of context (0: 4096)")
+    context: int = _option(0, "tokens of context (0: 4096); these need layers and hidden")
     tasks: int = _option(ASSUMED.tasks, "tasks, while prepare is not complete and no limit is set")
     inputs: int = _option(ASSUMED.inputs, "inputs a task and split, where no limit is set")
     prompt_tokens: int = _option(ASSUMED.prompt_tokens, "tokens of a prompt, while prepare is not complete")
@@ -82,6 +83,17 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     if options.ranks > options.gpus:
         raise UserError(f"--ranks {options.ranks} with --gpus {options.gpus}: a rank needs a GPU of its own")
     return options, words
+
+
+def find_model(model: ModelTable, options: Options) -> tuple[Shape, str]:
+    """Return the model's shape and where it was found. Raises UserError where options contradict one another."""
+    numbers = dataclasses.asdict(options)
+    if not options.shape:
+        return (shape_of_numbers(numbers), "options") if words_of_numbers(numbers) else find_shape(model)
+    shape = dataclasses.replace(known_shape(options.shape), given_parameters=options.parameters)
+    if more := words_of_numbers(numbers | {"parameters": 0}):
+        raise UserError(f"--shape {options.shape} has its own widths; leave out {more}, or --shape")
+    return shape, f"--shape {options.shape}"
 
 
 def _value(name: str, default: Any, text: str) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 
 from coalign.counting import Assumed, Counts, make_counts
 from coalign.generation_memory import generation_memory, tokens_in_flight
-from coalign.machine import Options
+from coalign.machine import Options, find_model
 from coalign.memory import CONTEXT_BYTES, GB, Memory, Training, element_bytes, training_memory
 from coalign.run_folder import RunFolder
-from coalign.shapes import Shape, count_lora_parameters, count_parameters, find_shape, known_shape, shape_of_numbers
+from coalign.shapes import Shape, count_lora_parameters, count_parameters
 from coalign.workload import Tables, row_widths
 
 MAX_RANKS = 1024  # more than these are not proposed
@@ -54,14 +54,7 @@ class Plan:
 def make_plan(tables: Tables, options: Options) -> Plan:
     """Return the plan of a configuration. Raises UserError when the model's shape can't be found."""
     model = tables.model
-    if options.shape:
-        shape, source = known_shape(options.shape), f"--shape {options.shape}"
-        if options.parameters:
-            shape = dataclasses.replace(shape, given_parameters=options.parameters)
-    elif options.layers or options.hidden or options.parameters:
-        shape, source = shape_of_numbers(dataclasses.asdict(options)), "options"
-    else:
-        shape, source = find_shape(model)
+    shape, source = find_model(model, options)
     context = min(shape.context, model.max_tokens or shape.context)
     assumed = Assumed(options.tasks, options.inputs, options.prompt_tokens, options.answer_tokens)
     counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)

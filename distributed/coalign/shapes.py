@@ -15,6 +15,7 @@ from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+NUMBERS = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary", "context", "parameters")
 MAX_NUMBER = 10**9  # of layers, entries or a width, in a config.json
 # What a model does to its logits after the head; such logits are made in full (see logprobs.token_logps).
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -138,6 +139,11 @@ def random_shape(table: RandomTable) -> Shape:
     return _llama("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
 
 
+def words_of_numbers(numbers: dict[str, int]) -> str:
+    """Return the options that describe a shape, of those given, as words; "" for none."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in NUMBERS if numbers.get(name))
+
+
 def shape_of_numbers(numbers: dict[str, int]) -> Shape:
     """Return a Llama-like shape from options: layers and hidden at least.
 
@@ -145,7 +151,10 @@ def shape_of_numbers(numbers: dict[str, int]) -> Shape:
     """
     for option in ("layers", "hidden"):
         if not numbers.get(option):
-            raise UserError(f"--{option} is missing: a shape needs --layers and --hidden, or --shape {'|'.join(KNOWN)}")
+            raise UserError(
+                f"--{option} is missing: {words_of_numbers(numbers)} alone describe no model; give --layers and"
+                " --hidden, or none of these numbers"
+            )
     hidden = numbers["hidden"]
     heads = numbers.get("heads") or max(1, hidden // 128)
     if hidden % heads:
