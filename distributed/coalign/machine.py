@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from coalign.config import ModelTable
+from coalign.config import ModelTable, TrainTable
 from coalign.counting import Assumed
 from coalign.errors import UserError
 from coalign.shapes import KNOWN, Shape, find_shape, known_shape, shape_of_numbers, words_of_numbers
+from coalign.tables import SlurmTable
 
 ASSUMED = Assumed()
+GPUS = 8  # where nothing says how many
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -25,7 +27,7 @@ def _option(default: Any, meaning: str) -> Any:
 class Options:
     """What the words of the command say beside the config: the machine, the model's shape, what is assumed."""
 
-    gpus: int = _option(8, "GPUs there are")
+    gpus: int = _option(0, f"GPUs there are (0: what [slurm] asks for, else train.ray_ranks, else {GPUS})")
     ranks: int = _option(0, "training processes, one a GPU (0: as many as GPUs)")
     gpu_memory: float = _option(80.0, "memory of a GPU, GB of 10^9 bytes")
     gpu_tflops: float = _option(989.0, "peak of a GPU, 10^12 dense bf16 FLOP a second (989: H100 SXM, 312: A100)")
@@ -83,6 +85,27 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     if options.ranks > options.gpus:
         raise UserError(f"--ranks {options.ranks} with --gpus {options.gpus}: a rank needs a GPU of its own")
     return options, words
+
+
+def find_gpus(options: Options, slurm: SlurmTable, train: TrainTable) -> tuple[Options, str]:
+    """Return the options with GPUs and ranks, and where their number is from: "" where it was given.
+
+    Raises UserError when [slurm] asks for more ranks than GPUs.
+    """
+    if options.gpus:
+        return options, ""
+    if not slurm.gpus_per_node:
+        source = "train.ray_ranks" if train.ray_ranks else "a guess, since neither [slurm] nor train.ray_ranks says it"
+        gpus = ranks = train.ray_ranks or GPUS
+    else:
+        source = f"slurm.nodes={slurm.nodes} x slurm.gpus_per_node={slurm.gpus_per_node}"
+        gpus = slurm.nodes * slurm.gpus_per_node
+        ranks = slurm.nodes * (slurm.ranks_per_node or slurm.gpus_per_node)
+        if slurm.ranks_per_node:
+            source += f", slurm.ranks_per_node={slurm.ranks_per_node}"
+    if ranks > gpus:
+        raise UserError(f"{source}: a rank needs a GPU of its own")
+    return dataclasses.replace(options, gpus=gpus, ranks=ranks), f"{gpus} GPUs, {ranks} ranks (--gpus): {source}"
 
 
 def find_model(model: ModelTable, options: Options) -> tuple[Shape, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from coalign.counting import Assumed, Counts, make_counts
 from coalign.generation_memory import generation_memory, tokens_in_flight
-from coalign.machine import Options, find_model
+from coalign.machine import Options, find_gpus, find_model
 from coalign.memory import CONTEXT_BYTES, GB, Memory, Training, element_bytes, training_memory
 from coalign.run_folder import RunFolder
 from coalign.shapes import Shape, count_lora_parameters, count_parameters
@@ -26,13 +26,14 @@ Changes = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """A configuration, the model's shape and where it was found, what there is to do, and the machine."""
+    """A configuration, the model's shape and where it was found, what there is to do, the machine, why that."""
 
     tables: Tables
     shape: Shape
     source: str
     counts: Counts
     options: Options
+    gpus_source: str = ""
 
     @property
     def ranks(self) -> int:
@@ -52,7 +53,7 @@ class Plan:
 
 
 def make_plan(tables: Tables, options: Options) -> Plan:
-    """Return the plan of a configuration. Raises UserError when the model's shape can't be found."""
+    """Return the plan of a configuration. Raises UserError when the model's shape can't be found, or contradicted."""
     model = tables.model
     shape, source = find_model(model, options)
     context = min(shape.context, model.max_tokens or shape.context)
@@ -60,7 +61,7 @@ def make_plan(tables: Tables, options: Options) -> Plan:
     counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)
     if model.lora.enabled:
         count_lora_parameters(shape, model.lora)  # says now which target module there isn't
-    plan = Plan(tables, shape, source, counts, options)
+    plan = Plan(tables, shape, source, counts, *find_gpus(options, tables.slurm, tables.train))
     if tables.generation.batch_tokens:
         return plan
     dtype = tables.generation.dtype

@@ -352,6 +352,28 @@ def test_the_command_refuses_what_cannot_fit(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "it fits with train.gradient_checkpointing=true (" in done.stderr
 
 
+# Words of the config, options, the GPUs and ranks planned, and what is said of them.
+GPUS = [
+    ("", "", (8, 8), "a guess"),
+    ("slurm.nodes=1 slurm.gpus_per_node=2", "", (2, 2), "slurm.nodes=1 x slurm.gpus_per_node=2"),
+    ("slurm.nodes=4 slurm.gpus_per_node=4 train.ray_ranks=2", "", (16, 16), "slurm.nodes=4 x slurm.gpus_per_node=4"),
+    ("slurm.nodes=2 slurm.gpus_per_node=4 slurm.ranks_per_node=1", "", (8, 2), "slurm.ranks_per_node=1"),
+    ("slurm.nodes=2 train.ray_ranks=3", "", (3, 3), "train.ray_ranks"),
+    ("slurm.gpus_per_node=2 train.ray_ranks=3", "--gpus 4", (4, 4), ""),
+    ("slurm.gpus_per_node=2", "--ranks 1", (1, 1), ""),
+]
+
+
+@pytest.mark.parametrize(("words", "options", "expected", "said"), GPUS)
+def test_gpus_not_given_are_those_of_the_config(
+    tmp_path: Path, words: str, options: str, expected: tuple[int, int], said: str
+) -> None:
+    plan = plan_of(tmp_path, words, f"--shape 1b {options}")
+    assert (plan.options.gpus, plan.ranks) == expected
+    lines = [line for line in sizing.plan_lines(plan) if "(--gpus): " in line]
+    assert len(lines) == bool(said) and all(said in line for line in lines)
+
+
 BAD = [
     (["nowhere.toml"], "no such config file"),
     (["model.path=some/where"], "is no folder here and no known name"),
@@ -373,6 +395,7 @@ BAD = [
     (["--gpu-memory", "much"], "a number was expected"),
     (["--mfu", "35"], "is a share"),
     (["--ranks", "9", "--gpus", "8"], "a GPU of its own"),
+    (["slurm.gpus_per_node=2", "slurm.ranks_per_node=3"], "ranks_per_node=3: a rank needs a GPU of its own"),
     (["--cpus", "3"], "unknown option '--cpus'"),
     (["train.zero_stag=3"], "did you mean"),
     (["a.toml", "b.toml"], "one config file was expected"),
