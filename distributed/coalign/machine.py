@@ -95,7 +95,11 @@ def find_gpus(options: Options, slurm: SlurmTable, train: TrainTable) -> tuple[O
     if options.gpus:
         return options, ""
     if not slurm.gpus_per_node:
-        source = "train.ray_ranks" if train.ray_ranks else "a guess, since neither [slurm] nor train.ray_ranks says it"
+        source = (
+            f"train.ray_ranks={train.ray_ranks}"
+            if train.ray_ranks
+            else "a guess, since neither [slurm] nor train.ray_ranks says it"
+        )
         gpus = ranks = train.ray_ranks or GPUS
     else:
         source = f"slurm.nodes={slurm.nodes} x slurm.gpus_per_node={slurm.gpus_per_node}"
