@@ -9,11 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from coalign.config import ModelTable, TrainTable
 from coalign.counting import Assumed
 from coalign.errors import UserError
-from coalign.shapes import KNOWN
+from coalign.shapes import KNOWN, Shape, find_shape, known_shape, shape_of_numbers, words_of_numbers
+from coalign.tables import SlurmTable
 
 ASSUMED = Assumed()
+GPUS = 8  # where nothing says how many
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -24,7 +27,7 @@ def _option(default: Any, meaning: str) -> Any:
 class Options:
     """What the words of the command say beside the config: the machine, the model's shape, what is assumed."""
 
-    gpus: int = _option(8, "GPUs there are")
+    gpus: int = _option(0, f"GPUs there are (0: what [slurm] asks for, else train.ray_ranks, else {GPUS})")
     ranks: int = _option(0, "training processes, one a GPU (0: as many as GPUs)")
     gpu_memory: float = _option(80.0, "memory of a GPU, GB of 10^9 bytes")
     gpu_tflops: float = _option(989.0, "peak of a GPU, 10^12 dense bf16 FLOP a second (989: H100 SXM, 312: A100)")
@@ -38,7 +41,7 @@ class Options:
     kv_heads: int = _option(0, "key and value heads (0: as many as heads)")
     intermediate: int = _option(0, "width inside the MLP (0: 8/3 of the width)")
     vocabulary: int = _option(0, "entries of the tokenizer (0: 32000)")
-    context: int = _option(0, "tokens of context (0: 4096)")
+    context: int = _option(0, "tokens of context (0: 4096); these need layers and hidden")
     tasks: int = _option(ASSUMED.tasks, "tasks, while prepare is not complete and no limit is set")
     inputs: int = _option(ASSUMED.inputs, "inputs a task and split, where no limit is set")
     prompt_tokens: int = _option(ASSUMED.prompt_tokens, "tokens of a prompt, while prepare is not complete")
@@ -82,6 +85,42 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     if options.ranks > options.gpus:
         raise UserError(f"--ranks {options.ranks} with --gpus {options.gpus}: a rank needs a GPU of its own")
     return options, words
+
+
+def find_gpus(options: Options, slurm: SlurmTable, train: TrainTable) -> tuple[Options, str]:
+    """Return the options with GPUs and ranks, and where their number is from: "" where it was given.
+
+    Raises UserError when [slurm] asks for more ranks than GPUs.
+    """
+    if options.gpus:
+        return options, ""
+    if not slurm.gpus_per_node:
+        source = (
+            f"train.ray_ranks={train.ray_ranks}"
+            if train.ray_ranks
+            else "a guess, since neither [slurm] nor train.ray_ranks says it"
+        )
+        gpus = ranks = train.ray_ranks or GPUS
+    else:
+        source = f"slurm.nodes={slurm.nodes} x slurm.gpus_per_node={slurm.gpus_per_node}"
+        gpus = slurm.nodes * slurm.gpus_per_node
+        ranks = slurm.nodes * (slurm.ranks_per_node or slurm.gpus_per_node)
+        if slurm.ranks_per_node:
+            source += f", slurm.ranks_per_node={slurm.ranks_per_node}"
+    if ranks > gpus:
+        raise UserError(f"{source}: a rank needs a GPU of its own")
+    return dataclasses.replace(options, gpus=gpus, ranks=ranks), f"{gpus} GPUs, {ranks} ranks (--gpus): {source}"
+
+
+def find_model(model: ModelTable, options: Options) -> tuple[Shape, str]:
+    """Return the model's shape and where it was found. Raises UserError where options contradict one another."""
+    numbers = dataclasses.asdict(options)
+    if not options.shape:
+        return (shape_of_numbers(numbers), "options") if words_of_numbers(numbers) else find_shape(model)
+    shape = dataclasses.replace(known_shape(options.shape), given_parameters=options.parameters)
+    if more := words_of_numbers(numbers | {"parameters": 0}):
+        raise UserError(f"--shape {options.shape} has its own widths; leave out {more}, or --shape")
+    return shape, f"--shape {options.shape}"
 
 
 def _value(name: str, default: Any, text: str) -> Any:

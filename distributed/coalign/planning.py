@@ -12,27 +12,30 @@ from typing import Any
 
 from coalign.counting import Assumed, Counts, make_counts
 from coalign.generation_memory import generation_memory, tokens_in_flight
-from coalign.machine import Options
+from coalign.machine import Options, find_gpus, find_model
 from coalign.memory import CONTEXT_BYTES, GB, Memory, Training, element_bytes, training_memory
 from coalign.run_folder import RunFolder
-from coalign.shapes import Shape, count_lora_parameters, count_parameters, find_shape, known_shape, shape_of_numbers
+from coalign.shapes import Shape, count_lora_parameters, count_parameters
 from coalign.workload import Tables, row_widths
 
 MAX_RANKS = 1024  # more than these are not proposed
 MIN_TOKENS = 128  # a smaller micro-batch or batch is not proposed
+WORKER_GPUS = (1.0, 2.0, 4.0, 8.0)  # of a worker; they are GPUs of one node
 
 Changes = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """A configuration, the model's shape and where it was found, what there is to do, and the machine."""
+    """A configuration, the model's shape and where it was found, what there is to do, the machine, why that."""
 
     tables: Tables
     shape: Shape
     source: str
     counts: Counts
     options: Options
+    gpus_source: str = ""
+    automatic_tokens: bool = False  # generation.batch_tokens is what a worker would take
 
     @property
     def ranks(self) -> int:
@@ -52,27 +55,24 @@ class Plan:
 
 
 def make_plan(tables: Tables, options: Options) -> Plan:
-    """Return the plan of a configuration. Raises UserError when the model's shape can't be found."""
+    """Return the plan of a configuration. Raises UserError when the model's shape can't be found, or contradicted."""
     model = tables.model
-    if options.shape:
-        shape, source = known_shape(options.shape), f"--shape {options.shape}"
-        if options.parameters:
-            shape = dataclasses.replace(shape, given_parameters=options.parameters)
-    elif options.layers or options.hidden or options.parameters:
-        shape, source = shape_of_numbers(dataclasses.asdict(options)), "options"
-    else:
-        shape, source = find_shape(model)
+    shape, source = find_model(model, options)
     context = min(shape.context, model.max_tokens or shape.context)
     assumed = Assumed(options.tasks, options.inputs, options.prompt_tokens, options.answer_tokens)
     counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)
     if model.lora.enabled:
         count_lora_parameters(shape, model.lora)  # says now which target module there isn't
-    plan = Plan(tables, shape, source, counts, options)
-    if tables.generation.batch_tokens:
-        return plan
-    dtype = tables.generation.dtype
-    free = plan.worker_gpus * plan.gpu_bytes - element_bytes(dtype) * count_parameters(shape) - CONTEXT_BYTES
-    return changed(plan, {"generation.batch_tokens": tokens_in_flight(shape, dtype, free)})
+    plan = Plan(tables, shape, source, counts, *find_gpus(options, tables.slurm, tables.train))
+    return plan if tables.generation.batch_tokens else _with_automatic_tokens(plan)
+
+
+def _with_automatic_tokens(plan: Plan) -> Plan:
+    """Return the plan with the generation.batch_tokens that a worker takes where it is 0."""
+    dtype = plan.tables.generation.dtype
+    free = plan.worker_gpus * plan.gpu_bytes - element_bytes(dtype) * count_parameters(plan.shape) - CONTEXT_BYTES
+    plan = changed(plan, {"generation.batch_tokens": tokens_in_flight(plan.shape, dtype, free)})
+    return dataclasses.replace(plan, automatic_tokens=True)
 
 
 def training_memories(plan: Plan) -> dict[str, Memory]:
@@ -116,7 +116,10 @@ def changed(plan: Plan, changes: Changes) -> Plan:
         if name == "lora.enabled":
             name, value = "lora", old.lora.model_copy(update={"enabled": value})
         tables = dataclasses.replace(tables, **{table: old.model_copy(update={name: value})})
-    return dataclasses.replace(plan, tables=tables)
+    plan = dataclasses.replace(plan, tables=tables)
+    if "generation.batch_tokens" in changes:
+        return dataclasses.replace(plan, automatic_tokens=False)
+    return _with_automatic_tokens(plan) if plan.automatic_tokens else plan
 
 
 def words_of(changes: Changes) -> str:
@@ -165,22 +168,34 @@ def _offload(plan: Plan) -> list[Changes]:
     first: Changes = {} if train.zero_stage else {"train.zero_stage": 2}
     if not train.offload_optimizer:
         first["train.offload_optimizer"] = True
-    both = {**first, "train.zero_stage": 3, "train.offload_parameters": True}
+    both = first | ({} if train.zero_stage == 3 else {"train.zero_stage": 3}) | {"train.offload_parameters": True}
     return ([first] if first else []) + ([] if train.offload_parameters else [both])
 
 
+def _precision(plan: Plan) -> list[Changes]:
+    return [{"train.precision": "bfloat16"}] if plan.tables.train.precision == "float32" else []
+
+
 # What is tried, in this order; each gives its changes from the smallest on.
-_WAYS: tuple[Callable[[Plan], list[Changes]], ...] = (_checkpointing, _smaller, _stages, _more_ranks, _lora, _offload)
+_WAYS: tuple[Callable[[Plan], list[Changes]], ...] = (
+    _checkpointing,
+    _smaller,
+    _stages,
+    _more_ranks,
+    _lora,
+    _offload,
+    _precision,
+)
 
 
 def smallest_change(plan: Plan) -> Changes | None:
-    """Return the first change, in the order of _WAYS, that alone makes training fit; else several; None: nothing does.
+    """Return the first change, in the order of _WAYS, that alone makes training fit; else several; None: none does.
 
     Of several those that turn out not to be needed are left out again, from the last on.
     """
     for way in _WAYS:
         if found := next((changes for changes in way(plan) if training_fits(changed(plan, changes))), None):
-            return found
+            return _needed(plan, found)
     taken: Changes = {}
     for way in _WAYS:
         options = way(changed(plan, taken))
@@ -194,10 +209,10 @@ def smallest_change(plan: Plan) -> Changes | None:
 
 def _needed(plan: Plan, changes: Changes) -> Changes:
     """Return the changes without those that are not needed, and the largest micro-batch that they allow."""
-    offloads = any(key.startswith("train.offload") for key in changes)  # which only some stages can do
-    for key in [key for key in reversed(changes) if not (offloads and key == "train.zero_stage")]:
+    for key in [*reversed(changes), "train.zero_stage"]:  # once more, when what needs the stage is left out
         fewer = {name: value for name, value in changes.items() if name != key}
-        if fewer and training_fits(changed(plan, fewer)):
+        offloads = any(name.startswith("train.offload") for name in fewer)  # which only some stages can do
+        if fewer and not (offloads and key == "train.zero_stage") and training_fits(changed(plan, fewer)):
             changes = fewer
     size = "train.micro_batch_tokens"
     if size in changes:
@@ -214,7 +229,8 @@ def complaint(plan: Plan) -> str | None:
         needs = f"{stage} needs {memory.total_bytes / GB:.1f} GB a GPU, which has {plan.gpu_bytes / GB:.1f}"
         change = smallest_change(plan)
         if change is None:
-            return f"{needs}, and no setting makes it fit; use a smaller model or GPUs with more memory (--gpu-memory)"
+            way = "use a smaller model or GPUs with more memory (--gpu-memory)"
+            return f"{needs}, and no setting tried here makes it fit; {way}"
         peak = max(m.total_bytes for m in training_memories(changed(plan, change)).values()) / GB
         said.append(f"{needs}; it fits with {words_of(change)} ({peak:.1f} GB)")
         plan = changed(plan, change)
@@ -234,24 +250,29 @@ def _generation_complaint(plan: Plan) -> str:
     for change in generation_changes(plan):
         if generation_fits(changed(plan, change)):
             return f"{needs}; it fits with {words_of(change)}"
-    way = "use GPUs with more memory (--gpu-memory)"
-    return f"{needs}, and no setting makes it fit: a worker uses GPUs of one node; {way}"
+    more = " or more of them (--gpus)" if plan.options.gpus < max(WORKER_GPUS) else ""
+    way = f"use GPUs with more memory (--gpu-memory){more}"
+    return f"{needs}, and no setting tried here makes it fit: a worker uses GPUs of one node; {way}"
 
 
 def generation_changes(plan: Plan) -> Iterator[Changes]:
-    """Yield what is tried for the workers: no more than GPUs, smaller batches, a whole GPU each, several each."""
-    generation, counts = plan.tables.generation, plan.counts
-    most = int(plan.options.gpus / plan.worker_gpus)
-    fewer: Changes = {"generation.workers": most} if 0 < most < generation.workers else {}
-    if fewer:
-        yield fewer
-    if generation.engine == "transformers":
-        for tokens in _halves(generation.batch_tokens, counts.longest_tokens):
-            yield fewer | {"generation.batch_tokens": tokens}
-    if plan.worker_gpus < 1:
-        workers = min(max(1, generation.workers), plan.options.gpus)
-        yield {"generation.gpus_per_worker": 1.0, "generation.workers": workers}
-    for gpus in (2, 4, 8):
-        if plan.worker_gpus < gpus <= plan.options.gpus:
-            workers = min(max(1, generation.workers), plan.options.gpus // gpus)
-            yield {"generation.gpus_per_worker": float(gpus), "generation.workers": workers}
+    """Yield what is tried for the workers, from the smallest change on.
+
+    For each number of GPUs a worker, which are the present one, fewer, more: as many workers as there are GPUs for, the
+    batch as it is and then halved. All of it again in bfloat16 where it was float32.
+    """
+    generation, present = plan.tables.generation, plan.worker_gpus
+    node = plan.tables.slurm.gpus_per_node or max(WORKER_GPUS)
+    others = sorted({*WORKER_GPUS} - {present}, key=lambda gpus: (gpus > present, abs(gpus - present)))
+    dtypes: list[Changes] = [{}] + ([{"generation.dtype": "bfloat16"}] if generation.dtype == "float32" else [])
+    for dtype in dtypes:
+        for gpus in (present, *(gpus for gpus in others if gpus <= node)):
+            room = int(plan.options.gpus / gpus)
+            change = dtype | ({} if gpus == present else {"generation.gpus_per_worker": gpus})
+            change |= {"generation.workers": room} if room < generation.workers else {}
+            if not room:
+                continue
+            yield change
+            tokens = changed(plan, change).tables.generation.batch_tokens
+            for fewer in _halves(tokens, plan.counts.longest_tokens) if generation.engine == "transformers" else ():
+                yield change | {"generation.batch_tokens": fewer}

@@ -15,6 +15,8 @@ from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+NUMBERS = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary", "context", "parameters")
+MAX_NUMBER = 10**9  # of layers, entries or a width, in a config.json
 # What a model does to its logits after the head; such logits are made in full (see logprobs.token_logps).
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -137,6 +139,11 @@ def random_shape(table: RandomTable) -> Shape:
     return _llama("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
 
 
+def words_of_numbers(numbers: dict[str, int]) -> str:
+    """Return the options that describe a shape, of those given, as words; "" for none."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in NUMBERS if numbers.get(name))
+
+
 def shape_of_numbers(numbers: dict[str, int]) -> Shape:
     """Return a Llama-like shape from options: layers and hidden at least.
 
@@ -144,7 +151,10 @@ def shape_of_numbers(numbers: dict[str, int]) -> Shape:
     """
     for option in ("layers", "hidden"):
         if not numbers.get(option):
-            raise UserError(f"--{option} is missing: a shape needs --layers and --hidden, or --shape {'|'.join(KNOWN)}")
+            raise UserError(
+                f"--{option} is missing: {words_of_numbers(numbers)} alone describe no model; give --layers and"
+                " --hidden, or none of these numbers"
+            )
     hidden = numbers["hidden"]
     heads = numbers.get("heads") or max(1, hidden // 128)
     if hidden % heads:
@@ -177,23 +187,34 @@ def read_shape(folder: Path) -> Shape:
         )
     try:
         return _gpt2_shape(str(folder), values) if family == "gpt2" else _llama_shape(str(folder), family, values)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has no usable value for {error}; a {family} config was expected") from error
+    except KeyError as error:
+        raise UserError(f"{path} has no value for {error}; a {family} config was expected") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _whole(values: dict[str, Any], key: str, default: int | None = None) -> int:
+    """Return a width or a count; `default` where the key is missing or null. Raises KeyError and ValueError."""
+    value = values[key] if default is None else values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
+        raise ValueError(f"{key}={value!r:.40}: a whole number from 1 to {MAX_NUMBER} was expected")
+    return value
 
 
 def _llama_shape(name: str, family: str, values: dict[str, Any]) -> Shape:
-    hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+    hidden, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
     bias = bool(values.get("attention_bias", False))
     return Shape(
         name=name,
-        num_layers=int(values["num_hidden_layers"]),
+        num_layers=_whole(values, "num_hidden_layers"),
         hidden=hidden,
         num_heads=heads,
-        num_kv_heads=int(values.get("num_key_value_heads") or heads),
-        head_size=int(values.get("head_dim") or hidden // heads),
-        intermediate=int(values["intermediate_size"]),
-        vocabulary=int(values["vocab_size"]),
-        context=int(values.get("max_position_embeddings") or 4096),
+        num_kv_heads=_whole(values, "num_key_value_heads", heads),
+        head_size=_whole(values, "head_dim", hidden // heads),
+        intermediate=_whole(values, "intermediate_size"),
+        vocabulary=_whole(values, "vocab_size"),
+        context=_whole(values, "max_position_embeddings", 4096),
         tied=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=bias or family == "qwen2",
         output_bias=bias and family != "qwen2",
@@ -204,17 +225,17 @@ def _llama_shape(name: str, family: str, values: dict[str, Any]) -> Shape:
 
 
 def _gpt2_shape(name: str, values: dict[str, Any]) -> Shape:
-    hidden, heads = int(values["n_embd"]), int(values["n_head"])
+    hidden, heads = _whole(values, "n_embd"), _whole(values, "n_head")
     return Shape(
         name=name,
-        num_layers=int(values["n_layer"]),
+        num_layers=_whole(values, "n_layer"),
         hidden=hidden,
         num_heads=heads,
         num_kv_heads=heads,
         head_size=hidden // heads,
-        intermediate=int(values.get("n_inner") or 4 * hidden),
-        vocabulary=int(values["vocab_size"]),
-        context=int(values["n_positions"]),
+        intermediate=_whole(values, "n_inner", 4 * hidden),
+        vocabulary=_whole(values, "vocab_size"),
+        context=_whole(values, "n_positions"),
         tied=bool(values.get("tie_word_embeddings", True)),
         gpt2=True,
         qkv_bias=True,

@@ -100,6 +100,7 @@ def _assumptions(plan: Plan) -> list[str]:
     options = plan.options
     slow = "float32" in (plan.tables.train.precision, plan.tables.generation.dtype)
     lines = [
+        *([plan.gpus_source] if plan.gpus_source else []),
         *plan.counts.assumptions,
         *(["the same peak in float32, where GPUs are slower: give --gpu-tflops"] if slow else []),
         f"{options.mfu:.0%} of the peak in training and reading (--mfu), {options.generation_mfu:.0%} in drawing tokens"

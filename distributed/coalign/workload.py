@@ -27,6 +27,7 @@ from coalign.counting import CHARACTERS_A_TOKEN, ROW_BYTES, Counts
 from coalign.memory import element_bytes
 from coalign.prompts import NUM_VARIANTS
 from coalign.shapes import Shape, count_lora_parameters, count_parameters
+from coalign.tables import SlurmTable
 
 PACK_TOKENS = 256  # what a token sees of a packed row, at most, where blocks are passed over (layouts.PACK_ON_CPU too)
 QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite, without what is asked about
@@ -34,7 +35,7 @@ QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tables:
-    """The tables of the configuration that decide what is computed."""
+    """The tables of the configuration that decide what is computed, and on how many GPUs."""
 
     run: RunTable
     model: ModelTable
@@ -48,6 +49,7 @@ class Tables:
     rank: RankTable
     align: AlignTable
     eval: EvalTable
+    slurm: SlurmTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
