@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTEST_ARGS ?=
-# The quick tests run in two processes of one thread each; in one, whose output is seen at once, with PYTEST_ARGS='-n 0 -s'.
+# Tests run in two processes of one thread each, the slow ones a file at a time; in one, whose output is seen at once, with PYTEST_ARGS='-n 0 -s'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
@@ -51,7 +51,7 @@ test: $(INSTALLED)
 	$(PYTEST) --dist worksteal -m "not slow and not slurm and not gpu and not peers" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -n 0 -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py tests/peers/test_benchmark_rows.py $(PYTEST_ARGS)
