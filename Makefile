@@ -2,7 +2,8 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PYTEST_ARGS ?=
-# Tests run in two processes of one thread each, the slow ones a file at a time; in one, whose output is seen at once, with PYTEST_ARGS='-n 0 -s'.
+# Tests run in two processes of one thread each, the slow ones a file at a time; in one, whose output is seen at once,
+# with PYTEST_ARGS='-n 0 -s'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed

@@ -162,12 +162,31 @@ def test_a_second_call_submits_nothing(whole: tuple[Pipeline, dict[str, str]]) -
 
 def left_on_nodes(cluster: SlurmCluster) -> list[str]:
     """Return temporary folders and processes of jobs that are still on the nodes."""
-    found = [str(path) for node in NODES for path in (cluster.root / "tmp" / node).glob("coalign-*")]
+    names = ("coalign-*", "torch*", "triton*", "ray*", "tmp*")
+    found = [str(path) for node in NODES for name in names for path in (cluster.root / "tmp" / node).glob(name)]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             if process.environ().get("COALIGN_TMP") and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline())[:200])
     return found
+
+
+def heads_of_ray() -> list[psutil.Process]:
+    """Return the head processes of jobs' clusters."""
+    heads = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            if process.name() == "gcs_server" and process.environ().get("COALIGN_TMP"):
+                heads.append(process)
+    return heads
+
+
+def open_sockets(process: psutil.Process) -> list[str]:
+    """Return what a job listens on in a process's network: "ADDRESS:PORT NAME", without Slurm's own."""
+    command = ["nsenter", "--target", str(process.pid), "--net", "ss", "-ltnpH"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.findall(r"(\S+) +\S+ +users:\(\(\"([^\"]+)", shown)
+    return [f"{address} {name}" for address, name in found if not name.startswith(("srun", "slurm"))]
 
 
 def assert_nothing_left(cluster: SlurmCluster) -> None:
@@ -350,12 +369,7 @@ def test_steps_run_in_an_allocation_of_salloc(pipeline: Callable[[Run], Pipeline
 
 def tokens_of_ray() -> set[str]:
     """Return the tokens of all Ray clusters that jobs run now."""
-    tokens = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-            if process.name() == "gcs_server" and process.environ().get("COALIGN_TMP"):
-                tokens.add(process.environ()["RAY_AUTH_TOKEN"])
-    return tokens
+    return {head.environ()["RAY_AUTH_TOKEN"] for head in heads_of_ray()}
 
 
 def drivers(step: str) -> list[psutil.Process]:
@@ -405,6 +419,9 @@ def test_generation_survives_scancel_and_a_lost_node(
     assert done <= {path.name for path in shards.glob("*.jsonl")}
 
     third = mine.jobs("--only", "sample", "slurm.nodes=1", "generation.workers=1")["sample"]
+    heard: set[str] = set()
+    wait_until(lambda: heard.update(*map(open_sockets, heads_of_ray())) or mine.run.complete("sample"), "sampled", 240)
+    assert heard and not [line for line in heard if "127.0.0.1:" not in line and "[::1]:" not in line], heard
     mine.wait("sample", third)
     assert "shards are done already" in mine.printed("sample", third)
     assert_same_files(mine.run.path / "sample", finished.path / "sample", ["responses.jsonl", "dropped.jsonl"])
