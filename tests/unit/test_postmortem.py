@@ -13,6 +13,7 @@ import pytest
 
 from coalign import watcher
 from coalign.postmortem import exit_words, read_end, reason_of
+from unit.waiting import until
 
 # As Ray 2.60 words it, for os._exit and SIGKILL alike.
 DEAD = (
@@ -96,6 +97,7 @@ def test_the_python_is_the_one_that_ray_would_have_started(tmp_path: Path) -> No
     """The raylet's own command names it; whoever else starts a watcher gets the one that runs it."""
     words = ["-c", "import time; time.sleep(600)", "--python_worker_command=/opt/own/python setup_worker.py --x=1"]
     raylet = subprocess.Popen([sys.executable, *words])
+    until(lambda: bool(Path(f"/proc/{raylet.pid}/cmdline").read_bytes()))  # none yet while it is being started
     assert watcher.python_of(raylet.pid) == "/opt/own/python"
     raylet.kill()
     raylet.wait()
