@@ -85,7 +85,8 @@ def missing() -> str | None:
 
 def environment(root: Path) -> dict[str, str]:
     """Return the environment of daemons and client commands."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
+    strange = ("SLURM", "SBATCH", "SRUN", "TORCHINDUCTOR")  # the last is what torch has set in this process
+    own = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
     own["PATH"] = own.get("PATH", "") + SBIN
     return own | {"SLURM_CONF": str(root / "slurm.conf")}
 
