@@ -127,7 +127,7 @@ preflight() {
     local found run
     # Outside srun, which may not reach a node: also such a start counts, or the job would come back for ever.
     timeout --kill-after=10 "$COALIGN_START_SECONDS" \
-        "${python[@]}" "$root/launch/preflight.py" --count "$step" "${words[@]}" || exit
+        "${python[@]}" "$root/launch/preflight.py" --count "$step" "${words[@]}" >/dev/null || exit
     each_node=(srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1)
     found="$(timeout --kill-after=10 "$COALIGN_START_SECONDS" "${each_node[@]}" \
         "${python[@]}" "$root/launch/preflight.py" "$step" "${words[@]}")"
