@@ -18,7 +18,7 @@ from coalign.config import STEP_TABLES
 from coalign.errors import UserError
 from coalign.process import run_step
 from coalign.run_folder import RunFolder
-from coalign.submission import GENERATING
+from coalign.sbatch_flags import GENERATING
 
 USAGE = "usage: python launch/preflight.py [--count] STEP [CONFIG.toml] [key=value ...]   # see slurm/job.sh"
 

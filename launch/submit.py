@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from coalign import submission
+from coalign import sbatch_flags, submission
 from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import STEP_TABLES, Config
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> None:
         for name, value in submission.job_environment(table, ROOT).items():
             print(f"{name}={value}")
         return
-    submission.check_resources(table, generation.workers, generation.gpus_per_worker)
-    submission.check_flags([*table.options, *request.flags])
-    submission.check_time(table, [*table.options, *request.flags])
+    sbatch_flags.check_resources(table, generation.workers, generation.gpus_per_worker)
+    sbatch_flags.check_flags([*table.options, *request.flags])
+    sbatch_flags.check_time(table, [*table.options, *request.flags])
     steps = [step for step in find_steps(config) if request.only in ("", step.name)]
 
     def command_of(step: submission.Step, after: str) -> list[str]:
-        flags = [*submission.resource_flags(table, step.name, step.script), *request.flags]
+        flags = [*sbatch_flags.resource_flags(table, step.name, step.script), *request.flags]
         return submission.make_command(ROOT, config.run.name, step, flags, request.words, after)
 
     complete = [step.name for step in steps if read_manifest(step.folder) is not None]

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("prompts", "electing", "instances", "intervals", "calibration", "memory", "counting", "spool", "prefixes"),
     ("wording_files",),
     ("wordings",),
-    ("run_folder", "commandline", "shapes"),
+    ("run_folder", "commandline", "shapes", "sbatch_flags"),
     ("artifacts",),
     ("digests", "whole_files", "repeats"),
     ("config", "records", "process"),

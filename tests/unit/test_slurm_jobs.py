@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from coalign import allocation, submission
+from coalign import allocation, sbatch_flags, submission
 from coalign.allocation import count_start, free_port
 from coalign.errors import UserError
-from coalign.submission import QueuedJob, Step, check_time, parse_seconds, plan, read_words
+from coalign.sbatch_flags import check_time, parse_seconds
+from coalign.submission import QueuedJob, Step, plan, read_words
 from coalign.tables import SlurmTable
 
 STEPS = ("prepare", "paraphrase", "sft", "sample")
@@ -30,7 +31,7 @@ def job(folder: Path, name: str, state: str = "PENDING", reason: str = "Dependen
 
 
 def flags_of(step: str, **values: Any) -> list[str]:
-    return submission.resource_flags(table(**values), step, submission.script_of(step, 2))
+    return sbatch_flags.resource_flags(table(**values), step, submission.script_of(step, 2))
 
 
 def test_each_kind_of_step_asks_for_what_it_uses() -> None:
@@ -39,7 +40,7 @@ def test_each_kind_of_step_asks_for_what_it_uses() -> None:
     assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=6"} <= {*training}
     assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=24"} <= {*generating}
     assert not any("gpus" in flag or "nodes" in flag for flag in flags_of("rank", **asked))
-    assert "--gpus-per-node=0" in submission.last_flags("rank") and not submission.last_flags("sft")
+    assert "--gpus-per-node=0" in sbatch_flags.last_flags("rank") and not sbatch_flags.last_flags("sft")
     assert "--signal=B:USR1@90" in flags_of("rank", warn_seconds=90)
     assert not any(flag.startswith(("--partition", "--account", "--mem")) for flag in training)
     assert {"--partition=p", "--constraint=a"} <= {*flags_of("sft", partition="p", options=["--constraint=a"])}
@@ -119,8 +120,8 @@ def test_settings_that_contradict_each_other_are_refused(
     values: dict[str, Any], workers: int, gpus: float, found: str
 ) -> None:
     with pytest.raises(UserError, match=found):
-        submission.check_resources(table(**values), workers, gpus)
-    submission.check_resources(table(nodes=2, gpus_per_node=2), 4, 1.0)
+        sbatch_flags.check_resources(table(**values), workers, gpus)
+    sbatch_flags.check_resources(table(nodes=2, gpus_per_node=2), 4, 1.0)
 
 
 def test_the_words_are_sorted() -> None:
@@ -167,7 +168,7 @@ def test_a_job_that_makes_no_progress_stops_after_three_requeues(tmp_path: Path)
 @pytest.mark.parametrize("flag", ["--comment=x", "--array=1-2", "--test-only", "--output=x", "--job-name=x", "--wait"])
 def test_flags_that_would_break_the_chain_are_refused(flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag} can't be given to a pipeline: "):
-        submission.check_flags(["--partition=x", flag])
+        sbatch_flags.check_flags(["--partition=x", flag])
 
 
 def test_a_folder_of_logs_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
