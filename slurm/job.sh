@@ -15,7 +15,7 @@ fail() {
     exit "${2:-1}"
 }
 
-stopping="" work="" code=0 ray="" made=""
+stopping="" work="" code=0 ray="" made="" mistake=""
 
 begin_job() {
     [ $# -gt 0 ] || fail "no step was named; usage: slurm/$(basename "$0") STEP [CONFIG.toml] [key=value ...]" 2
@@ -133,7 +133,7 @@ preflight() {
         "${python[@]}" "$root/launch/preflight.py" "$step" "${words[@]}")"
     code=$?
     [ "$code" -ne 124 ] || echo "error: the nodes were not checked within $COALIGN_START_SECONDS s (slurm.start_seconds)" >&2
-    [[ $'\n'"$found"$'\n' != *$'\nmistake\n'* ]] || code=2 # srun tells how the others were ended
+    [[ $'\n'"$found"$'\n' != *$'\nmistake\n'* ]] || mistake=yes # srun tells how the others were ended
     [ -z "$stopping" ] || code=1
     [ "$code" -eq 0 ] || end_job
     # shellcheck disable=SC2034 # for those who source this
@@ -178,7 +178,7 @@ run() {
     wait "$work"
     code=$?
     work=""
-    [ ! -e "$COALIGN_TMP.batch/mistake" ] || code=2
+    [ ! -e "$COALIGN_TMP.batch/mistake" ] || mistake=yes
 }
 
 # Names the nodes of this job on which nothing can be started.
@@ -225,6 +225,7 @@ end_job() {
     [ -z "$stopping" ] || queue_again "told to stop by $stopping"
     lost="$(lost_nodes | sort | paste -sd' ')"
     [ -z "$lost" ] || queue_again "no answer from $lost"
+    [ -z "$mistake" ] || exit 2 # only now: without a node the others find fault with what is right
     echo "error: the step $step failed (exit code $code)" >&2
     exit "$code"
 }

@@ -26,7 +26,10 @@ case "$1 $2" in
     ;;
 esac""",
     "squeue": 'echo "${STATE:-RUNNING None}"',
-    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    "srun": """\
+[ -z "${LOST:-}" ] || [[ "$*" != *--overlap* ]] || exit 1
+while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"
+""",
     "box": """\
 case "$*" in
 *--count*) exit "${COUNTED:-0}" ;;
@@ -124,6 +127,7 @@ def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
         ({"CODE": "0", "SIGNAL": "USR1"}, 0, "", False),
         ({"CODE": "0", "COUNTED": "2"}, 2, "", False),
         ({"CODE": "0", "CHECKED": "143", "FOUND": "mistake"}, 2, "", False),  # another node was killed by srun
+        ({"CODE": "0", "CHECKED": "143", "FOUND": "mistake", "LOST": "1"}, 0, "no answer from here", True),
         ({"CODE": "0", "CHECKED": "143"}, 143, "failed (exit code 143)", False),
         ({"CODE": "0", "CHECKED": "124"}, 124, "not checked within 300 s", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "CANCELLED None"}, 1, "", False),
