@@ -58,7 +58,7 @@ def check(argv: list[str], count: bool) -> None:
     if step in GENERATING_STEPS and config.generation.workers and config.slurm.gpus_per_node:
         slurm_node.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
     if is_first:
-        print(slurm_node.free_port(job), slurm_node.own_address(nodes), run.path.resolve())
+        print(slurm_node.job_port(job), slurm_node.own_address(nodes), run.path.resolve())
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from coalign.generation.sampling import Sampling
 from coalign.models import attention
 from coalign.models.model_folder import without_planned_attention
 from coalign.models.shape import find_shape
-from coalign.planning.training_memory import Training, training_memory
+from coalign.planning.training_memory import TrainingSetup, training_memory
 from coalign.training.engine import Engine
 from coalign.training.loop import _update
 from coalign.training.losses import RankingForm
@@ -243,7 +243,7 @@ def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointi
 
 def planned_gib(model: ModelTable, table: TrainTable) -> float:
     """Return the memory that `launch/plan.py` foresees for a step, without its margin for CUDA and the allocator."""
-    memory = training_memory(Training(find_shape(model)[0], model, table, 1, ROW_TOKENS))
+    memory = training_memory(TrainingSetup(find_shape(model)[0], model, table, 1, ROW_TOKENS))
     margin = sum(part.num_bytes for part in memory.parts if part.name == "margin")
     return (memory.total_bytes - margin) / 2**30
 

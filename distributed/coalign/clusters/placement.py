@@ -6,13 +6,17 @@ Used by pool and ranks before anything is placed. Pure numbers; knows no Ray.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 
 from coalign.config import GenerationTable
 from coalign.errors import UserError
 
+logger = logging.getLogger("coalign")
+
 ROUNDING = 1e-6  # Ray counts in ten-thousandths
+SAY_SECONDS = 20.0  # between two log lines about a demand that waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,19 @@ def complaint_of_demand(nodes: Sequence[Node], asked: Demand) -> str:
     where = f" on {len(nodes)} nodes with at most {max(have):g}" if len(nodes) > 1 else ""
     way = f"use {room} {asked.what} or fewer" if room else f"use fewer {short} each"
     return f"{asked.setting} asks for {need}, the cluster has {sum(have):g}{where}; {way}, or start more nodes"
+
+
+def log_demand(nodes: Sequence[Node], asked: Demand) -> None:
+    """Log the table of `demand_lines` as warnings, before the error that it explains."""
+    for line in demand_lines(nodes, asked):
+        logger.warning("%s", line)
+
+
+def require_fits(nodes: Sequence[Node], asked: Demand, grows: bool) -> None:
+    """Raise UserError, after the table, when these nodes can never meet a demand. A cluster that `grows` always may."""
+    if not grows and (problem := complaint_of_demand(nodes, asked)):
+        log_demand(nodes, asked)
+        raise UserError(problem)
 
 
 def waiting_words(nodes: Sequence[Node], asked: Demand, missing: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from coalign.clusters.placement import Node
 from coalign.clusters.private_ray import END_SECONDS, QUIET, address_of, import_ray, start_holder
 from coalign.clusters.slurm_node import wait_for
+from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.process import node_names, start_seconds
 
@@ -153,6 +154,11 @@ class Cluster:
             self._holder.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._holder.wait(2 * END_SECONDS)
+
+
+def ray_address(generation: GenerationTable) -> str:
+    """Return the address of the Ray cluster to use: generation.ray_address, else RAY_ADDRESS, else ""."""
+    return generation.ray_address or os.environ.get("RAY_ADDRESS", "")
 
 
 def node_resource(name: str) -> str:

@@ -36,7 +36,7 @@ def wait_for(names: Sequence[str], present: Callable[[], set[str]], what: str) -
         time.sleep(0.2)
 
 
-def free_port(job: int, index: int = 0) -> int:
+def job_port(job: int, index: int = 0) -> int:
     """Return a port of this host that is free: a job's own for each index, as long as nobody else has taken it."""
     first = job * PORTS_A_JOB + index
     for number in range(NUM_PORTS):

@@ -18,7 +18,7 @@ from types import FrameType
 
 from coalign.clusters.private_ray import START_ATTEMPTS, remove_cluster
 from coalign.clusters.ray_connection import node_resource
-from coalign.clusters.slurm_node import count_gpus, free_port, own_address
+from coalign.clusters.slurm_node import count_gpus, job_port, own_address
 from coalign.errors import UserError
 from coalign.process import node_names, start_seconds
 
@@ -72,7 +72,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 def own_places(folder: Path, job: int) -> dict[str, str]:
     """Return what gives this job ports of metrics and caches of its own, instead of the same ones for everybody."""
     ports = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
-    places = {name: str(free_port(job, index)) for index, name in enumerate(ports, 3)}
+    places = {name: str(job_port(job, index)) for index, name in enumerate(ports, 3)}
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         places[name] = os.environ.get(name) or str(folder / name.partition("_")[0].lower())
     return places
@@ -89,10 +89,10 @@ def start_command(names: list[str], name: str, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += [f"--num-cpus={os.environ.get('SLURM_CPUS_ON_NODE', '1')}", f"--num-gpus={count_gpus()}"]
     command += [f"--resources={json.dumps({node_resource(name): 1})}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port(job, 1)}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={job_port(job, 1)}"]
     if name == names[0]:
         command += ["--head", f"--port={port}", f"--node-ip-address={host}", f"--temp-dir={folder / 'r'}"]
-        return [*command, "--include-dashboard=false", f"--ray-client-server-port={free_port(job, 2)}"]
+        return [*command, "--include-dashboard=false", f"--ray-client-server-port={job_port(job, 2)}"]
     wait_for_head(host, int(port), names[0], name)
     return [*command, f"--address={address}", f"--node-ip-address={own_address(names)}"]
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from coalign.clusters.placement import (
+    SAY_SECONDS,
     Demand,
     Node,
     asked_ranks,
-    complaint_of_demand,
-    demand_lines,
+    log_demand,
+    require_fits,
     spread,
     waiting_words,
 )
@@ -34,7 +35,6 @@ from coalign.runs.step_folder import LOCK_WAIT
 logger = logging.getLogger("coalign")
 
 MAX_RESTARTS = 2  # after lost nodes; what a rank itself ends with is final
-SAY_SECONDS = 20.0  # between two lines about what is waited for
 PLACE_SECONDS = 10.0  # for a placement that fits: another job may have been quicker
 STOP_SECONDS = 30.0  # for a checkpoint, after SIGTERM
 END_SECONDS = 15.0  # for killed ranks to be gone
@@ -56,11 +56,7 @@ class RankRequest:
 def require_ranks(cluster: Cluster, request: RankRequest) -> None:
     """Raise UserError, after the table asked / free, when the cluster can never hold the ranks."""
     nodes = cluster.nodes()
-    asked = asked_ranks(nodes, request.ranks, request.cpus_per_rank)
-    if not request.grows and (problem := complaint_of_demand(nodes, asked)):
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
-        raise UserError(problem)
+    require_fits(nodes, asked_ranks(nodes, request.ranks, request.cpus_per_rank), request.grows)
 
 
 def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
@@ -155,8 +151,7 @@ class _RankGroup:
         return False
 
     def _give_up(self, nodes: list[Node], asked: Demand) -> None:
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
+        log_demand(nodes, asked)
         raise UserError(
             f"{self.stage}: the cluster's CPUs and GPUs were not free within"
             f" generation.ray_wait_seconds={self.request.wait_seconds:g}; {waiting_words(nodes, asked, asked.count)};"

@@ -18,9 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.clusters.placement import Demand, asked_workers, complaint_of_demand, demand_lines, waiting_words
+from coalign.clusters.placement import (
+    SAY_SECONDS,
+    Demand,
+    asked_workers,
+    log_demand,
+    require_fits,
+    waiting_words,
+)
 from coalign.clusters.postmortem import ProcessPlace, explain_death, here, say_death, watched
-from coalign.clusters.ray_connection import Cluster
+from coalign.clusters.ray_connection import Cluster, ray_address
 from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.recipe import out_of_memory
@@ -31,7 +38,6 @@ logger = logging.getLogger("coalign")
 MAX_IN_FLIGHT = 2  # shards a worker: one at work, one waiting, so that no worker idles
 MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the stage
 END_SECONDS = 10.0  # that a killed actor may take to end
-SAY_SECONDS = 20.0  # between two lines about what is waited for
 
 
 class _Actor:
@@ -61,10 +67,7 @@ def require_workers(cluster: Cluster, settings: GenerationTable) -> Demand:
     """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
     nodes = cluster.nodes()
     asked = asked_workers(nodes, settings)
-    if not settings.ray_grows and (problem := complaint_of_demand(nodes, asked)):
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
-        raise UserError(problem)
+    require_fits(nodes, asked, settings.ray_grows)
     return asked
 
 
@@ -84,7 +87,7 @@ class _Pool:
     def __init__(self, settings: GenerationTable) -> None:
         self.calls = 0
         self.members: list[_Member] = []
-        self.cluster = Cluster(settings.ray_address or os.environ.get("RAY_ADDRESS", ""), settings.workers)
+        self.cluster = Cluster(ray_address(settings), settings.workers)
         self.ray = self.cluster.ray
         atexit.register(self.close)
         self.shared: set[Path] = set()  # folders that every node was seen to see
@@ -280,8 +283,7 @@ class _Call:
         nodes = pool.cluster.nodes()
         words = waiting_words(nodes, pool.asked, missing)
         if nobody and waited > pool.wait_seconds:
-            for line in demand_lines(nodes, pool.asked):
-                logger.warning("%s", line)
+            log_demand(nodes, pool.asked)
             raise UserError(
                 f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
                 f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished"

@@ -173,7 +173,7 @@ def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstanc
         yield Instance(place, path.stem, texts[0], text, outputs, _name(row, "id", place), seen)
 
 
-def distinct_answers(texts: Iterable[str]) -> tuple[str, ...]:
+def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the texts that aren't blank, one spelling (the first) of each."""
     some = [text for text in texts if text]
     if len(some) < 2:
@@ -228,7 +228,7 @@ def _references(value: Any, what: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         raise UserError(f"{what}={_shown(value)}; expected a string or a list of strings")
-    outputs = distinct_answers(_text(text, what).strip() for text in texts)
+    outputs = distinct_references(_text(text, what).strip() for text in texts)
     if not outputs:
         raise UserError(f"{what} is empty; every instance needs at least one reference.")
     return outputs

@@ -9,17 +9,17 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from coalign.config import DataTable
-from coalign.records import read_rows
+from coalign.records import Split, read_rows
 from coalign.runs.step_folder import read_manifest
 
 CHARACTERS_A_TOKEN = 4  # an assumption: English in a vocabulary of 32,000 or more
 TEMPLATE_TOKENS = 12  # an assumption: what a chat template puts around a message
 ROW_BYTES = 400  # an assumption: a line of JSON beside its text
 READ_EXAMPLES = 2000  # of prepare's examples that lengths are taken from
-SPLITS = ("sft", "align", "dev", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

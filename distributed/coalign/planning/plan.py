@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from coalign.config import Config
 from coalign.models.shape import Shape, count_lora_parameters, count_parameters
 from coalign.models.worker_memory import CONTEXT_BYTES, GB, Memory, element_bytes, generation_memory, tokens_in_flight
 from coalign.planning.data_counts import Assumed, Counts, make_counts
 from coalign.planning.machine import MachineOptions, find_gpus, find_model
-from coalign.planning.training_memory import Training, training_memory
-from coalign.planning.workload import Tables, row_widths
+from coalign.planning.training_memory import TrainingSetup, training_memory
+from coalign.planning.workload import row_widths
 from coalign.runs.run_folder import RunFolder
 
 MAX_RANKS = 1024  # more than these are not proposed
@@ -29,7 +30,7 @@ Changes = dict[str, Any]
 class Plan:
     """A configuration, the model's shape and where it was found, what there is to do, the machine, why that."""
 
-    tables: Tables
+    config: Config
     shape: Shape
     source: str
     counts: Counts
@@ -50,26 +51,26 @@ class Plan:
     @property
     def worker_gpus(self) -> float:
         """Return the GPUs of a generation worker; -1 in the config means one."""
-        wanted = self.tables.generation.gpus_per_worker
+        wanted = self.config.generation.gpus_per_worker
         return wanted if wanted > 0 else 1.0
 
 
-def make_plan(tables: Tables, options: MachineOptions) -> Plan:
+def make_plan(config: Config, options: MachineOptions) -> Plan:
     """Return the plan of a configuration. Raises UserError when the model's shape can't be found, or contradicted."""
-    model = tables.model
+    model = config.model
     shape, source = find_model(model, options)
     context = min(shape.context, model.max_tokens or shape.context)
     assumed = Assumed(options.tasks, options.inputs, options.prompt_tokens, options.answer_tokens)
-    counts = make_counts(RunFolder(tables.run, []).step("prepare"), tables.data, assumed, context)
+    counts = make_counts(RunFolder(config.run, []).step("prepare"), config.data, assumed, context)
     if model.lora.enabled:
         count_lora_parameters(shape, model.lora)  # says now which target module there isn't
-    plan = Plan(tables, shape, source, counts, *find_gpus(options, tables.slurm, tables.train))
-    return plan if tables.generation.batch_tokens else _with_automatic_tokens(plan)
+    plan = Plan(config, shape, source, counts, *find_gpus(options, config.slurm, config.train))
+    return plan if config.generation.batch_tokens else _with_automatic_tokens(plan)
 
 
 def _with_automatic_tokens(plan: Plan) -> Plan:
     """Return the plan with the generation.batch_tokens that a worker takes where it is 0."""
-    dtype = plan.tables.generation.dtype
+    dtype = plan.config.generation.dtype
     free = plan.worker_gpus * plan.gpu_bytes - element_bytes(dtype) * count_parameters(plan.shape) - CONTEXT_BYTES
     plan = changed(plan, {"generation.batch_tokens": tokens_in_flight(plan.shape, dtype, free)})
     return dataclasses.replace(plan, automatic_tokens=True)
@@ -77,18 +78,18 @@ def _with_automatic_tokens(plan: Plan) -> Plan:
 
 def training_memories(plan: Plan) -> dict[str, Memory]:
     """Return each training step's memory of one rank."""
-    model, train = plan.tables.model, plan.tables.train
-    widths = row_widths(plan.tables, plan.counts)
-    return {s: training_memory(Training(plan.shape, model, train, plan.ranks, w)) for s, w in widths.items()}
+    model, train = plan.config.model, plan.config.train
+    widths = row_widths(plan.config, plan.counts)
+    return {s: training_memory(TrainingSetup(plan.shape, model, train, plan.ranks, w)) for s, w in widths.items()}
 
 
 def worker_memory(plan: Plan) -> Memory:
     """Return the memory of one generation worker, for the longest prompts and answers."""
-    tables, counts = plan.tables, plan.counts
-    new_tokens = max(tables.sample.max_new_tokens, tables.eval.max_new_tokens)
+    config, counts = plan.config, plan.counts
+    new_tokens = max(config.sample.max_new_tokens, config.eval.max_new_tokens)
     prompt = max(1, counts.longest_tokens - counts.answer_tokens)
     share = plan.worker_gpus * plan.gpu_bytes
-    return generation_memory(plan.shape, tables.generation, share, prompt, new_tokens)
+    return generation_memory(plan.shape, config.generation, share, prompt, new_tokens)
 
 
 def training_fits(plan: Plan) -> bool:
@@ -98,7 +99,7 @@ def training_fits(plan: Plan) -> bool:
 
 def generation_fits(plan: Plan) -> bool:
     """Return whether all workers find a GPU, or a part, that they fit."""
-    workers = max(1, plan.tables.generation.workers)
+    workers = max(1, plan.config.generation.workers)
     enough = workers * plan.worker_gpus <= plan.options.gpus
     share = plan.worker_gpus * plan.gpu_bytes
     return enough and worker_memory(plan).total_bytes <= share + 1  # a byte for rounding
@@ -106,17 +107,17 @@ def generation_fits(plan: Plan) -> bool:
 
 def changed(plan: Plan, changes: Changes) -> Plan:
     """Return the plan with settings (`table.key`) and numbers of the machine (`ranks`) changed."""
-    tables = plan.tables
+    config = plan.config
     for key, value in changes.items():
         if key == "ranks":
             plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, gpus=value, ranks=value))
             continue
         table, _, name = key.partition(".")
-        old = getattr(tables, table)
+        old = getattr(config, table)
         if name == "lora.enabled":
             name, value = "lora", old.lora.model_copy(update={"enabled": value})
-        tables = dataclasses.replace(tables, **{table: old.model_copy(update={name: value})})
-    plan = dataclasses.replace(plan, tables=tables)
+        config = config.model_copy(update={table: old.model_copy(update={name: value})})
+    plan = dataclasses.replace(plan, config=config)
     if "generation.batch_tokens" in changes:
         return dataclasses.replace(plan, automatic_tokens=False)
     return _with_automatic_tokens(plan) if plan.automatic_tokens else plan
@@ -138,33 +139,33 @@ def _halves(number: int, least: int) -> Iterator[int]:
 
 
 def _checkpointing(plan: Plan) -> list[Changes]:
-    done = plan.tables.train.gradient_checkpointing
+    done = plan.config.train.gradient_checkpointing
     return [] if done else [{"train.gradient_checkpointing": True}]
 
 
 def _smaller(plan: Plan) -> list[Changes]:
-    least = max(row_widths(plan.tables, plan.counts).values())
-    sizes = _halves(plan.tables.train.micro_batch_tokens, least)
+    least = max(row_widths(plan.config, plan.counts).values())
+    sizes = _halves(plan.config.train.micro_batch_tokens, least)
     return [{"train.micro_batch_tokens": tokens} for tokens in sizes]
 
 
 def _stages(plan: Plan) -> list[Changes]:
-    return [{"train.zero_stage": stage} for stage in range(plan.tables.train.zero_stage + 1, 4)]
+    return [{"train.zero_stage": stage} for stage in range(plan.config.train.zero_stage + 1, 4)]
 
 
 def _more_ranks(plan: Plan) -> list[Changes]:
-    if plan.tables.train.zero_stage == 0:
+    if plan.config.train.zero_stage == 0:
         return []
     sizes = (plan.ranks << power for power in range(1, 11))
     return [{"ranks": ranks} for ranks in sizes if ranks <= MAX_RANKS]
 
 
 def _lora(plan: Plan) -> list[Changes]:
-    return [] if plan.tables.model.lora.enabled else [{"model.lora.enabled": True}]
+    return [] if plan.config.model.lora.enabled else [{"model.lora.enabled": True}]
 
 
 def _offload(plan: Plan) -> list[Changes]:
-    train = plan.tables.train
+    train = plan.config.train
     first: Changes = {} if train.zero_stage else {"train.zero_stage": 2}
     if not train.offload_optimizer:
         first["train.offload_optimizer"] = True
@@ -173,7 +174,7 @@ def _offload(plan: Plan) -> list[Changes]:
 
 
 def _precision(plan: Plan) -> list[Changes]:
-    return [{"train.precision": "bfloat16"}] if plan.tables.train.precision == "float32" else []
+    return [{"train.precision": "bfloat16"}] if plan.config.train.precision == "float32" else []
 
 
 # What is tried, in this order; each gives its changes from the smallest on.
@@ -240,7 +241,7 @@ def complaint_of_plan(plan: Plan) -> str | None:
 
 
 def _generation_complaint(plan: Plan) -> str:
-    generation = plan.tables.generation
+    generation = plan.config.generation
     workers, share = max(1, generation.workers), plan.worker_gpus * plan.gpu_bytes
     needs = (
         f"a generation worker needs {worker_memory(plan).total_bytes / GB:.1f} GB of the {share / GB:.1f} that it has"
@@ -261,8 +262,8 @@ def generation_changes(plan: Plan) -> Iterator[Changes]:
     For each number of GPUs a worker, which are the present one, fewer, more: as many workers as there are GPUs for, the
     batch as it is and then halved. All of it again in bfloat16 where it was float32.
     """
-    generation, present = plan.tables.generation, plan.worker_gpus
-    node = plan.tables.slurm.gpus_per_node or max(WORKER_GPUS)
+    generation, present = plan.config.generation, plan.worker_gpus
+    node = plan.config.slurm.gpus_per_node or max(WORKER_GPUS)
     others = sorted({*WORKER_GPUS} - {present}, key=lambda gpus: (gpus > present, abs(gpus - present)))
     dtypes: list[Changes] = [{}] + ([{"generation.dtype": "bfloat16"}] if generation.dtype == "float32" else [])
     for dtype in dtypes:
@@ -273,6 +274,6 @@ def generation_changes(plan: Plan) -> Iterator[Changes]:
             if not room:
                 continue
             yield change
-            tokens = changed(plan, change).tables.generation.batch_tokens
+            tokens = changed(plan, change).config.generation.batch_tokens
             for fewer in _halves(tokens, plan.counts.longest_tokens) if generation.engine == "transformers" else ():
                 yield change | {"generation.batch_tokens": fewer}

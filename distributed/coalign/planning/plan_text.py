@@ -12,7 +12,7 @@ from coalign.models.shape import KNOWN, Shape, count_lora_parameters, count_para
 from coalign.models.worker_memory import GB, Memory
 from coalign.planning.data_counts import CHARACTERS_A_TOKEN
 from coalign.planning.plan import Plan, training_memories, worker_memory
-from coalign.planning.training_memory import Training, training_memory
+from coalign.planning.training_memory import TrainingSetup, training_memory
 from coalign.planning.workload import Work, works
 from coalign.steps import TRAINING_STEPS
 
@@ -26,7 +26,7 @@ TABLE_ROW_TOKENS = 2048
 
 def hours(plan: Plan, work: Work) -> float:
     """Return the hours of a step: FLOPs over GPUs x peak x share of it, apart for reading and for drawing tokens."""
-    options, generation = plan.options, plan.tables.generation
+    options, generation = plan.options, plan.config.generation
     gpus = float(plan.ranks) if work.step in TRAINING_STEPS else max(1, generation.workers) * plan.worker_gpus
     peak = gpus * options.gpu_tflops * 1e12
     return (work.read_flops / options.mfu + work.new_flops / options.generation_mfu) / peak / 3600
@@ -34,7 +34,7 @@ def hours(plan: Plan, work: Work) -> float:
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return the plan for people."""
-    done = works(plan.tables, plan.shape, plan.counts)
+    done = works(plan.config, plan.shape, plan.counts)
     return [
         *_head(plan),
         "",
@@ -49,7 +49,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
-    shape, model, train, options = plan.shape, plan.tables.model, plan.tables.train, plan.options
+    shape, model, train, options = plan.shape, plan.config.model, plan.config.train, plan.options
     rank = model.lora.rank
     lora = f"LoRA of rank {rank}, {count_lora_parameters(shape, model.lora) / 1e6:.1f}M trained"
     method = lora if model.lora.enabled else "full fine-tuning"
@@ -99,7 +99,7 @@ def _work_lines(plan: Plan, done: Sequence[Work]) -> list[str]:
 
 def _assumptions(plan: Plan) -> list[str]:
     options = plan.options
-    slow = "float32" in (plan.tables.train.precision, plan.tables.generation.dtype)
+    slow = "float32" in (plan.config.train.precision, plan.config.generation.dtype)
     lines = [
         *([plan.gpus_source] if plan.gpus_source else []),
         *plan.counts.assumptions,
@@ -128,7 +128,7 @@ def _fewest(shape: Shape, model: ModelTable, stage: int) -> str:
     settings = {"zero_stage": stage, "gradient_checkpointing": True, "micro_batch_tokens": TABLE_TOKENS}
     train = TrainTable.model_validate(settings)
     for gpus in TABLE_GPUS:
-        needed = training_memory(Training(shape, model, train, gpus, TABLE_ROW_TOKENS)).total_bytes
+        needed = training_memory(TrainingSetup(shape, model, train, gpus, TABLE_ROW_TOKENS)).total_bytes
         if needed <= TABLE_GPU_BYTES:
             return f"{gpus} x {needed / GB:.0f} GB"
     return "-"

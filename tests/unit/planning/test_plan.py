@@ -19,8 +19,7 @@ from coalign.models import worker_memory
 from coalign.models.worker_memory import GB
 from coalign.planning import data_counts, machine, plan_text, training_memory, workload
 from coalign.planning import plan as planning
-from coalign.planning.training_memory import Training
-from coalign.planning.workload import Tables
+from coalign.planning.training_memory import TrainingSetup
 
 ROOT = Path(__file__).resolve().parents[3]
 SEVEN = shapes.KNOWN["7b"][0]
@@ -40,9 +39,9 @@ GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab
 LORA = ModelTable(lora=LoraTable(enabled=True))
 
 
-def training(stage: int, ranks: int = 8, model: ModelTable | None = None, **settings: Any) -> Training:
+def training(stage: int, ranks: int = 8, model: ModelTable | None = None, **settings: Any) -> TrainingSetup:
     train = TrainTable.model_validate({"zero_stage": stage, **settings})
-    return Training(ROUND, model or ModelTable(), train, ranks, 2048)
+    return TrainingSetup(ROUND, model or ModelTable(), train, ranks, 2048)
 
 
 def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> planning.Plan:
@@ -50,8 +49,7 @@ def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> pla
     path = tmp_path / "plan.toml"
     path.write_text(f'[run]\nfolder = "{tmp_path}"\n[model]\npath = "elsewhere/model"\n')
     config = load(path, words.split())
-    tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
-    return planning.make_plan(tables, machine.read_options(options.split())[0])
+    return planning.make_plan(config, machine.read_options(options.split())[0])
 
 
 def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
@@ -169,7 +167,7 @@ def test_activations_as_korthikanti_counts_them() -> None:
     statistics = 4 * 2 + 4 * heads  # of the norms, and logsumexp of attention, which the paper leaves out
     assert training_memory.layer_activation_bytes(gpt, 2) == (34 - 2) * h + statistics
     settings = {"micro_batch_tokens": 4096, "zero_stage": 0}
-    plain = Training(gpt, ModelTable(), TrainTable.model_validate(settings), 1, 256)
+    plain = TrainingSetup(gpt, ModelTable(), TrainTable.model_validate(settings), 1, 256)
     again = dataclasses.replace(plain, train=TrainTable.model_validate(settings | {"gradient_checkpointing": True}))
     layer = training_memory.layer_activation_bytes(gpt, 2)
     saved = training_memory.activation_bytes(plain) - training_memory.activation_bytes(again)
@@ -229,7 +227,7 @@ def test_a_checkpoint_by_hand() -> None:
 def test_work_follows_the_config(tmp_path: Path) -> None:
     words = "data.max_tasks=10 data.max_sft_inputs=64 data.max_align_inputs=5 sample.samples=3 sft.max_steps=7"
     plan = plan_of(tmp_path, words, "--shape 7b --prompt-tokens 100 --answer-tokens 10")
-    work = {one.step: one for one in workload.works(plan.tables, plan.shape, plan.counts)}
+    work = {one.step: one for one in workload.works(plan.config, plan.shape, plan.counts)}
     assert list(work) == ["prepare", "paraphrase", "sft", "sample", "judge", "rank", "align", "eval"]
     assert work["sft"].tokens == 7 * 32 * 110
     assert work["sample"].new_tokens == 10 * 5 * 4 * 3 * 10
@@ -248,7 +246,7 @@ def test_counts_come_from_prepare_when_it_is_complete(tmp_path: Path) -> None:
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {"tasks": {"seen": 1, "unseen": 0}, "inputs": {"sft": 4, "align": 3, "dev": 2, "test": 1}}
     (folder / "manifest.json").write_text(json.dumps({"counts": counts}))
-    found = data_counts.make_counts(folder, plan_of(tmp_path).tables.data, machine.ASSUMED, 4096)
+    found = data_counts.make_counts(folder, plan_of(tmp_path).config.data, machine.ASSUMED, 4096)
     assert (found.tasks, found.inputs) == (1, counts["inputs"])
     assert (found.instruction_tokens, found.prompt_tokens, found.answer_tokens) == (50, 65 + 12, 3)
     assert found.longest_tokens == 70 + 12 + 3
@@ -330,8 +328,8 @@ def test_tokens_in_flight_are_what_half_of_the_free_memory_holds(tmp_path: Path)
         needed = worker_memory.sampling_bytes(SEVEN, table, 96, 32)
         assert worker_memory.tokens_in_flight(SEVEN, "auto", 2 * needed + 1) == tokens
         assert worker_memory.tokens_in_flight(SEVEN, "auto", 2 * needed - 1) == tokens // 2
-    assert plan_of(tmp_path).tables.generation.batch_tokens == 32768
-    assert plan_of(tmp_path, "generation.batch_tokens=5000").tables.generation.batch_tokens == 5000
+    assert plan_of(tmp_path).config.generation.batch_tokens == 32768
+    assert plan_of(tmp_path, "generation.batch_tokens=5000").config.generation.batch_tokens == 5000
 
 
 def test_generation_that_does_not_fit(tmp_path: Path) -> None:

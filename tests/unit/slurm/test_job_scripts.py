@@ -6,12 +6,15 @@ The job scripts on a real Slurm cluster: tests/integration/test_slurm.py.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from coalign.steps import GENERATING_STEPS, STEPS, TRAINING_STEPS
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = str(10**8 + os.getpid())
@@ -151,6 +154,21 @@ def test_a_script_runs_its_kind_of_step_alone(run: Run, script: str, step: str) 
     """As ranks a step that generates would write the same files several times."""
     done = run("c.toml", script=script, step=step)
     assert done.returncode == 2 and f"pipeline.sh --only {step}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "steps"),
+    [
+        ("deepspeed.sbatch", TRAINING_STEPS),
+        ("ray.sbatch", GENERATING_STEPS),
+        ("single.sbatch", tuple(step for step in STEPS if step not in TRAINING_STEPS)),
+    ],
+)
+def test_the_scripts_know_the_steps_of_the_package(run: Run, script: str, steps: tuple[str, ...]) -> None:
+    """check_step in slurm/job.sh lists them once more, since it runs before any Python is there."""
+    done = run("c.toml", script=script, step="nothing")
+    named = re.search(r"one of: ([\w ]+);", done.stderr)
+    assert named and {*named[1].split()} == {*steps}, done.stderr
 
 
 def test_a_killed_scripts_folder_goes_with_the_next_job(run: Run) -> None:
