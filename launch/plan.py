@@ -1,4 +1,7 @@
-"""Print what a run needs before anything runs: memory, disk, tokens, hours; refuse what can't fit, with a way out."""
+"""Print what a run needs before anything runs: memory, disk, tokens, hours; refuse a run that can't fit.
+
+The numbers come from formulas, for the GPUs that the options or the config name; no device is looked at.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ENGINES = {
     "ray": "clusters/private_ray.py",
     "deepspeed": "training/deepspeed_engine.py",
     "vllm": "generation/vllm_worker.py",
-    "datasets": "data/sources.py",
+    "datasets": "data/hugging_face.py",
     "peft": "models/model_folder.py",
     "safetensors": "models/model_folder.py",
 }

@@ -1,6 +1,7 @@
 """What a run computes and writes, by formula: tokens, FLOPs and bytes on disk, step by step.
 
-Used by planning, sizing and items. Sources: "Chinchilla" arXiv 2203.15556, "PaLM" arXiv 2204.02311.
+N is the number of weights, D that of tokens. Sources: "Chinchilla" arXiv 2203.15556, "PaLM" arXiv 2204.02311. Knows
+nothing of GPUs or hours.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from coalign.config import Config, ModelTable, StageTable, TrainTable
 from coalign.models.shape import Shape, count_lora_parameters, count_parameters
 from coalign.models.sizes import PACK_ON_CPU
 from coalign.models.worker_memory import element_bytes
-from coalign.planning.data_counts import CHARACTERS_A_TOKEN, ROW_BYTES, Counts
+from coalign.planning.data_counts import CHARACTERS_PER_TOKEN, ROW_BYTES, Counts
 from coalign.prompts import NUM_VARIANTS
 
-QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite, without what is asked about
+QUESTION_TOKENS = 60  # an assumption: a question to the judge or a request to rewrite, without the task's own text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What one step computes and writes: `tokens` are read, `new_tokens` generated one after another."""
+    """What one step computes and writes; `tokens` are read, `new_tokens` are generated one after another."""
 
     step: str
     what: str
@@ -32,21 +33,21 @@ class Work:
 
 
 def group_size(config: Config) -> int:
-    """Return the most responses a group may have: W x K distinct ones, the gold answer, cut at rank.max_candidates."""
+    """Return the largest size of a group: W wordings x K samples and the gold answer, at most rank.max_candidates."""
     return min(config.rank.max_candidates, config.sample.wordings_per_input * config.sample.samples + 1)
 
 
 def pack_width(train: TrainTable) -> int:
-    """Return the tokens whose attention is computed in a row that items share.
+    """Return the width, in tokens, of the attention in a row that several items share.
 
-    Where the device decides, a GPU skips the blocks in which no token sees another: PACK_ON_CPU tokens are near the
-    truth.
+    With train.pack_tokens < 0 the device decides. A GPU skips blocks in which no token sees another, for which
+    PACK_ON_CPU tokens are a good estimate.
     """
     return min(PACK_ON_CPU if train.pack_tokens < 0 else train.pack_tokens, train.micro_batch_tokens)
 
 
 def row_widths(config: Config, counts: Counts) -> dict[str, int]:
-    """Return the tokens of the widest row by stage: a pack in sft, a prompt with its responses (or one) in align."""
+    """Return {training step: tokens of its widest row}: a pack in sft, a prompt and its responses (or one) in align."""
     responses = group_size(config) if config.train.shared_prefix else 1
     longest_prompt = max(1, counts.longest_tokens - counts.answer_tokens)
     return {
@@ -56,15 +57,15 @@ def row_widths(config: Config, counts: Counts) -> dict[str, int]:
 
 
 def forward_flops(shape: Shape, tokens: float, row_tokens: float) -> float:
-    """Return 2 N a token for the matrices (Chinchilla, appendix F) and 4 L q T for attention (PaLM, appendix B).
+    """Return 2 N per token for the matrices (Chinchilla, appendix F) and 4 L q T for attention (PaLM, appendix B).
 
-    q is the width of all query heads, T the tokens of a row; a causal mask saves nothing here.
+    L is the number of layers, q the width of all query heads, T the tokens of a row. A causal mask saves nothing here.
     """
     return tokens * (2 * count_parameters(shape) + 4 * shape.num_layers * shape.query_width * row_tokens)
 
 
 def training_flops(shape: Shape, model: ModelTable, tokens: float, row_tokens: float, recomputed: bool) -> float:
-    """Return 6 N D and attention: the backward pass costs two forward passes, a recomputed one costs one more.
+    """Return 6 N D and attention: a backward pass costs two forward passes, recomputation costs a third.
 
     Frozen weights (LoRA) need no gradient of their own: 4 N D, and 6 for the adapters.
     """
@@ -77,9 +78,10 @@ def training_flops(shape: Shape, model: ModelTable, tokens: float, row_tokens: f
 
 
 def checkpoint_bytes(shape: Shape, model: ModelTable, train: TrainTable) -> float:
-    """Return the size of a checkpoint: the weights in e bytes and 12 bytes a trained one (8 at stage 0 in float32).
+    """Return the size of a checkpoint: e bytes per weight and 12 per trained weight (8 at stage 0 in float32).
 
-    At stage 3 DeepSpeed leaves out trained weights, whose master copies are there, and keeps frozen ones.
+    e is the bytes of an element. At stage 3 DeepSpeed leaves out the trained weights, of which it saves master copies,
+    and saves the frozen ones.
     """
     e, lora = element_bytes(train.precision), model.lora
     total = count_parameters(shape)
@@ -89,9 +91,9 @@ def checkpoint_bytes(shape: Shape, model: ModelTable, train: TrainTable) -> floa
 
 
 def works(config: Config, shape: Shape, counts: Counts) -> list[Work]:
-    """Return the work of every step, in order; sampling as if answers were as long as the gold ones are."""
+    """Return the work of every step, in order, as if sampled answers were as long as gold answers."""
     examples = sum(counts.inputs.values())
-    row_bytes = ROW_BYTES + CHARACTERS_A_TOKEN * (counts.prompt_tokens + counts.answer_tokens)
+    row_bytes = ROW_BYTES + CHARACTERS_PER_TOKEN * (counts.prompt_tokens + counts.answer_tokens)
     made = element_bytes("float32") * count_parameters(shape) if config.model.init == "random" else 0
     prepare = Work("prepare", f"{counts.tasks} tasks, {examples} inputs", disk_bytes=examples * row_bytes + made)
     sample, judge, rank = _sampled(config, shape, counts)
@@ -108,12 +110,12 @@ def works(config: Config, shape: Shape, counts: Counts) -> list[Work]:
 
 
 def _generated(step: str, what: str, shape: Shape, asked: tuple[int, int], drawn: tuple[int, int]) -> Work:
-    """Return the work of a step that reads prompts once each and draws answers: (how many, tokens of one) both."""
+    """Return the work of a step that reads each prompt once and draws answers; both are (number, tokens of one)."""
     (prompts, prompt), (answers, answer) = asked, drawn
     width = prompt + answer
     read, new = prompts * prompt, answers * answer
     flops = forward_flops(shape, read, prompt), forward_flops(shape, new, width)
-    return Work(step, what, read, new, *flops, 2 * answers * (ROW_BYTES + 2 * CHARACTERS_A_TOKEN * answer))
+    return Work(step, what, read, new, *flops, 2 * answers * (ROW_BYTES + 2 * CHARACTERS_PER_TOKEN * answer))
 
 
 def _paraphrase(config: Config, shape: Shape, counts: Counts) -> Work:
@@ -127,7 +129,7 @@ def _paraphrase(config: Config, shape: Shape, counts: Counts) -> Work:
 
 
 def _sampled(config: Config, shape: Shape, counts: Counts) -> tuple[Work, Work, Work]:
-    """Return sample, judge (as if all responses were different and none matched) and rank, which computes nothing."""
+    """Return the work of sample, judge (as if all responses differ and none is gold) and rank (disk alone)."""
     table, inputs = config.sample, counts.inputs["align"]
     prompts = inputs * table.wordings_per_input
     responses, answer = prompts * table.samples, min(table.max_new_tokens, counts.answer_tokens)
@@ -137,21 +139,21 @@ def _sampled(config: Config, shape: Shape, counts: Counts) -> tuple[Work, Work, 
     questions = kinds * responses
     tokens = kinds * inputs * (counts.prompt_tokens + QUESTION_TOKENS) + questions * answer
     flops = forward_flops(shape, tokens, counts.prompt_tokens + QUESTION_TOKENS + answer)
-    rows = 2 * responses * (ROW_BYTES + CHARACTERS_A_TOKEN * answer)
+    rows = 2 * responses * (ROW_BYTES + CHARACTERS_PER_TOKEN * answer)
     judge = Work("judge", f"{questions} questions at most", tokens, read_flops=flops, disk_bytes=rows)
     groups = _num_groups(config, counts)
-    candidates = groups * group_size(config) * (ROW_BYTES + CHARACTERS_A_TOKEN * answer)
+    candidates = groups * group_size(config) * (ROW_BYTES + CHARACTERS_PER_TOKEN * answer)
     return sample, judge, Work("rank", f"{groups} groups at most", disk_bytes=candidates)
 
 
 def _num_groups(config: Config, counts: Counts) -> int:
-    """Return one group an input and wording; rank.wordings_per_input may ask for fewer."""
+    """Return the number of groups: one per input and wording, or per input and rank.wordings_per_input."""
     sampled = config.sample.wordings_per_input
     return counts.inputs["align"] * min(config.rank.wordings_per_input or sampled, sampled)
 
 
 def _training(step: str, config: Config, shape: Shape, counts: Counts) -> Work:
-    """Return the work of a training step: its updates, the dev measurements between them, checkpoints and the model."""
+    """Return the work of a training step: updates, dev measurements, checkpoints and the exported model."""
     train, recomputed = config.train, config.train.gradient_checkpointing
     stage: StageTable
     if step == "sft":
@@ -171,7 +173,7 @@ def _training(step: str, config: Config, shape: Shape, counts: Counts) -> Work:
     if step == "align" and config.align.loss == "dpo":
         flops += forward_flops(shape, min(items, used) * item_tokens, width)
     checkpoints = math.ceil(updates / train.checkpoint_every) if train.checkpoint_every else 0
-    # While a checkpoint is written those that are kept are still there.
+    # While a checkpoint is written, those that are kept are still on disk.
     kept = min(checkpoints, train.keep_last + 1) * checkpoint_bytes(shape, config.model, train)
     folder = element_bytes(train.precision) * count_parameters(shape)
     what = f"{updates} updates of {batch}, {used} {'rows' if step == 'sft' else 'groups'}"
@@ -179,7 +181,7 @@ def _training(step: str, config: Config, shape: Shape, counts: Counts) -> Work:
 
 
 def _dev_flops(config: Config, shape: Shape, counts: Counts, updates: int) -> float:
-    """Return the forward passes of the dev measurements: whole rows for every token, until the answers end."""
+    """Return the FLOPs of the dev measurements, which compute the whole row for each new token of an answer."""
     train = config.train
     if not train.eval_every:
         return 0.0

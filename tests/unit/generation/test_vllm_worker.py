@@ -197,7 +197,7 @@ def test_memory_is_that_of_the_workers_share(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_workers_that_would_share_a_gpu_unasked_are_refused() -> None:
     one, none = Node("a", "alpha", 8, 1, 8, 1), Node("b", "beta", 8, 0, 8, 0)
-    with pytest.raises(UserError, match=r"generation\.workers=1, or say generation\.gpus_per_worker=0\.5"):
+    with pytest.raises(UserError, match=r"generation\.workers=1, or set generation\.gpus_per_worker=0\.5"):
         asked_workers([one], GenerationTable(engine="vllm", workers=2))
     assert asked_workers([one], GenerationTable(engine="vllm", workers=2, gpus_per_worker=0.5)).gpus == 0.5
     assert asked_workers([one], GenerationTable(engine="vllm", workers=1)).gpus == 1.0

@@ -410,7 +410,7 @@ def test_the_command_refuses_what_cannot_fit(tmp_path: Path) -> None:
 
 # Words of the config, options, the GPUs and ranks planned, and what is said of them.
 GPUS = [
-    ("", "", (8, 8), "a guess"),
+    ("", "", (8, 8), "an assumption"),
     ("slurm.nodes=1 slurm.gpus_per_node=2", "", (2, 2), "slurm.nodes=1 x slurm.gpus_per_node=2"),
     ("slurm.nodes=4 slurm.gpus_per_node=4 train.ray_ranks=2", "", (16, 16), "slurm.nodes=4 x slurm.gpus_per_node=4"),
     ("slurm.nodes=2 slurm.gpus_per_node=4 slurm.ranks_per_node=1", "", (8, 2), "slurm.ranks_per_node=1"),
