@@ -206,7 +206,7 @@ def timed_updates(
 
 
 def first_of(items: Sequence[Item], tokens: int) -> list[Item]:
-    """Return as many items as have so many tokens."""
+    """Return the fewest items that have the given number of tokens."""
     count = next(n for n in range(1, len(items) + 1) if training_rows.num_tokens(items[:n]) >= tokens)
     return list(items[:count])
 
@@ -267,7 +267,7 @@ def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
 
 
 def sampling_table(shape: Shape, count: int) -> Iterator[Figures]:
-    """Yield generated tokens a second, on prompts that each have 8 samples of 32 tokens."""
+    """Yield generated tokens per second, on prompts that each have 8 samples of 32 tokens."""
     model, source = make_network(shape, DEVICE, DTYPE), random.Random(5)
     prompts = [random_ids(source, source.randint(100, 200), shape) for _ in range(count)]
     seeds = [[8 * n + k for k in range(8)] for n in range(len(prompts))]

@@ -235,6 +235,21 @@ def submit(
     return numbers
 
 
+def report_lines(
+    steps: Sequence[str], queued: dict[str, QueuedJob], submitted: dict[str, str], run_name: str
+) -> list[str]:
+    """Return the state of each step, one line per step, and how to follow and stop the jobs just submitted."""
+    known = {name: f"job {job.number}, {job.state.lower()} already" for name, job in queued.items()}
+    known |= {name: f"job {number}, submitted" for name, number in submitted.items()}
+    lines = [f"{name:<11} {known.get(name, 'complete')}" for name in steps]
+    if submitted:
+        name, number = next(iter(submitted.items()))
+        lines += ["", "follow them: squeue --me"]
+        lines.append(f"             tail -F logs/{job_name(run_name, name)}-{number}.out")
+        lines.append(f"stop them:   scancel {' '.join(submitted.values())}")
+    return lines
+
+
 def refuse_hopeless(numbers: dict[str, str]) -> None:
     """Raise UserError when Slurm says that one of these jobs can never start as it is."""
     lines = call(["squeue", "--me", "--noheader", "--format=%i|%r"]).splitlines()
