@@ -19,12 +19,18 @@ from typing import Any
 from coalign.clusters.placement import Node
 from coalign.clusters.private_ray import END_SECONDS, QUIET, address_of, import_ray, start_holder
 from coalign.clusters.slurm_node import wait_for
+from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.process import node_names, start_seconds
 
 ANSWER_SECONDS = 120.0  # that a node may take to start a process and read a file
 LOOK_SECONDS = 2.0  # between two looks at which nodes live
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, and removes it with the job
+
+
+def ray_address(generation: GenerationTable) -> str:
+    """Return the Ray cluster to use: generation.ray_address, else RAY_ADDRESS, else "" for a private one."""
+    return generation.ray_address or os.environ.get("RAY_ADDRESS", "")
 
 
 class Cluster:

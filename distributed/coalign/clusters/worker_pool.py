@@ -20,7 +20,7 @@ from typing import Any
 
 from coalign.clusters.placement import Demand, asked_workers, complaint_of_demand, demand_lines, waiting_words
 from coalign.clusters.postmortem import ProcessPlace, explain_death, here, say_death, watched
-from coalign.clusters.ray_connection import Cluster
+from coalign.clusters.ray_connection import Cluster, ray_address
 from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.recipe import out_of_memory
@@ -84,7 +84,7 @@ class _Pool:
     def __init__(self, settings: GenerationTable) -> None:
         self.calls = 0
         self.members: list[_Member] = []
-        self.cluster = Cluster(settings.ray_address or os.environ.get("RAY_ADDRESS", ""), settings.workers)
+        self.cluster = Cluster(ray_address(settings), settings.workers)
         self.ray = self.cluster.ray
         atexit.register(self.close)
         self.shared: set[Path] = set()  # folders that every node was seen to see
