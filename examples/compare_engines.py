@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 import torch
 
 from coalign.config import GenerationTable, ModelTable
+from coalign.generation.workers import Sampling, make_generate_worker, make_score_worker
 from coalign.process import derive_seed
 from coalign.prompts import paraphrase_prompt
-from coalign.workers import Sampling, make_generate_worker, make_score_worker
 
 PHRASEBOOK = Path(__file__).resolve().parent / "phrasebook"
 ENGINES = ("transformers", "vllm")

@@ -7,7 +7,7 @@
 #     run_command python launch/sample.py CONFIG.toml || exit $?
 #     ...                                   # the cluster ends with the script; end_cluster ends it earlier
 #
-# A process of its own holds the cluster (python -m coalign.private_cluster): it listens on 127.0.0.1 alone. When its input
+# A process of its own holds the cluster (python -m coalign.clusters.private_ray): it listens on 127.0.0.1 alone. When its input
 # ends, because the script ends or was killed, it ends every process of the cluster and removes its folder. The token is
 # only in the environment. Commands see RAY_ADDRESS and start no cluster of their own; launch/local.sh inside such a
 # script neither. run_command runs one command so that Ctrl-C, SIGTERM and SIGHUP reach it at once and end the script;
@@ -24,7 +24,7 @@ begin_cluster() {
     export RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_TOKEN
     RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
     unset RAY_AUTH_TOKEN_PATH
-    coproc CLUSTER { exec python -P -m coalign.private_cluster "$1"; }
+    coproc CLUSTER { exec python -P -m coalign.clusters.private_ray "$1"; }
     cluster_holder=$CLUSTER_PID
     exec {cluster_output}<&"${CLUSTER[0]}" # bash closes its own end when the holder has gone
 }

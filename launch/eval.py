@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coalign import agreement as agreeing
-from coalign import card_results, evaluated, evaluation
-from coalign.artifacts import TRAINING_STEPS, StepFolder, base_model_folder, installed_versions
-from coalign.cards import model_labels
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_for_other_model, table_values
-from coalign.metrics import parse_agreement
-from coalign.page import write_results
+from coalign.config import Config, changed_values, cores_used, table_for_other_model, table_values
+from coalign.evaluation import agreement as agreeing
+from coalign.evaluation import models_under_test
+from coalign.evaluation import requests as evaluation
+from coalign.evaluation.metrics import parse_agreement
+from coalign.evaluation.summary import summarise
 from coalign.process import announce, run_step, set_up_logging
 from coalign.records import Example, Task, read_records, to_row
-from coalign.run_folder import RunFolder
-from coalign.summary import summarise
+from coalign.report import model_card_results
+from coalign.report.model_cards import model_labels
+from coalign.report.page import write_results
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import StepFolder, base_model_folder, installed_versions
+from coalign.steps import STEP_TABLES, TRAINING_STEPS
 
 Row = dict[str, Any]
 
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> None:
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
     folders = find_models(config, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
-    judge, digests = evaluated.check_models(folders, own, agreement.folder)
+    judge, digests = models_under_test.check_models(folders, own, agreement.folder)
     examples = read_records(Example, needs["prepare"] / "examples.jsonl")
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
     settings = table_values(config, STEP_TABLES["eval"], with_neutral=False)
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> None:
     result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
     dropped += incomplete
     counts = evaluation.count_models(result, outputs, pairs) | {"cores": cores_used(config.generation, config.run)}
-    result |= evaluated.describe_steps(evaluated.steps_so_far(config.run, argv), step, counts) | {
+    result |= models_under_test.describe_steps(models_under_test.steps_so_far(config.run, argv), step, counts) | {
         "run": config.run.name,
         "sources": table.models,
         "labels": model_labels(run, table.models),
@@ -71,24 +74,27 @@ def main(argv: list[str]) -> None:
     step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
     print("\n".join(write_results(step.path, result)), flush=True)
     step.commit(counts | {"dropped": result["dropped"]})
-    card_results.add_results(run, table, result)
+    model_card_results.add_results(run, table, result)
 
 
 def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:
     """Return the model folder or hub name of every name in eval.models."""
     base = base_model_folder(config.model, prepare) if "base" in config.eval.models.values() else ""
-    return {name: evaluated.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
+    return {name: models_under_test.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
 
 
 def ask_model(
     config: Config, step: StepFolder, name: str, folder: str, pairs: list[evaluation.Pair]
 ) -> tuple[evaluation.ModelOutput, list[Row]]:
     """Return everything that one model said, and the rows too long for its context."""
-    from coalign import encoding, models, pool, workers
+    from coalign.clusters import worker_pool
+    from coalign.generation import workers
+    from coalign.models import codec as encoding
+    from coalign.models import model_folder
 
     table, settings = config.eval, config.generation
-    model = evaluated.model_table(table.models[name.partition("-")[2]], config.model)
-    codec = encoding.Codec(models.load_tokenizer(folder, model), model)
+    model = models_under_test.model_table(table.models[name.partition("-")[2]], config.model)
+    codec = encoding.Codec(model_folder.load_tokenizer(folder, model), model)
     requests, too_long = evaluation.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
 
     def generate(what: str, rows: list[Row], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
@@ -96,7 +102,7 @@ def ask_model(
         sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
         shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        return pool.run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
+        return worker_pool.run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     return evaluation.collect_answers(requests, pairs, table, settings, config.run.seed, generate), too_long
 
@@ -105,14 +111,17 @@ def ask_judge(
     config: Config, step: StepFolder, folder: str, dropped: list[Row], pairs: list[tuple[str, str]]
 ) -> list[bool]:
     """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
-    from coalign import encoding, models, pool, workers
+    from coalign.clusters import worker_pool
+    from coalign.generation import workers
+    from coalign.models import codec as encoding
+    from coalign.models import model_folder
 
     model = table_for_other_model(config.model)
-    codec = encoding.Codec(models.load_tokenizer(folder, model), model)
+    codec = encoding.Codec(model_folder.load_tokenizer(folder, model), model)
     requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)
-    rows = pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
+    rows = worker_pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
     return agreeing.read_agreement(rows, len(pairs))
 
 

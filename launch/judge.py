@@ -5,22 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 
-from coalign import calibration, judging
-from coalign.artifacts import base_model_folder
 from coalign.commandline import parse_command_line
-from coalign.config import (
-    STEP_TABLES,
-    changed_values,
-    cores_used,
-    table_for_other_model,
-    table_values,
-)
-from coalign.digests import digest_judge
+from coalign.config import changed_values, cores_used, table_for_other_model, table_values
 from coalign.errors import UserError
+from coalign.judging import calibration, verdicts
 from coalign.process import announce, run_step, set_up_logging
 from coalign.prompts import NO, YES
 from coalign.records import Example, Response, Task, read_records, to_row
-from coalign.run_folder import RunFolder
+from coalign.runs.digests import digest_judge
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import base_model_folder
+from coalign.steps import STEP_TABLES
 
 logger = logging.getLogger("coalign")
 
@@ -39,8 +34,8 @@ def main(argv: list[str]) -> None:
     tasks = {task.id: task for task in read_records(Task, needs["prepare"] / "tasks.jsonl")}
     examples = {(e.task, e.id): e for e in read_records(Example, needs["prepare"] / "examples.jsonl")}
     responses = read_records(Response, needs["sample"] / "responses.jsonl")
-    answers, dropped = judging.distinct_answers(responses)
-    decided, undecided = judging.decide_by_rules(answers, examples, table.gold)
+    answers, dropped = verdicts.distinct_answers(responses)
+    decided, undecided = verdicts.decide_by_rules(answers, examples, table.gold)
     dev = [example for example in examples.values() if example.split == "dev"]
     known = calibration.calibration_answers(tasks, dev, table.max_dev_inputs, config.run.seed)
     if table.gold:
@@ -50,10 +45,10 @@ def main(argv: list[str]) -> None:
     plan = f"{len(responses)} responses, {num_distinct} distinct, {num_open} for the judge; {len(known)} known ones"
     announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
 
-    from coalign.encoding import Codec
-    from coalign.models import load_tokenizer
-    from coalign.pool import run_shards
-    from coalign.workers import make_score_worker
+    from coalign.clusters.worker_pool import run_shards
+    from coalign.generation.workers import make_score_worker
+    from coalign.models.codec import Codec
+    from coalign.models.model_folder import load_tokenizer
 
     named = {"sft": str(needs["policy"] / "model"), "base": base_model_folder(config.model, needs["prepare"])}
     model_folder = named.get(table.model, table.model)
@@ -69,12 +64,12 @@ def main(argv: list[str]) -> None:
         key = places[prompt]
         return None if key is None else log_odds[key]
 
-    def ask(items: list[judging.Item], name: str) -> list[tuple[judging.Item, judging.Asked]]:
-        asked = judging.with_questions(items, tasks, examples, table)
-        prompts = [prompt for _, by_question in asked for prompt in judging.all_prompts(by_question)]
-        requests = judging.plan_requests(prompts, codec.encode_prompt, verdict_ids, codec.max_tokens, places)
+    def ask(items: list[verdicts.Item], name: str) -> list[tuple[verdicts.Item, verdicts.Asked]]:
+        asked = verdicts.with_questions(items, tasks, examples, table)
+        prompts = [prompt for _, by_question in asked for prompt in verdicts.all_prompts(by_question)]
+        requests = verdicts.plan_requests(prompts, codec.encode_prompt, verdict_ids, codec.max_tokens, places)
         if config.model.too_long == "error":
-            judging.require_short(asked, places, codec.max_tokens)
+            verdicts.require_short(asked, places, codec.max_tokens)
         for row in run_here(requests, make_worker, config.generation, f"judge {name}", name):
             log_odds[row["key"]] = row["logps"][0] - row["logps"][1]
         return asked
@@ -92,16 +87,16 @@ def main(argv: list[str]) -> None:
     num_known = len(log_odds)
     thresholds = {question: values["threshold"] for question, values in quality.items()}
     asked = ask(undecided, "responses")
-    judged, too_long = judging.decide_by_judge(asked, scores, thresholds)
+    judged, too_long = verdicts.decide_by_judge(asked, scores, thresholds)
     decided |= judged
     dropped += too_long
 
     step.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
     step.write_output("dropped.jsonl", dropped)
-    counts = judging.count_judging(responses, asked, decided, dropped, len(thresholds), len(log_odds) - num_known)
+    counts = verdicts.count_judging(responses, asked, decided, dropped, len(thresholds), len(log_odds) - num_known)
     counts |= {"calibration": quality, "calls_on_known_answers": num_known, "weak": weak is not None}
     counts["cores"] = cores_used(config.generation, config.run)
-    for line in judging.describe_verdicts(counts):
+    for line in verdicts.describe_verdicts(counts):
         logger.info("%s", line)
     step.commit(counts)
 

@@ -11,16 +11,18 @@ import sys
 import time
 from pathlib import Path
 
-from coalign import arms, exhibits, experiment
-from coalign.artifacts import TRAINING_STEPS, read_manifest
-from coalign.card_results import fill_card
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, Config, table_values
-from coalign.digests import CARD, digest_file, digest_model_files
+from coalign.config import Config, table_values
 from coalign.errors import UserError
+from coalign.experiment import arms, results
 from coalign.process import derive_seed, run_command, run_step
-from coalign.run_folder import RunFolder
-from coalign.whole_files import write_atomic, write_json
+from coalign.report import experiment_table
+from coalign.report.model_card_results import fill_card
+from coalign.runs.atomic_files import write_atomic, write_json
+from coalign.runs.digests import CARD, digest_file, digest_model_files
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import read_manifest
+from coalign.steps import STEP_TABLES, TRAINING_STEPS
 
 ALWAYS_STARTED = ("prepare", "paraphrase")  # they read files beside the run, and look for themselves what has changed
 
@@ -92,7 +94,7 @@ def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) ->
 def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list[str]:
     """Write the ladder's metrics.json, table.md and figure; return what to print."""
     seed = derive_seed(config.run.seed, "ladder")
-    result = experiment.make_result(ladder, steps, arms.COMPARISONS, config.eval.num_bootstrap, seed)
+    result = results.make_result(ladder, steps, arms.COMPARISONS, config.eval.num_bootstrap, seed)
     result |= {"split": config.eval.split, "agreement": config.eval.agreement}
     folder = ladder.home / "ladder"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,9 @@ def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list
         metrics = json.loads((ladder.eval_folder(number) / "metrics.json").read_text(encoding="utf-8"))
         for name in filter(lambda name: arms.ARMS[name].result, ladder.arms):  # the base model's card is not ours
             fill_card(Path(ladder.model(name, number)) / "model" / CARD, metrics, name)
-    lines = exhibits.table_lines(result)
+    lines = experiment_table.table_lines(result)
     write_atomic(folder / "table.md", "\n".join(lines) + "\n")
-    paths = exhibits.draw(result, folder)
+    paths = experiment_table.draw(result, folder)
     return [*lines, "", f"table and figure: {folder / 'table.md'}, {', '.join(map(str, paths))}"]
 
 

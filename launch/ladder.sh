@@ -20,7 +20,7 @@ import os
 import sys
 
 from coalign import arms
-from coalign.artifacts import read_manifest
+from coalign.runs.step_folder import read_manifest
 from coalign.commandline import parse_command_line
 from coalign.config import Config, table_values
 from coalign.errors import UserError

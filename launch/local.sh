@@ -45,8 +45,8 @@ import sys
 from pathlib import Path
 
 try:
-    from coalign.artifacts import read_manifest
-    from coalign.run_folder import RunFolder
+    from coalign.runs.step_folder import read_manifest
+    from coalign.runs.run_folder import RunFolder
     from coalign.commandline import parse_command_line
     from coalign.config import STEP_TABLES
     from coalign.errors import UserError

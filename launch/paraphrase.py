@@ -8,19 +8,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from coalign import filtering, rewrites
-from coalign.ahead import encode_ahead
-from coalign.artifacts import StepFolder, base_model_folder, require_complete
+from coalign.clusters.worker_pool import close_pools
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, Config, changed_values, cores_used, table_values
-from coalign.digests import digest_file, digest_model_files
+from coalign.config import Config, changed_values, cores_used, table_values
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
 from coalign.records import Task, read_records, to_row
-from coalign.run_folder import RunFolder
-from coalign.wording_files import read_wordings
-from coalign.wordings import assign_splits, num_short
-from coalign.workload import num_drawn
+from coalign.runs.digests import digest_file, digest_model_files
+from coalign.runs.encode_ahead import encode_ahead
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import StepFolder, base_model_folder, require_complete
+from coalign.steps import STEP_TABLES
+from coalign.wordings import filtering, rewrites
+from coalign.wordings.wording_files import read_wordings
+from coalign.wordings.wordings import assign_splits, num_short
 
 logger = logging.getLogger("coalign")
 
@@ -75,17 +76,19 @@ def main(argv: list[str]) -> None:
     }
     step.commit(counts)
     inputs = require_complete(prepared, run.command("prepare"))["counts"]["inputs"][config.sft.split]
-    encode_ahead(Path(__file__).with_name("sft.py"), run, num_drawn(config.sft, inputs, config.sft.batch_rows))
+    encode_ahead(
+        Path(__file__).with_name("sft.py"), run, config.sft.num_drawn(inputs, config.sft.batch_rows), close_pools
+    )
 
 
 def generate(
     config: Config, step: StepFolder, prepared: Path, tasks: list[Task], wanted: dict[str, int]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return each task's answers in the order in which they are tried, and rows for tasks too long for the context."""
-    from coalign.encoding import Codec, check_lengths
-    from coalign.models import load_tokenizer
-    from coalign.pool import run_shards
-    from coalign.workers import Sampling, make_generate_worker
+    from coalign.clusters.worker_pool import run_shards
+    from coalign.generation.workers import Sampling, make_generate_worker
+    from coalign.models.codec import Codec, check_lengths
+    from coalign.models.model_folder import load_tokenizer
 
     table = config.paraphrase
     folder = base_model_folder(config.model, prepared)

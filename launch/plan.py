@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from coalign import machine, planning, sizing
 from coalign.commandline import DEFAULT_CONFIG, load
 from coalign.errors import UserError
+from coalign.planning import machine, plan_text
+from coalign.planning import plan as planning
+from coalign.planning.workload import Tables
 from coalign.process import run_step
-from coalign.workload import Tables
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> None:
         return
     options, words = machine.read_options(argv)
     if options.table:
-        print("\n".join(sizing.table_lines()))
+        print("\n".join(plan_text.table_lines()))
         return
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
     config = load(Path(files[0]) if files else DEFAULT_CONFIG, [word for word in words if "=" in word])
     tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
     plan = planning.make_plan(tables, options)
-    print("\n".join(sizing.plan_lines(plan)), flush=True)
+    print("\n".join(plan_text.plan_lines(plan)), flush=True)
     if complaint := planning.complaint(plan):
         raise UserError(f"this plan cannot fit: {complaint}")
 

@@ -11,14 +11,13 @@ import socket
 import sys
 from pathlib import Path
 
-from coalign import allocation
-from coalign.artifacts import TRAINING_STEPS
+from coalign import process
+from coalign.clusters import slurm_node
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES
 from coalign.errors import UserError
 from coalign.process import run_step
-from coalign.run_folder import RunFolder
-from coalign.sbatch_flags import GENERATING
+from coalign.runs.run_folder import RunFolder
+from coalign.steps import GENERATING, STEP_TABLES, TRAINING_STEPS
 
 USAGE = "usage: python launch/preflight.py [--count] STEP [CONFIG.toml] [key=value ...]   # see slurm/job.sh"
 
@@ -46,20 +45,20 @@ def check(argv: list[str], count: bool) -> None:
     run = RunFolder(config.run, words)
     folder = Path(config.eval.folder) if step == "eval" and config.eval.folder else run.step(step)
     if count:
-        allocation.count_start(folder, job, restarts)
+        slurm_node.count_start(folder, job, restarts)
         return
-    allocation.check_shared(host, run.path, f"{job}-{restarts}", is_first)
-    allocation.check_disk(host, run.path, config.slurm.free_gib)
-    gpus, nodes = allocation.count_gpus(), allocation.node_names()
+    slurm_node.check_shared(host, run.path, f"{job}-{restarts}", is_first)
+    slurm_node.check_disk(host, run.path, config.slurm.free_gib)
+    gpus, nodes = slurm_node.count_gpus(), process.node_names()
     if step in TRAINING_STEPS and (config.slurm.gpus_per_node or gpus):
         ranks = int(os.environ.get("COALIGN_RANKS_PER_NODE", "1"))
-        allocation.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
+        slurm_node.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
         if is_first and ranks < gpus and not config.slurm.ranks_per_node:
             print(f"warning: {host} has {gpus} GPUs, but {ranks} ranks (--ntasks-per-node)", file=sys.stderr)
     if step in GENERATING and config.generation.workers and config.slurm.gpus_per_node:
-        allocation.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
+        slurm_node.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
     if is_first:
-        print(allocation.free_port(job), allocation.own_address(nodes), run.path.resolve())
+        print(slurm_node.free_port(job), slurm_node.own_address(nodes), run.path.resolve())
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, changed_values, table_values
-from coalign.data import digest_sources, read_sources
+from coalign.config import changed_values, table_values
+from coalign.data.instances import Dropped
+from coalign.data.inventory import Inventory, describe
+from coalign.data.sources import digest_sources, read_sources
+from coalign.data.splits import split_instances, tokenizer_texts
 from coalign.errors import UserError
-from coalign.instances import Dropped
-from coalign.inventory import Inventory, describe
 from coalign.process import announce, logger, run_step, set_up_logging
 from coalign.records import to_row
-from coalign.run_folder import RunFolder
-from coalign.splits import split_instances, tokenizer_texts
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import read_manifest
+from coalign.steps import STEP_TABLES
 
 
 def folder_for_rows(step: Path) -> Path | None:
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
     if config.model.init == "random" and not (step.path / "model").exists():
-        from coalign.random_model import make_random_model
+        from coalign.models.random_model import make_random_model
 
         texts = tokenizer_texts(prepared.tasks, prepared.examples())
         make_random_model(step.path / "model", texts, config.model.random, config.run.seed)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from coalign import ranking
-from coalign.ahead import encode_ahead
-from coalign.artifacts import read_manifest
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, changed_values, table_values
+from coalign.config import changed_values, table_values
 from coalign.errors import UserError
+from coalign.judging import groups as ranking
 from coalign.process import announce, run_step, set_up_logging
 from coalign.records import Example, Response, Verdict, Wording, read_records, to_row
-from coalign.run_folder import RunFolder
+from coalign.runs.encode_ahead import encode_ahead
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import read_manifest
+from coalign.steps import STEP_TABLES
 
 logger = logging.getLogger("coalign")
 

@@ -10,15 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from coalign.artifacts import TRAINING_STEPS, read_manifest
-from coalign.cluster import Cluster
+from coalign.clusters.ray_connection import Cluster
+from coalign.clusters.training_ranks import Request, require_ranks, run_ranks
+from coalign.clusters.worker_pool import require_workers
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, Config
+from coalign.config import Config
 from coalign.errors import UserError
-from coalign.pool import require_workers
 from coalign.process import run_command, run_step, set_up_logging
-from coalign.ranks import Request, require_ranks, run_ranks
-from coalign.run_folder import RunFolder
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import read_manifest
+from coalign.steps import STEP_TABLES, TRAINING_STEPS
 
 
 def main(argv: list[str]) -> None:

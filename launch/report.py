@@ -22,9 +22,9 @@ def main(argv: list[str]) -> None:
         print(USAGE)
         return
     names, out = read_arguments(argv)
-    from coalign.comparison import COMPARE, name_runs, write_comparison
-    from coalign.page import write_page
-    from coalign.report import compare_lines, read_metrics, text_report
+    from coalign.report.comparison import COMPARE, name_runs, write_comparison
+    from coalign.report.page import write_page
+    from coalign.report.terminal import compare_lines, read_metrics, text_report
 
     found = {name: read_metrics(Path(name)) for name in names}
     if len(found) == 1:

@@ -12,13 +12,14 @@ from collections import Counter
 from typing import Any
 
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, changed_values, cores_used, table_values
+from coalign.config import changed_values, cores_used, table_values
 from coalign.errors import UserError
 from coalign.process import announce, derive_seed, run_step, set_up_logging
 from coalign.records import Example, Response, Wording, read_records, to_row
-from coalign.run_folder import RunFolder
+from coalign.runs.run_folder import RunFolder
+from coalign.steps import STEP_TABLES
 from coalign.text import unit_hash
-from coalign.wordings import canonical_answer, misfit, render_prompt
+from coalign.wordings.wordings import canonical_answer, misfit, render_prompt
 
 
 def main(argv: list[str]) -> None:
@@ -31,10 +32,10 @@ def main(argv: list[str]) -> None:
     if step is None:
         return
 
-    from coalign.encoding import Codec, check_lengths
-    from coalign.models import load_tokenizer
-    from coalign.pool import run_shards
-    from coalign.workers import Sampling, make_generate_worker
+    from coalign.clusters.worker_pool import run_shards
+    from coalign.generation.workers import Sampling, make_generate_worker
+    from coalign.models.codec import Codec, check_lengths
+    from coalign.models.model_folder import load_tokenizer
 
     examples = {e.id: e for e in read_records(Example, needs["prepare"] / "examples.jsonl") if e.split == "align"}
     wordings: dict[str, list[Wording]] = {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from coalign.artifacts import base_model_folder
-from coalign.cards import write_card
-from coalign.commandline import ENCODE, parse_command_line
-from coalign.config import STEP_TABLES, changed_values, table_values
-from coalign.digests import digest_model_files, digest_replay
+from coalign.commandline import parse_command_line
+from coalign.config import changed_values, table_values
 from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
 from coalign.records import Example, Wording, read_records, read_rows
-from coalign.run_folder import RunFolder
+from coalign.report.model_cards import write_card
+from coalign.runs.digests import digest_model_files, digest_replay
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import base_model_folder
+from coalign.steps import ENCODE, STEP_TABLES
 
 
 def main(argv: list[str]) -> None:
@@ -26,16 +27,16 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from coalign.development import make_dev_measure
-    from coalign.encoding import Codec
-    from coalign.engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
-    from coalign.exporting import export
-    from coalign.items import Encoder, training_wordings, write_sft
-    from coalign.layouts import check_packing
-    from coalign.models import load_tokenizer
-    from coalign.objectives import sft_objective
-    from coalign.tokens import TokenWriter, open_rows, prepare_rows, read_meta
-    from coalign.training import Plan, train
+    from coalign.models.codec import Codec
+    from coalign.models.model_folder import load_tokenizer
+    from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
+    from coalign.training.dev_measure import make_dev_measure
+    from coalign.training.export import export
+    from coalign.training.layout_checks import check_packing
+    from coalign.training.loop import Plan, train
+    from coalign.training.objectives import sft_objective
+    from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
+    from coalign.training.training_rows import Encoder, training_wordings, write_sft
 
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, needs["prepare"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from coalign import sbatch_flags, submission
-from coalign.artifacts import read_manifest
+from coalign.clusters import slurm_flags, slurm_jobs
 from coalign.commandline import parse_command_line
-from coalign.config import STEP_TABLES, Config
+from coalign.config import Config
 from coalign.process import run_step
-from coalign.run_folder import RunFolder
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import read_manifest
+from coalign.steps import STEP_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = """usage: slurm/pipeline.sh [CONFIG.toml] [key=value ...] [--only STEP] [--dry-run] [flags of sbatch]
@@ -32,21 +33,21 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return
-    request = submission.read_words(argv, [*STEP_TABLES])
+    request = slurm_jobs.read_words(argv, [*STEP_TABLES])
     config = parse_command_line("pipeline", [*request.words])
     table, generation = config.slurm, config.generation
     if request.settings:
-        for name, value in submission.job_environment(table, ROOT).items():
+        for name, value in slurm_jobs.job_environment(table, ROOT).items():
             print(f"{name}={value}")
         return
-    sbatch_flags.check_resources(table, generation.workers, generation.gpus_per_worker)
-    sbatch_flags.check_flags([*table.options, *request.flags])
-    sbatch_flags.check_time(table, [*table.options, *request.flags])
+    slurm_flags.check_resources(table, generation.workers, generation.gpus_per_worker)
+    slurm_flags.check_flags([*table.options, *request.flags])
+    slurm_flags.check_time(table, [*table.options, *request.flags])
     steps = [step for step in find_steps(config) if request.only in ("", step.name)]
 
-    def command_of(step: submission.Step, after: str) -> list[str]:
-        flags = [*sbatch_flags.resource_flags(table, step.name, step.script), *request.flags]
-        return submission.make_command(ROOT, config.run.name, step, flags, request.words, after)
+    def command_of(step: slurm_jobs.Step, after: str) -> list[str]:
+        flags = [*slurm_flags.resource_flags(table, step.name, step.script), *request.flags]
+        return slurm_jobs.make_command(ROOT, config.run.name, step, flags, request.words, after)
 
     complete = [step.name for step in steps if read_manifest(step.folder) is not None]
     if request.dry_run:
@@ -54,13 +55,13 @@ def main(argv: list[str]) -> None:
         for before, step in zip([None, *missing], missing, strict=False):
             print(shlex.join(command_of(step, f"JOB_{before.name}" if before else "")))
         return
-    missing, queued, orphans = submission.plan(steps, complete, submission.queued_jobs())
+    missing, queued, orphans = slurm_jobs.plan(steps, complete, slurm_jobs.queued_jobs())
     for job in orphans:
-        submission.call(["scancel", job.number])
+        slurm_jobs.call(["scancel", job.number])
         print(f"cancelled job {job.number} of {job.folder}: what it waited for is gone")
-    submission.make_logs()
+    slurm_jobs.make_logs()
     running = {name: job.number for name, job in queued.items()}
-    submitted = submission.submit(missing, running, command_of, submission.job_environment(table, ROOT))
+    submitted = slurm_jobs.submit(missing, running, command_of, slurm_jobs.job_environment(table, ROOT))
     for step in steps:
         known = {name: f"job {job.number}, {job.state.lower()} already" for name, job in queued.items()}
         known |= {name: f"job {number}, submitted" for name, number in submitted.items()}
@@ -68,18 +69,18 @@ def main(argv: list[str]) -> None:
     if submitted:
         name, number = next(iter(submitted.items()))
         print("\nfollow them: squeue --me")
-        print(f"             tail -F logs/{submission.job_name(config.run.name, name)}-{number}.out")
+        print(f"             tail -F logs/{slurm_jobs.job_name(config.run.name, name)}-{number}.out")
         print(f"stop them:   scancel {' '.join(submitted.values())}")
 
 
-def find_steps(config: Config) -> list[submission.Step]:
+def find_steps(config: Config) -> list[slurm_jobs.Step]:
     """Return the steps of this run in order, without those that come from another run."""
     run = RunFolder(config.run, [])
     folders = {name: run.step(name) for name in STEP_TABLES if name not in config.run.inputs}
     if config.eval.folder:
         folders["eval"] = Path(config.eval.folder)
     workers = config.generation.workers
-    return [submission.Step(name, path, submission.script_of(name, workers)) for name, path in folders.items()]
+    return [slurm_jobs.Step(name, path, slurm_jobs.script_of(name, workers)) for name, path in folders.items()]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The shape of the tree, read from its syntax: layers, engine imports, names, budgets, forbidden calls.
+"""The shape of the tree, read from its syntax: packages, engine imports, names, budgets, forbidden calls.
 
-The rules and their reasons are in docs/design.md; a new module needs a row here and a line there.
+The packages and their reasons are in docs/architecture.md. A new module goes into the package whose docstring says so.
 """
 
 from __future__ import annotations
@@ -20,53 +20,37 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "distributed" / "coalign"
 LAUNCH = ROOT / "launch"
 
-# From the top: a module imports only from rows below its own. Recipes stand above all of them.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("development", "ahead", "exporting"),
-    ("training", "engine", "pool", "ranks", "ray_node"),
-    ("rank_host",),
-    ("postmortem",),
-    ("items", "cluster", "workers", "layouts"),
-    ("generation", "vllm", "objectives", "tokens", "forking", "private_cluster"),
-    ("likelihoods",),
-    ("batching", "decoding", "inventory"),
-    ("fixed_steps",),
-    ("stepping",),
-    ("encoding", "logprobs", "models", "random_model", "slots", "losses", "data", "splits"),
-    ("training_log", "meeting", "drawing"),
-    ("cascade", "fused_head"),
-    ("attention",),
-    ("comparison",),
-    ("page",),
-    ("figures", "inputs", "sizing", "card_results"),
-    ("cards", "exhibits", "experiment", "report", "planning", "charts", "history"),
-    ("summary",),
-    ("result_rows",),
-    ("cases", "baselines"),
-    ("scoring", "machine", "placement", "allocation", "submission"),
-    ("filtering", "judging", "ranking", "evaluation", "evaluated", "metrics", "arms", "workload", "generation_memory"),
-    ("rewrites", "agreement"),
-    ("prompts", "electing", "instances", "intervals", "calibration", "memory", "counting", "spool", "prefixes"),
-    ("wording_files",),
-    ("wordings",),
-    ("run_folder", "commandline", "shapes", "sbatch_flags"),
-    ("artifacts",),
-    ("digests", "whole_files", "repeats"),
-    ("config", "records", "process"),
-    ("text", "errors", "tables", "padding", "watcher"),
-)
-ENGINES = {
-    "ray": "private_cluster",
-    "deepspeed": "engine",
-    "vllm": "vllm",
-    "datasets": "data",
-    "peft": "models",
-    "safetensors": "models",
+# Which packages each package may import, from the bottom up: a package names only packages above its own row, so there
+# is no circle. All may import the ground floor, the files directly in coalign/, which import no package. Recipes in
+# launch/ may import everything.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "runs": (),
+    "wordings": (),
+    "data": ("runs",),
+    "models": ("runs",),
+    "clusters": ("runs",),
+    "judging": ("wordings",),
+    "evaluation": ("runs", "wordings"),
+    "planning": ("runs", "models"),
+    "generation": ("models",),
+    "training": ("runs", "data", "wordings", "models"),
+    "experiment": ("runs", "evaluation"),
+    "report": ("runs", "evaluation", "experiment"),
 }
-# Pure text and numbers: these modules answer at once, on a machine without any engine.
-PURE = {name for row in LAYERS[LAYERS.index(("comparison",)) :] for name in row}
+# The one module that imports each engine.
+ENGINES = {
+    "ray": "clusters/private_ray.py",
+    "deepspeed": "training/deepspeed_engine.py",
+    "vllm": "generation/vllm_worker.py",
+    "datasets": "data/sources.py",
+    "peft": "models/model_folder.py",
+    "safetensors": "models/model_folder.py",
+}
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
-LAZY = {"process", "charts", "exhibits"}  # torch, matplotlib: imported within the function that needs them
+# Only these load anything of HEAVY when they are imported; of models/, three modules answer without it.
+HEAVY_PACKAGES = {"models", "generation", "training"}
+LIGHT_MODULES = {"models/sizes.py", "models/shape.py", "models/worker_memory.py"}
+MAX_FILES = 20  # in a folder of the package
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}
 
 # (what we aim at, what fails)
@@ -75,10 +59,17 @@ FUNCTION_LINES = (50, 80)
 PARAMETERS = (6, 8)
 RECIPE_LINES = (80, 120)
 
+
+def place_of(path: Path) -> str:
+    """Return a module as its path within the package: runs/digests.py."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
 modules = sorted(PACKAGE.glob("**/*.py"))
+folders = sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
 recipes = sorted(LAUNCH.glob("*.py"))
 sources = [*modules, *recipes]
-each_module = pytest.mark.parametrize("path", modules, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("path", modules, ids=lambda path: place_of(path))
 each_source = pytest.mark.parametrize("path", sources, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
@@ -100,36 +91,59 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
                 yield node.module or "", node.lineno
 
 
-def own_imports(path: Path) -> dict[str, int]:
-    """Return {module of ours: line} that a file imports."""
-    return {name.split(".")[1]: line for name, line in imports_of(path) if name.startswith("coalign.")}
+def own_modules(names: Iterator[tuple[str, int]]) -> dict[Path, int]:
+    """Return {module of ours: line} for dotted names, of which the last part may be something in a module."""
+    found = {}
+    for name, line in names:
+        top, *parts = name.split(".")
+        places = [PACKAGE.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(len(parts), 0, -1)]
+        if top == "coalign":
+            found |= {path: line for path in [p for p in places if p.is_file()][:1]}
+    return found
+
+
+def package_of(path: Path) -> str:
+    """Return the package that a module is in, "" for the ground floor."""
+    return "" if path.parent == PACKAGE else path.parent.name
+
+
+def test_the_table_names_every_package_from_the_bottom_up() -> None:
+    assert {folder.name for folder in folders} == set(ALLOWED)
+    rows = list(ALLOWED)
+    for package, below in ALLOWED.items():
+        assert all(rows.index(other) < rows.index(package) for other in below), f"{package} names a row below its own"
 
 
 @each_module
-def test_module_has_a_layer(path: Path) -> None:
-    known = {name for row in LAYERS for name in row}
-    assert path.stem in {*known, "__init__"}, (
-        f"{path.name} stands in no row of LAYERS; add it there and to docs/design.md"
-    )
-
-
-@each_module
-def test_module_imports_only_from_rows_below(path: Path) -> None:
-    row_of = {name: index for index, row in enumerate(LAYERS) for name in row}
-    above = [
-        f"line {line}: {name}"
-        for name, line in own_imports(path).items()
-        if path.stem in row_of and row_of.get(name, -1) <= row_of[path.stem]
+def test_module_imports_only_what_its_package_may(path: Path) -> None:
+    own = package_of(path)
+    may = {"", own, *ALLOWED.get(own, ())}
+    bad = [
+        f"line {line}: {place_of(m)}" for m, line in own_modules(imports_of(path)).items() if package_of(m) not in may
     ]
-    assert not above, f"{path.name} may not import {above}"
+    assert not bad, f"{place_of(path)} may not import {bad}; see ALLOWED in tests/test_architecture.py"
 
 
 def test_imports_have_no_cycle() -> None:
-    needs = {path.stem: set(own_imports(path)) for path in modules}
-    done: set[str] = set()
-    while ready := {name for name, others in needs.items() if name not in done and others & needs.keys() <= done}:
+    needs = {path: set(own_modules(imports_of(path))) for path in modules}
+    done: set[Path] = set()
+    while ready := {path for path, others in needs.items() if path not in done and others <= done}:
         done |= ready
-    assert done == needs.keys(), f"these modules import each other in a circle: {sorted(needs.keys() - done)}"
+    circle = sorted(place_of(path) for path in needs.keys() - done)
+    assert not circle, f"these modules import each other in a circle: {circle}"
+
+
+@pytest.mark.parametrize("folder", folders, ids=lambda folder: folder.name)
+def test_package_is_described_and_of_a_size_to_survey(folder: Path) -> None:
+    """`__init__.py` is one docstring of 5 to 15 lines, which names every module of the package, and imports nothing."""
+    tree = tree_of(folder / "__init__.py")
+    text = ast.get_docstring(tree) or ""
+    assert len(tree.body) == 1 and text, f"{folder.name}/__init__.py is a docstring and nothing else"
+    assert 5 <= len(text.splitlines()) <= 15, f"{folder.name}/__init__.py has {len(text.splitlines())} lines"
+    files = [path for path in folder.iterdir() if path.suffix == ".py"]
+    assert len(files) <= MAX_FILES
+    missing = [path.stem for path in files if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", text)]
+    assert not missing, f"{folder.name}/__init__.py does not say what is in {missing}"
 
 
 @each_source
@@ -137,8 +151,8 @@ def test_engine_is_imported_through_its_own_module(path: Path) -> None:
     for name, line in imports_of(path):
         top = name.partition(".")[0]
         if top in ENGINES:
-            allowed = path.parent == PACKAGE and path.stem == ENGINES[top]
-            assert allowed, f"{path.name}, line {line}: {top} is imported in coalign/{ENGINES[top]}.py only"
+            allowed = path.is_relative_to(PACKAGE) and place_of(path) == ENGINES[top]
+            assert allowed, f"{path.name}, line {line}: {top} is imported in coalign/{ENGINES[top]} only"
 
 
 @functools.cache
@@ -149,17 +163,18 @@ def loaded_with(path: Path) -> frozenset[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            ours = node.module == "coalign"
-            names |= {f"coalign.{alias.name}" for alias in node.names} if ours else {str(node.module)}
-    below = [PACKAGE / f"{name.split('.')[1]}.py" for name in names if name.startswith("coalign.")]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    below = own_modules((name, 0) for name in names)
     return frozenset(names).union(*(loaded_with(module) for module in below))
 
 
-@pytest.mark.parametrize("path", [path for path in modules if path.stem in PURE], ids=lambda path: path.stem)
-def test_pure_module_imports_nothing_heavy(path: Path) -> None:
-    anywhere = {name for name, _ in imports_of(path)} if path.stem not in LAZY else set()
-    heavy = {name for name in anywhere | loaded_with(path) if name.partition(".")[0] in HEAVY}
-    assert not heavy
+@each_module
+def test_module_outside_the_engines_loads_nothing_heavy(path: Path) -> None:
+    """Pure text and numbers answer at once, on a machine without any engine."""
+    if package_of(path) in HEAVY_PACKAGES and place_of(path) not in LIGHT_MODULES:
+        return
+    heavy = {name for name in loaded_with(path) if name.partition(".")[0] in HEAVY - {"datasets"}}
+    assert not heavy or place_of(path) in ENGINES.values(), f"importing {place_of(path)} imports {sorted(heavy)}"
 
 
 @pytest.mark.parametrize("path", recipes, ids=lambda path: path.stem)
@@ -171,12 +186,14 @@ def test_recipe_imports_nothing_heavy_at_the_top(path: Path) -> None:
 
 @each_module
 def test_root_config_stays_in_the_recipes(path: Path) -> None:
-    if path.stem in ("config", "commandline"):
+    if place_of(path) in ("config.py", "config_values.py", "commandline.py", "recipe.py"):
         return
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module == "coalign.config":
             names = {alias.name for alias in node.names}
-            assert "Config" not in names, f"{path.name}, line {node.lineno}: take the values or the table that you need"
+            assert "Config" not in names, (
+                f"{place_of(path)}, line {node.lineno}: take the values or the table that you need"
+            )
 
 
 def test_source_root_is_no_package() -> None:
@@ -244,7 +261,7 @@ def test_nothing_runs_code_from_a_file(path: Path) -> None:
         )
         called = ast.unparse(node.func)
         assert not re.fullmatch(r"(\w*pickle|dill|joblib)\.(load|loads|Unpickler)", called), f"{where}: {called}"
-        if called == "torch.load" and path.stem != "engine":
+        if called == "torch.load" and path.stem != "deepspeed_engine":
             assert is_true(node, "weights_only"), f"{where}: torch.load without weights_only=True"
 
 

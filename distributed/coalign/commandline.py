@@ -15,13 +15,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from coalign.artifacts import TRAINING_STEPS
-from coalign.config import STEP_TABLES, Config, Table, known_keys
+from coalign.config import Config, Table, known_keys
 from coalign.errors import UserError
+from coalign.steps import ENCODE, STEP_TABLES, TRAINING_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "configs" / "default.toml"
-ENCODE = "--encode"  # the one option of the training steps
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:

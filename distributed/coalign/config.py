@@ -7,11 +7,13 @@ them. Knows neither files nor torch nor an engine.
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from coalign.steps import STEP_TABLES
 from coalign.tables import NonNegative, Positive, Share, SlurmTable
 from coalign.tables import Table as Table
 from coalign.tables import key as _field
@@ -267,6 +269,10 @@ class StageTable(Table):
             )
         return self
 
+    def num_drawn(self, items: int, batch: int) -> int:
+        """Return how many rows or groups are trained on in updates of `batch` of them, repeated ones counted again."""
+        return self.max_steps * batch or math.ceil(self.epochs * items)
+
 
 class SftTable(StageTable):
     """[sft]: stage 1, fine-tuning on paraphrased instructions."""
@@ -422,19 +428,6 @@ class Config(Table):
                 f" {VLLM_MAX_TEMPERATURE:g} at most"
             )
         return self
-
-
-# The tables that decide a step's result; --help prints these, and the step's manifest holds their digest.
-STEP_TABLES: dict[str, tuple[str, ...]] = {
-    "prepare": ("run", "data", "model"),
-    "paraphrase": ("run", "paraphrase", "model", "generation"),
-    "sft": ("run", "sft", "model", "train"),
-    "sample": ("run", "sample", "model", "generation"),
-    "judge": ("run", "judge", "model", "generation"),
-    "rank": ("run", "rank"),
-    "align": ("run", "align", "model", "train"),
-    "eval": ("run", "eval", "model", "generation"),
-}
 
 
 def table_for_other_model(model: ModelTable) -> ModelTable:

@@ -287,3 +287,22 @@ def _leave(code: int) -> None:
     if _LAUNCHED:
         os._exit(code)
     sys.exit(code)
+
+
+NODES = "COALIGN_NODES"  # names of the job's nodes, in the order of the ranks; slurm/job.sh sets both
+
+
+START_SECONDS = "COALIGN_START_SECONDS"  # how long they may take to come
+
+
+DEFAULT_START_SECONDS = 300.0
+
+
+def node_names() -> list[str]:
+    """Return the names of the job's nodes, [] outside a job of ours."""
+    return os.environ.get(NODES, "").split()
+
+
+def start_seconds() -> float:
+    """Return how long to wait for nodes and ranks."""
+    return float(os.environ.get(START_SECONDS) or DEFAULT_START_SECONDS)

@@ -185,3 +185,6 @@ def read_records(kind: type[Record], path: Path, **wanted: str) -> list[Record]:
     """Read a JSONL file that one of our own steps wrote; `wanted` are values that a row must have (split="dev")."""
     rows = (row for _, row in read_rows(path) if all(row[key] == value for key, value in wanted.items()))
     return [from_row(kind, row) for row in rows]
+
+
+ASTRAY = "astray_wording"  # a reason in dropped.jsonl; the others are about inputs

@@ -1,6 +1,6 @@
 """Accuracy and CR of coalign for lm-evaluation-harness; make_task.py puts this file beside the tasks it writes.
 
-Needs nothing of coalign. tests/unit/test_lm_eval_task.py holds its rules against coalign's own.
+Needs nothing of coalign. tests/unit/examples/test_lm_eval_task.py holds its rules against coalign's own.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coalign import evaluation
 from coalign.config import EvalTable, ModelTable
 from coalign.errors import UserError
-from coalign.evaluation import Pair
+from coalign.evaluation import requests
+from coalign.evaluation.requests import Pair
+from coalign.evaluation.summary import MIN_WORDINGS
 from coalign.process import run_step
 from coalign.records import Example, Task, dump_line, read_records
-from coalign.summary import MIN_WORDINGS
-from coalign.wordings import expected_answer
+from coalign.wordings.wordings import expected_answer
 
 SCORING = Path(__file__).with_name("coalign_scoring.py")
 CUT_OFF_TOKENS = ("ÿ", "<0xFF>")  # the byte FF, which no text holds, in byte-level BPE and in SentencePiece
@@ -76,8 +76,8 @@ def main(argv: list[str]) -> None:
     )
     tasks = read_records(Task, run / "prepare" / "tasks.jsonl")
     examples = read_records(Example, run / "prepare" / "examples.jsonl")
-    wordings, dropped, _ = evaluation.held_out_wordings(table, run / "paraphrase", tasks)
-    pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
+    wordings, dropped, _ = requests.held_out_wordings(table, run / "paraphrase", tasks)
+    pairs, unfit = requests.plan_pairs(tasks, examples, wordings, table)
     generation = read_generation(options, run, pairs, table.max_new_tokens)
     fitting = [pair for pair in pairs if pair.key not in generation.too_long]
     reasons = Counter(row["reason"] for row in [*dropped, *unfit])
@@ -139,13 +139,13 @@ def read_generation(options: argparse.Namespace, run: Path, pairs: Sequence[Pair
     settings: dict[str, Any] = {"do_sample": False, "until": [], "max_gen_toks": max_new_tokens}
     if options.model == "any":
         return Generation(settings)
-    from coalign.encoding import Codec
-    from coalign.models import load_tokenizer
+    from coalign.models.codec import Codec
+    from coalign.models.model_folder import load_tokenizer
 
     folder = options.model or str(run / "sft" / "model")
     table = ModelTable(end_of_turn=options.end_of_turn)
     codec = Codec(load_tokenizer(folder, table), table)
-    _, dropped = evaluation.build_requests(pairs, codec, "drop", max_new_tokens)
+    _, dropped = requests.build_requests(pairs, codec, "drop", max_new_tokens)
     settings["eos_token_id"] = codec.stop_ids
     mark = cut_off_token(codec.tokenizer)
     if mark is None:

@@ -1,7 +1,7 @@
 """What the phrasebook's base model learns from: following, rewriting, judging, and plain sentences about word lists.
 
 Everything is drawn from make_world.py, wordings.txt and rewrites.txt by one seeded generator. Held-out wordings (dev
-and test) are read only to keep everything like them out; tests/unit/test_phrasebook_base.py checks that.
+and test) are read only to keep everything like them out; tests/unit/examples/test_phrasebook_base.py checks that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from make_world import ANSWERS, CATEGORY, VOCABULARY, WORDS, Wordings, draw_input, read_wordings
 
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
-from coalign.repeats import NearRepeats
+from coalign.wordings.near_repeats import NearRepeats
 
 HERE = Path(__file__).resolve().parent
 FOLLOWED = 4  # the first so many wordings of a task are followed by the base model, the Definition among them

@@ -18,10 +18,10 @@ import numpy as np
 
 from benchmarks.lengths import lengths
 from benchmarks.processes import peak_mebibytes_of
-from coalign import metrics
 from coalign.config import EvalTable
-from coalign.scoring import CONSISTENCY, Scored, Vocabulary, consistency_columns, consistency_sample
-from coalign.summary import estimate_columns
+from coalign.evaluation import metrics
+from coalign.evaluation.grids import CONSISTENCY, Scored, Vocabulary, consistency_columns, consistency_sample
+from coalign.evaluation.summary import estimate_columns
 
 NUM_WORDINGS = 10
 TASK_INPUTS = 1000

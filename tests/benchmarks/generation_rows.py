@@ -12,11 +12,11 @@ import torch
 from benchmarks.networks import FIRST, PAD, SMALL, STOP, TINY, Codec, Ids, Shape, make_network, random_ids
 from benchmarks.rows import Row, Side
 from benchmarks.workloads import judge_request, judge_requests, judge_step
-from coalign.decoding import decode
-from coalign.drawing import Sampling
-from coalign.fixed_steps import FixedSteps
-from coalign.generation_memory import TOKENS_ON_CPU
-from coalign.likelihoods import score
+from coalign.generation.cuda_graphs import FixedSteps
+from coalign.generation.decoding import decode
+from coalign.generation.sampling import Sampling
+from coalign.generation.scoring import score
+from coalign.models.worker_memory import TOKENS_ON_CPU
 
 BATCH_TOKENS = TOKENS_ON_CPU  # what generation.batch_tokens = 0 means here
 BATCH_ROWS = 16  # of a batch of generate

@@ -43,18 +43,18 @@ from benchmarks.training_rows import (
     ranking_row,
 )
 from benchmarks.workloads import even_groups, judge_requests, real_groups, sft_items
-from coalign import attention
-from coalign.batching import Item
 from coalign.config import LoraTable, ModelTable, TrainTable
-from coalign.decoding import decode
-from coalign.drawing import Sampling
-from coalign.layouts import Engine
-from coalign.losses import RankingForm
-from coalign.memory import Training, training_memory
-from coalign.models import without_planned_attention
-from coalign.objectives import Objective, align_objective, sft_objective
-from coalign.shapes import find_shape
-from coalign.training import _update
+from coalign.generation.decoding import decode
+from coalign.generation.sampling import Sampling
+from coalign.models import attention
+from coalign.models.model_folder import without_planned_attention
+from coalign.models.shape import find_shape
+from coalign.planning.training_memory import Training, training_memory
+from coalign.training.layout_checks import Engine
+from coalign.training.loop import _update
+from coalign.training.losses import RankingForm
+from coalign.training.micro_batches import Item
+from coalign.training.objectives import Objective, align_objective, sft_objective
 
 SHAPES = {shape.name: shape for shape in (HALF, SEVEN, TINY)}  # the last only to see that every line is measured
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -213,7 +213,7 @@ def first_of(items: Sequence[Item], tokens: int) -> list[Item]:
 
 def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointing: bool) -> list[Figures]:
     """Return speed, MFU and memory of both stages by DeepSpeed, one rank, every step of training included."""
-    from coalign.engine import DeepSpeedEngine, init_ranks
+    from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks
 
     without_planned_attention()
     found = []

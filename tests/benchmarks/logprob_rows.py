@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import LARGE, TINY, Shape
 from benchmarks.rows import Row, Side, cpu_seconds, peak_mebibytes
-from coalign.fused_head import fused_logps
+from coalign.models.fused_head import fused_logps
 
 POSITIONS = 1024
 TARGETS = {"all positions": (1.25, 0.65), "response positions, half": (0.8, 0.55)}  # time, memory

@@ -22,14 +22,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 
 from coalign.config import DataTable, ModelTable, RandomTable
-from coalign.data import read_sources
-from coalign.encoding import Codec
-from coalign.models import load_tokenizer
+from coalign.data.sources import read_sources
+from coalign.data.splits import Prepared, split_instances, tokenizer_texts
+from coalign.models.codec import Codec
+from coalign.models.model_folder import load_tokenizer
+from coalign.models.random_model import make_random_model
 from coalign.prompts import correct_question, type_question
-from coalign.random_model import make_random_model
 from coalign.records import Example, Task, Wording, read_rows
-from coalign.splits import Prepared, split_instances, tokenizer_texts
-from coalign.wordings import render_prompt
+from coalign.wordings.wordings import render_prompt
 
 VOCABULARY, CONTEXT = 4096, 768
 SETTLED = ("exact_match", "empty", "cut_off")  # rules that leave nothing to ask about a response

@@ -87,7 +87,7 @@ def random_ids(source: random.Random, length: int, shape: Shape) -> Ids:
 
 def make_folder(folder: Path, shape: Shape, seed: int = 0) -> Path:
     """Write a model folder of that shape, with a tokenizer trained on made-up words, for rows that start processes."""
-    from coalign.random_model import make_random_model
+    from coalign.models.random_model import make_random_model
 
     source = random.Random(0)
     parts = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ol", "ut")]

@@ -41,12 +41,12 @@ from benchmarks.processes import run_json
 from benchmarks.rows import Row, Side, reported
 from benchmarks.training_rows import TABLE, num_tokens, update
 from benchmarks.workloads import MAX_CANDIDATES, sft_items, tuple_ids
-from coalign.batching import Item, collate
-from coalign.decoding import decode
-from coalign.drawing import Sampling
-from coalign.logprobs import sum_by_response, token_logps
-from coalign.losses import RankingForm, ranking_loss
-from coalign.objectives import align_objective, sft_objective
+from coalign.generation.decoding import decode
+from coalign.generation.sampling import Sampling
+from coalign.models.logprobs import sum_by_response, token_logps
+from coalign.training.losses import RankingForm, ranking_loss
+from coalign.training.micro_batches import Item, collate
+from coalign.training.objectives import align_objective, sft_objective
 from numerics.engine import TorchEngine
 from peers.environments import VERSIONS, python_of
 

@@ -21,9 +21,9 @@ from typing import Any
 from benchmarks.lengths import lengths
 from benchmarks.networks import SMALL, TINY, Shape, make_folder, random_ids
 from benchmarks.rows import Row, Side, reported
-from coalign import pool
+from coalign.clusters import worker_pool
 from coalign.config import GenerationTable, ModelTable
-from coalign.generation import GenerateWorker, Sampling
+from coalign.generation.transformers_worker import GenerateWorker, Sampling
 
 WORKERS = 2
 WORK_SECONDS = 60.0  # of the timed part, about
@@ -86,11 +86,11 @@ def by_ray(folder: str, warm: Shards, shards: Shards) -> dict[str, Any]:
     settings = GenerationTable(workers=WORKERS)
     make_worker = functools.partial(worker_of, folder)
     try:
-        return timed(lambda some: pool.map_shards(make_worker, some, settings, "bench"), warm, shards)
+        return timed(lambda some: worker_pool.map_shards(make_worker, some, settings, "bench"), warm, shards)
     finally:
-        for started in pool._pools.values():
+        for started in worker_pool._pools.values():
             started.close()
-        pool._pools.clear()
+        worker_pool._pools.clear()
 
 
 def seconds_of(folder: str, shards: Shards) -> float:

@@ -15,12 +15,12 @@ import torch
 from benchmarks.networks import PAD, Shape
 from benchmarks.training_rows import num_tokens
 from benchmarks.workloads import sft_items
-from coalign.batching import Item
 from coalign.config import ModelTable, TrainTable
-from coalign.layouts import Engine
-from coalign.objectives import sft_objective
 from coalign.process import exit_with_launcher, rank, run_step, set_up_logging
-from coalign.training import _update
+from coalign.training.layout_checks import Engine
+from coalign.training.loop import _update
+from coalign.training.micro_batches import Item
+from coalign.training.objectives import sft_objective
 
 LEARNING_RATE = 1e-3
 
@@ -45,7 +45,7 @@ def time_updates(engine: Engine, items: list[Item], updates: int, table: TrainTa
 
 def main(argv: list[str]) -> None:
     """Train on this rank; the last word is the path of what to do."""
-    from coalign.engine import DeepSpeedEngine, init_ranks
+    from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks
 
     set_up_logging("warning")
     exit_with_launcher()

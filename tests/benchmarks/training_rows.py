@@ -16,13 +16,13 @@ import torch
 from benchmarks.networks import LARGE, PAD, SMALL, TINY, Shape, make_network
 from benchmarks.rows import Row, Side, peak_mebibytes
 from benchmarks.workloads import equal_items, even_groups, real_groups, sft_items, token_ratio
-from coalign import layouts
-from coalign.batching import Item, collate, row_tokens
 from coalign.config import TrainTable
-from coalign.logprobs import to_device, token_logps
-from coalign.losses import RankingForm
-from coalign.objectives import Objective, align_objective, sft_objective
-from coalign.training import _update
+from coalign.models.logprobs import to_device, token_logps
+from coalign.training import layout_checks
+from coalign.training.loop import _update
+from coalign.training.losses import RankingForm
+from coalign.training.micro_batches import Item, collate, row_tokens
+from coalign.training.objectives import Objective, align_objective, sft_objective
 from numerics.engine import TorchEngine
 
 TABLE = TrainTable(precision="float32")  # all else by default: micro-batches of 8192 tokens, packs of 256 on a CPU
@@ -95,7 +95,7 @@ def at_once(side: Side) -> Side:
     """Return the side with micro-batches that padding does not end."""
 
     def work() -> Update:
-        with mock.patch.multiple(layouts, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
+        with mock.patch.multiple(layout_checks, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
             return side.work()
 
     return Side(work)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.lengths import lengths
 from benchmarks.networks import FIRST, Shape, random_ids
-from coalign.batching import Item, row_tokens
+from coalign.training.micro_batches import Item, row_tokens
 
 MAX_CANDIDATES = 8  # the default of rank.max_candidates
 ENDING = 2  # tokens of the template after a judged response

@@ -78,7 +78,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _one_rank: None) -> W
     """A working folder without a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("coalign.artifacts.LOCK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("coalign.runs.step_folder.LOCK_WAIT_SECONDS", 0.3)
     return make_world(tmp_path)
 
 

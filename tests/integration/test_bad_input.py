@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from coalign.artifacts import StepFolder
+from coalign.runs.step_folder import StepFolder
 from integration.bad_inputs import (
     ROOT,
     TASKS,
@@ -752,10 +752,10 @@ def test_report_of_nothing(arguments: list[str], metrics: str | None, says: tupl
 @pytest.fixture
 def stopped(run: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """A run whose third update of sft gave NaN; every update was followed by a checkpoint."""
-    from coalign import objectives, training
+    from coalign.training import loop, objectives
 
     run.remove("sft")
-    update, loss, updates = training._update, objectives.sft_loss, []
+    update, loss, updates = loop._update, objectives.sft_loss, []
 
     def counted(*arguments: Any) -> Any:
         updates.append(1)
@@ -765,7 +765,7 @@ def stopped(run: World, monkeypatch: pytest.MonkeyPatch) -> World:
         return loss(*arguments) * (float("nan") if len(updates) == 3 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_update", counted)
+        patch.setattr(loop, "_update", counted)
         patch.setattr(objectives, "sft_loss", spoilt)
         outcome = run.run("sft", "train.checkpoint_every=1")
     assert_one_clear_line(outcome, ("the loss is no longer finite", " under ", "the last checkpoint is kept"))
@@ -873,11 +873,11 @@ def test_full_disk_stops_between_shards_and_the_step_resumes(disk: Disk, run: Wo
 
 def test_full_disk_stops_training_and_it_resumes(disk: Disk, run: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that finds no space ends the step, keeps the one before, and the same command goes on there."""
-    from coalign import engine
+    from coalign.training import deepspeed_engine
 
     sft = disk.folder / "runs" / "r" / "sft"
     shutil.rmtree(sft)
-    real = engine.DeepSpeedEngine.save
+    real = deepspeed_engine.DeepSpeedEngine.save
 
     def save(self: Any, folder: Path, state: dict[str, Any]) -> None:
         if state["step"] == 2:
@@ -886,7 +886,7 @@ def test_full_disk_stops_training_and_it_resumes(disk: Disk, run: World, monkeyp
 
     settings = ("run.folder=disk/runs", "train.checkpoint_every=1")
     with monkeypatch.context() as patch:
-        patch.setattr(engine.DeepSpeedEngine, "save", save)
+        patch.setattr(deepspeed_engine.DeepSpeedEngine, "save", save)
         outcome = run.run("sft", *settings)
     assert_one_clear_line(outcome, ("disk/runs", "free some"))
     assert [path.name for path in (sft / "checkpoints").glob("step_*")] == ["step_000001"]
@@ -936,8 +936,8 @@ def test_full_object_store_stops_the_step_and_it_resumes(
     pool = SimpleNamespace(calls=0, members=[member], ray=fake_ray, require_shared=lambda folder: None)
     run.remove("sample")
     with monkeypatch.context() as patch:
-        patch.setattr("coalign.pool._pool", lambda _: pool)
-        patch.setattr("coalign.pool.MAX_IN_FLIGHT", 1)
+        patch.setattr("coalign.clusters.worker_pool._pool", lambda _: pool)
+        patch.setattr("coalign.clusters.worker_pool.MAX_IN_FLIGHT", 1)
         outcome = run.run("sample", "generation.shard_size=8", "generation.workers=1")
     assert_one_clear_line(outcome, ("no space in the Ray object store for shard 1", "generation.shard_size"))
     outcome = run.run("sample", "generation.shard_size=8")
@@ -962,7 +962,7 @@ def test_more_ranks_than_gpus(run: World, monkeypatch: pytest.MonkeyPatch) -> No
     """Rank 0 itself refuses when more ranks are started on a node than it has GPUs."""
     import torch
 
-    import coalign.engine  # noqa: F401  chooses the accelerator while the GPU is not yet pretended
+    import coalign.training.deepspeed_engine  # noqa: F401  chooses the accelerator while the GPU is not yet pretended
 
     monkeypatch.setenv("LOCAL_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,9 +15,9 @@ from commands import STEPS, Clusters, Run, assert_same_files, until
 from huggingface_hub import ModelCard
 
 from coalign.config import ModelTable
-from coalign.digests import digest_folder
-from coalign.encoding import Codec
-from coalign.models import load_tokenizer
+from coalign.models.codec import Codec
+from coalign.models.model_folder import load_tokenizer
+from coalign.runs.digests import digest_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 METRICS = ("cr", "mcr", "accuracy", "rouge_l")

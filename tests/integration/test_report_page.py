@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from coalign import cases, comparison, page, summary
+from coalign.evaluation import cases, summary
+from coalign.report import comparison, page
 from unit.worlds import by_rule, finish_metrics, make_run, table, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coalign import ahead
+from coalign.runs import encode_ahead
 from integration.bad_inputs import ROOT, Outcome, World, losses, run_command
 
 pytestmark = pytest.mark.deepspeed
@@ -109,7 +109,7 @@ def test_an_arm_borrows_what_it_shares(run: World) -> None:
 
 def test_the_step_before_encodes_many_rows(run: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training finds them and gives the same model; where that fails, the step before is complete all the same."""
-    monkeypatch.setattr(ahead, "MANY_ROWS", 1)
+    monkeypatch.setattr(encode_ahead, "MANY_ROWS", 1)
     for before, step in (("paraphrase", "sft"), ("rank", "align")):
         known = run.manifest(step)["outputs"]
         run.remove(before, step)

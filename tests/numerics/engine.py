@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from coalign.config import TrainTable
-from coalign.digests import digest_file
-from coalign.training import CHECKPOINT_META
-from coalign.whole_files import replace_folder, write_json
+from coalign.runs.atomic_files import replace_folder, write_json
+from coalign.runs.digests import digest_file
+from coalign.training.loop import CHECKPOINT_META
 
 
 class Wrapper(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.drawing import Sampling
-from coalign.fixed_steps import FixedSteps
-from coalign.generation import GenerateWorker, ScoreWorker
+from coalign.generation.cuda_graphs import FixedSteps
+from coalign.generation.sampling import Sampling
+from coalign.generation.transformers_worker import GenerateWorker, ScoreWorker
 from numerics.pretended import KIND, PretendedDevices, register
 from numerics.tiny import SHAPES, network
 
@@ -56,7 +56,7 @@ def on_several(folder: str, table: GenerationTable, num_devices: int) -> dict[st
     room = 1.5 * size / num_devices
     table = table.model_copy(update={"gpus_per_worker": float(num_devices)})
     with (
-        mock.patch("coalign.generation.pick_device", lambda: torch.device("cuda")),
+        mock.patch("coalign.generation.transformers_worker.pick_device", lambda: torch.device("cuda")),
         mock.patch("torch.cuda.device_count", lambda: num_devices),
         mock.patch("torch.cuda.mem_get_info", lambda device=0: (int(room), int(room))),
         PretendedDevices(),

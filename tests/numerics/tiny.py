@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coalign.attention import mask_for
-from coalign.batching import Item
-from coalign.logprobs import Batch
+from coalign.models.attention import mask_for
+from coalign.models.logprobs import Batch
+from coalign.training.micro_batches import Item
 
 VOCABULARY = 64
 _SHAPE = {

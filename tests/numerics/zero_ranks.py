@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coalign import logprobs
-from coalign.batching import Item
 from coalign.config import LogTable, ModelTable, TrainTable
 from coalign.errors import UserError
-from coalign.layouts import Engine, reference_logps
-from coalign.logprobs import Batch
-from coalign.losses import RankingForm
-from coalign.objectives import Objective, align_objective, sft_objective
-from coalign.training import Plan, train
+from coalign.models import logprobs
+from coalign.models.logprobs import Batch
+from coalign.training.layout_checks import Engine, reference_logps
+from coalign.training.loop import Plan, train
+from coalign.training.losses import RankingForm
+from coalign.training.micro_batches import Item
+from coalign.training.objectives import Objective, align_objective, sft_objective
 from numerics.tiny import random_ids, random_items
 
 NUM_STEPS = 10
@@ -95,9 +95,9 @@ def in_small_groups(config: dict[str, Any]) -> dict[str, Any]:
 
 def main(spec: str) -> None:
     """Train every case on this rank and keep the weights."""
-    from coalign import engine as engines
-    from coalign.engine import DeepSpeedEngine, init_ranks
     from coalign.process import exit_with_launcher, rank, set_up_logging
+    from coalign.training import deepspeed_engine as engines
+    from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks
 
     made = engines.deepspeed_config
     engines.deepspeed_config = lambda *settings: in_small_groups(made(*settings))

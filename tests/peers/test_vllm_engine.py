@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from coalign.config import RandomTable
-from coalign.random_model import make_random_model
+from coalign.models.random_model import make_random_model
 from integration.commands import ROOT, Run, start, started, step_command
 from peers.environments import python_of
 

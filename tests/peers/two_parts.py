@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from coalign import vllm
 from coalign.config import GenerationTable, ModelTable
-from coalign.drawing import Sampling
+from coalign.generation import vllm_worker
+from coalign.generation.sampling import Sampling
 
 MODEL = ModelTable(max_tokens=64)
-engine_options = vllm.engine_options
+engine_options = vllm_worker.engine_options
 
 
 def laid_over_cores(folder: str, model: ModelTable, generation: GenerationTable, max_tokens: int) -> dict[str, Any]:
     """Return the options of a CPU with those of several GPUs, which a CPU's own processes stand for here."""
-    return engine_options(folder, model, generation, max_tokens) | vllm.parallel_options(generation)
+    return engine_options(folder, model, generation, max_tokens) | vllm_worker.parallel_options(generation)
 
 
 def answered(folder: str, num_parts: int) -> dict[str, Any]:
@@ -29,16 +29,16 @@ def answered(folder: str, num_parts: int) -> dict[str, Any]:
     )
     asked = [{"prompt_ids": ids, "seeds": [0]} for ids in prompts]
     scored = [{"prompt_ids": ids, "continuations": [[5], [6, 7, 8]]} for ids in prompts]
-    worker = vllm.GenerateWorker(folder, MODEL, table, Sampling(max_new_tokens=12), 0)
+    worker = vllm_worker.GenerateWorker(folder, MODEL, table, Sampling(max_new_tokens=12), 0)
     return {
         "parts": worker.engine.llm_engine.vllm_config.parallel_config.world_size,
         "answers": worker(asked),
-        "logps": [row["logps"] for row in vllm.ScoreWorker(folder, MODEL, table, 0)(scored)],
+        "logps": [row["logps"] for row in vllm_worker.ScoreWorker(folder, MODEL, table, 0)(scored)],
     }
 
 
 def main(folder: str, found: str) -> None:
-    with mock.patch("coalign.vllm.engine_options", laid_over_cores):
+    with mock.patch("coalign.generation.vllm_worker.engine_options", laid_over_cores):
         content = {parts: answered(folder, parts) for parts in (1, 2)}
     Path(found).write_text(json.dumps(content), encoding="utf-8")
 

@@ -14,7 +14,6 @@ import pytest
 from coalign import commandline as module
 from coalign.commandline import DEFAULT_CONFIG, help_text, load, parse_command_line
 from coalign.config import (
-    STEP_TABLES,
     Config,
     GenerationTable,
     LoraTable,
@@ -27,6 +26,7 @@ from coalign.config import (
     table_values,
 )
 from coalign.errors import UserError
+from coalign.steps import STEP_TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coalign import evaluation, summary
-from coalign.config import STEP_TABLES, Config, EvalTable, table_values
-from coalign.evaluation import ModelOutput, Pair
+from coalign.config import Config, EvalTable, table_values
+from coalign.evaluation import requests, summary
+from coalign.evaluation.requests import ModelOutput, Pair
 from coalign.records import Example, Response, Task, Wording
+from coalign.steps import STEP_TABLES
 
 
 def table(**values: Any) -> EvalTable:
@@ -32,7 +33,7 @@ def response(pair: Pair, text: str, finish: Any = "stop", sample: int = 0, canon
 def world(num_tasks: int, num_inputs: int = 3, num_wordings: int = 4) -> tuple[list[Task], list[Pair]]:
     tasks = [Task(f"t{i}", "Ask", seen=i % 2 == 0) for i in range(num_tasks)]
     examples = [example(task.id, f"e{i}") for task in tasks for i in range(num_inputs)]
-    pairs, dropped = evaluation.plan_pairs(
+    pairs, dropped = requests.plan_pairs(
         tasks, examples, [w for task in tasks for w in wordings(task.id, num_wordings)], table()
     )
     assert not dropped

@@ -1,0 +1,131 @@
+"""The training ranks of one node of a Ray cluster, as processes of an actor: started, read, signalled, ended.
+
+Used by ranks.py. A rank is the same command that a launcher would start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from coalign.clusters.postmortem import Place, count_oom_kills, here
+
+POLL_SECONDS = 1.0
+LONELY_SECONDS = 40.0  # without a question from the driver: this node counts as lost there, or soon will
+SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
+
+
+class Host:
+    """The ranks of one node, as processes; an actor. It ends them when it ends."""
+
+    def __init__(self, folder: str) -> None:
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+        self._ranks: list[subprocess.Popen[str]] = []
+        self._lines: deque[tuple[int, str]] = deque()
+        self._readers: list[threading.Thread] = []
+        self._kills = count_oom_kills()
+        self._asked = time.monotonic()
+
+    def meet(self) -> tuple[Place, str, int]:
+        """Return this process's place, its node's address in the cluster, and a port that is free there."""
+        from coalign.clusters.private_ray import import_ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return here(), import_ray().util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, command: tuple[str, ...], environments: list[dict[str, str]], address: str) -> str:
+        """Start the ranks; return why that can't be done, or nothing."""
+        if not Path(command[0]).is_file():
+            return f"{Path(command[0]).absolute()} is not there"
+        own = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _search_path()}
+        interface = _interface_of(address)
+        if interface:  # else gloo takes the address of the host name, which may be that of the node alone
+            own["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
+        for environment in environments:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | own | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self._ranks.append(process)
+            reader = threading.Thread(target=self._read, args=(int(environment["RANK"]), process), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+        self._asked = time.monotonic()
+        threading.Thread(target=self._end_when_lonely, daemon=True).start()
+        return ""
+
+    def _end_when_lonely(self) -> None:
+        """Kill the ranks when nobody has asked after them for long: others take over, and two must not write."""
+        while time.monotonic() - self._asked < LONELY_SECONDS:
+            if all(process.poll() is not None for process in self._ranks):
+                return
+            time.sleep(POLL_SECONDS)
+        self.end()
+
+    def _read(self, number: int, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._lines.append((number, line.rstrip("\n")))
+
+    def poll(self) -> tuple[list[tuple[int, str]], list[int | None], bool]:
+        """Return what the ranks have printed since, their exit codes, and whether memory ran out on this node.
+
+        Returns at once when there is something to say, else after a moment.
+        """
+        self._asked = time.monotonic()
+        deadline = self._asked + POLL_SECONDS
+        codes = [process.poll() for process in self._ranks]
+        while not self._lines and None in codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+            codes = [process.poll() for process in self._ranks]
+        for reader, code in zip(self._readers, codes, strict=True):
+            if code is not None:
+                reader.join(5.0)  # its last lines; a process that it left behind may hold the pipe
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        return lines, codes, count_oom_kills() > self._kills
+
+    def signal(self, number: int) -> None:
+        """Send the ranks a signal."""
+        for process in self._ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill the ranks, and return when they are gone."""
+        self.signal(signal.SIGKILL)
+        for process in self._ranks:
+            process.wait()
+
+
+def _search_path() -> str:
+    """Return where a rank finds this package, which Ray may have brought for the job."""
+    own = str(Path(__file__).parents[2])
+    return os.pathsep.join(dict.fromkeys([own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+def _interface_of(address: str) -> str:
+    """Return the network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return ""

@@ -1,0 +1,108 @@
+"""The flags of sbatch: what a step asks for, which a pipeline can't be given, what contradicts another setting.
+
+Used by submission.py and the recipes submit and preflight. Pure words and numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from coalign.errors import UserError
+from coalign.steps import GENERATING, TRAINING_STEPS
+from coalign.tables import SlurmTable
+
+# Flags that would break the chain of jobs or its traces, and what to do instead.
+REFUSED = {
+    "comment": "pipeline.sh knows its jobs again by it",
+    "job-name": "logs are named by it; use run.name",
+    "output": "logs lie in logs/",
+    "array": "a step is one job; use a run.name each",
+    "wrap": "the job scripts are the command",
+    "wait": "each job waits for the one before it",
+    "parsable": "pipeline.sh prints the numbers of the jobs",
+    "test-only": "use --dry-run",
+}
+
+
+def ranks_per_node(table: SlurmTable) -> int:
+    """Return the training processes a node."""
+    return table.ranks_per_node or table.gpus_per_node or 1
+
+
+def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
+    """Return what sbatch is asked for by a step; the user's own flags come after these and win."""
+    named = {"partition": table.partition, "account": table.account, "mem": table.memory, "time": table.time}
+    flags = [f"--{name}={value}" for name, value in named.items() if value]
+    flags += [f"--signal=B:USR1@{table.warn_seconds}", *table.options]
+    cpus = ranks_per_node(table) * table.cpus_per_rank
+    if script == "deepspeed.sbatch":
+        flags += [f"--ntasks-per-node={ranks_per_node(table)}", f"--cpus-per-task={table.cpus_per_rank}"]
+    else:
+        flags += ["--ntasks-per-node=1", f"--cpus-per-task={cpus if step in GENERATING else table.cpus_per_rank}"]
+    if step not in (*TRAINING_STEPS, *GENERATING):
+        return flags
+    if table.gpus_per_node:
+        flags.append(f"--gpus-per-node={table.gpus_per_node}")
+    return [f"--nodes={1 if script == 'single.sbatch' else table.nodes}", *flags]
+
+
+def last_flags(step: str) -> list[str]:
+    """Return what holds even against the user's flags: a step without a model takes one node without GPUs."""
+    return [] if step in (*TRAINING_STEPS, *GENERATING) else ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+
+
+def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> None:
+    """Raise UserError when a setting contradicts another, before anything is queued."""
+    ranks, gpus = ranks_per_node(table), table.gpus_per_node
+    if gpus and ranks > gpus:
+        raise UserError(f"slurm.ranks_per_node={ranks} with slurm.gpus_per_node={gpus}: a rank needs a GPU of its own")
+    cpus = table.nodes * ranks * table.cpus_per_rank
+    if workers > cpus:
+        raise UserError(
+            f"generation.workers={workers}, but {table.nodes} nodes with {ranks} x {table.cpus_per_rank} cores have"
+            f" {cpus}; raise slurm.nodes, slurm.ranks_per_node or slurm.cpus_per_rank"
+        )
+    if workers * max(gpus_per_worker, 0) > table.nodes * gpus:
+        raise UserError(
+            f"generation.workers={workers} x gpus_per_worker={gpus_per_worker:g}, but {table.nodes} nodes with"
+            f" slurm.gpus_per_node={gpus} have {table.nodes * gpus}"
+        )
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise UserError for flags of sbatch that a pipeline can't be given."""
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0]
+        if name in REFUSED:
+            raise UserError(f"{flag} can't be given to a pipeline: {REFUSED[name]}")
+
+
+def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
+    """Raise UserError when a job would be told to stop as soon as it starts."""
+    given = [flag.removeprefix("--time=") for flag in flags if flag.startswith("--time=")]
+    limit = given[-1] if given else table.time
+    seconds = parse_seconds(limit) if limit else None
+    if seconds is not None and seconds < 2 * table.warn_seconds:
+        raise UserError(
+            f"a time limit of {limit} is too short: a job is told to save and stop {table.warn_seconds} s before"
+            f" its end (slurm.warn_seconds); give at least {-(-2 * table.warn_seconds // 60)} minutes"
+        )
+
+
+def parse_seconds(text: str) -> int | None:
+    """Return the seconds of a time limit as sbatch reads it, None for an unlimited one. Raises UserError."""
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"slurm.time={text!r} is no time limit; write for example 24:00:00 or 2-00:00:00")
+    days, first, second, third = (int(part) if part else None for part in match.groups())
+    assert first is not None
+    if days is not None:
+        hours, minutes, seconds = first, second or 0, third or 0
+    elif third is not None:
+        hours, minutes, seconds = first, second or 0, third
+    else:
+        hours, minutes, seconds = 0, first, second or 0
+    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds

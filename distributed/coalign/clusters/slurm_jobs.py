@@ -1,0 +1,238 @@
+"""The jobs of a pipeline: which steps are missing, what each asks of Slurm, sbatch's answers in our words.
+
+Used by launch/submit.py. Knows Slurm's commands by their words alone, and no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from coalign.clusters.slurm_flags import last_flags
+from coalign.errors import UserError
+from coalign.steps import GENERATING, TRAINING_STEPS
+from coalign.tables import SlurmTable
+
+MARK = "coalign "  # begins the comment of our jobs; the step's folder follows
+NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "PartitionConfig", "BadConstraints")
+WITH_VALUE = (
+    "partition",
+    "account",
+    "time",
+    "nodes",
+    "qos",
+    "reservation",
+    "constraint",
+    "mem",
+    "gres",
+    "gpus-per-node",
+    "dependency",
+)
+GONE = "DependencyNeverSatisfied"
+# What sbatch says, and which keys it is about.
+CAUSES = (
+    ("partition", "slurm.partition or --partition; `sinfo -s` lists the partitions"),
+    ("time limit", "slurm.time or --time; `sinfo -o '%P %l'` lists the limits"),
+    ("account", "slurm.account or --account"),
+    (
+        "node configuration",
+        "slurm.nodes, slurm.gpus_per_node, slurm.ranks_per_node, slurm.cpus_per_rank and slurm.memory;"
+        " `sinfo -o '%P %D %c %m %G'` lists what nodes have",
+    ),
+    ("node count", "slurm.nodes or --nodes; `sinfo -s` lists how many there are"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueuedJob:
+    """A job of ours that is in the queue."""
+
+    number: str
+    state: str
+    reason: str
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of the pipeline: where it lies, and which job script runs it."""
+
+    name: str
+    folder: Path
+    script: str
+
+
+def script_of(step: str, workers: int) -> str:
+    """Return the job script that runs a step."""
+    if step in TRAINING_STEPS:
+        return "deepspeed.sbatch"
+    return "ray.sbatch" if step in GENERATING and workers else "single.sbatch"
+
+
+def make_logs() -> None:
+    """Make the folder of the jobs' logs, without which they would fail without a word. Raises UserError."""
+    try:
+        Path("logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {Path('logs').absolute()} can't be made ({error.strerror}); jobs log there"
+        ) from None
+
+
+def job_name(run_name: str, step: str) -> str:
+    """Return the name of a step's job."""
+    return f"coalign-{re.sub(r'[^A-Za-z0-9_.-]', '-', run_name)}-{step}"
+
+
+def make_command(
+    root: Path, run_name: str, step: Step, flags: Sequence[str], words: Sequence[str], after: str
+) -> list[str]:
+    """Return the sbatch command of a step; `after` is the job that must succeed before it."""
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--job-name={job_name(run_name, step.name)}",
+        f"--comment={MARK}{step.folder.resolve()}",
+    ]
+    command += ["--output=logs/%x-%j.out", "--open-mode=append", "--requeue"]
+    given = [flag for flag in flags if flag.startswith("--dependency=")]
+    conditions = [f"afterok:{after}"] if after else []
+    conditions += [flag.partition("=")[2] for flag in given[-1:]]  # of several sbatch would take the last
+    if conditions:
+        command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
+    flags = [flag for flag in flags if flag not in given]
+    return [*command, *flags, *last_flags(step.name), str(root / "slurm" / step.script), step.name, *words]
+
+
+def job_environment(table: SlurmTable, root: Path) -> dict[str, str]:
+    """Return what a job inherits by its environment; the login shell's own settings come along as well."""
+    venv = table.venv or ("" if table.container else os.environ.get("VIRTUAL_ENV", ""))
+    return {
+        "COALIGN_ROOT": str(root),
+        "COALIGN_MODULES": " ".join(table.modules),
+        "COALIGN_VENV": str(Path(venv).resolve()) if venv else "",
+        "COALIGN_CONTAINER": table.container,
+        "COALIGN_START_SECONDS": str(table.start_seconds),
+    }
+
+
+def call(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """Run a command of Slurm's and return what it prints. Raises UserError with its message and what to look at."""
+    try:
+        done = subprocess.run(
+            command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]} is not here; run this where Slurm's commands are, on a login node") from error
+    if done.returncode == 0:
+        return done.stdout.strip()
+    message = done.stderr.strip() or done.stdout.strip()
+    hints = [hint for word, hint in CAUSES if word in message.lower()]
+    raise UserError(f"{message} {f'Look at {hints[0]}.' if hints else ''} The command: {shlex.join(command)}")
+
+
+def queued_jobs() -> list[QueuedJob]:
+    """Return our jobs that wait or run."""
+    jobs = []
+    for line in call(["squeue", "--me", "--noheader", "--format=%i|%T|%r|%k"]).splitlines():
+        number, state, reason, comment = line.split("|", 3)
+        if comment.startswith(MARK):
+            jobs.append(QueuedJob(number, state, reason, comment.removeprefix(MARK)))
+    return jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the words of slurm/pipeline.sh ask for beside the config."""
+
+    only: str
+    dry_run: bool
+    settings: bool
+    flags: tuple[str, ...]
+    words: tuple[str, ...]  # of the config
+
+
+def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
+    """Sort the words of slurm/pipeline.sh. Raises UserError."""
+    only, dry_run, settings = "", False, False
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--only" or word.startswith("--only="):
+            only = word.partition("=")[2] or next(rest, "")
+            if not only:
+                raise UserError(f"no step was named; the steps are {', '.join(steps)}, see slurm/pipeline.sh --help")
+            if only not in steps:
+                raise UserError(f"--only {only or 'nothing'}: no such step; the steps are {', '.join(steps)}")
+        elif word == "--dry-run":
+            dry_run = True
+        elif word == "--settings":
+            settings = True
+        elif not word.startswith("-"):
+            words.append(word)
+        elif word.startswith("--") and not any(word == f"--{name}" for name in WITH_VALUE):
+            flags.append(word)
+        else:
+            raise UserError(f"{word}: write flags of sbatch in one word and long, for example --partition=long")
+    return Request(only, dry_run, settings, tuple(flags), tuple(words))
+
+
+def plan(
+    steps: Sequence[Step], complete: Sequence[str], queued: Sequence[QueuedJob]
+) -> tuple[list[Step], dict[str, QueuedJob], list[QueuedJob]]:
+    """Return the steps to submit, the queued job of others, and queued jobs that wait for something that is gone.
+
+    Steps are in order, each needs the one before it.
+    """
+    by_folder = {job.folder: job for job in queued if job.reason != GONE}
+    missing: list[Step] = []
+    kept: dict[str, QueuedJob] = {}
+    orphans = [job for job in queued if job.reason == GONE and job.folder in {str(s.folder.resolve()) for s in steps}]
+    for step in steps:
+        job = by_folder.get(str(step.folder.resolve()))
+        if step.name in complete:
+            continue
+        if job is None:
+            missing.append(step)
+        elif missing and job.state == "PENDING":
+            orphans.append(job)
+            missing.append(step)
+        else:
+            kept[step.name] = job
+    return missing, kept, orphans
+
+
+def submit(
+    missing: Sequence[Step], before: dict[str, str], command_of: Callable[[Step, str], list[str]], env: dict[str, str]
+) -> dict[str, str]:
+    """Queue steps, each after the newest one before it, and return {step: job}; all of them or, with UserError, none.
+
+    `before` holds the jobs of earlier steps that are in the queue already.
+    """
+    numbers: dict[str, str] = {}
+    try:
+        for step in missing:
+            after = [*numbers.values()][-1:] or [before[name] for name in [*before][-1:]]
+            numbers[step.name] = call(command_of(step, *after or [""]), env).partition(";")[0]
+        refuse_hopeless(numbers)
+    except UserError:
+        if numbers:  # half a chain would end in the middle of the night
+            call(["scancel", *numbers.values()])
+        raise
+    return numbers
+
+
+def refuse_hopeless(numbers: dict[str, str]) -> None:
+    """Raise UserError when Slurm says of a job that it can't start as it is."""
+    lines = call(["squeue", "--me", "--noheader", "--format=%i|%r"]).splitlines()
+    for number, _, reason in (line.partition("|") for line in lines):
+        if number in numbers.values() and reason in NEVER:
+            raise UserError(
+                f"job {number} could never start ({reason}); see slurm.partition, slurm.time and slurm.nodes"
+            )

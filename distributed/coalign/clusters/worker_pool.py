@@ -1,0 +1,344 @@
+"""Shards over Ray actors: bounded in flight, retried, written by the driver alone.
+
+Used by the generation recipes. Knows neither models nor what a row means. Without workers everything runs here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import gc
+import logging
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from coalign.clusters.placement import Asked, asked_workers, complaint, table_lines, waiting_words
+from coalign.clusters.postmortem import Place, explain_death, here, say_death, watched
+from coalign.clusters.ray_connection import Cluster
+from coalign.config import GenerationTable
+from coalign.errors import UserError
+from coalign.process import out_of_memory, progress_bar
+from coalign.records import read_rows
+from coalign.runs.atomic_files import write_rows
+from coalign.runs.step_folder import StepFolder
+
+logger = logging.getLogger("coalign")
+
+Row = dict[str, Any]
+MAX_IN_FLIGHT = 2  # shards a worker: one at work, one waiting, so that no worker idles
+MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the stage
+END_SECONDS = 10.0  # that a killed actor may take to end
+SAY_SECONDS = 20.0  # between two lines about what is waited for
+
+
+class Worker(Protocol):
+    """Works off one shard: rows in, as many rows out, in order."""
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
+
+
+class _Actor:
+    """One process of the pool. It builds a call's worker with its first shard, so that an error reaches the driver."""
+
+    def __init__(self, folder: str) -> None:
+        # Relative paths in the settings mean the driver's folder, wherever the cluster was started.
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+        self._call = -1
+        self._worker: Worker | None = None
+
+    def place(self) -> Place:
+        """Return where this process is."""
+        return here()
+
+    def run(self, call: int, make_worker: Callable[[], Worker], rows: list[Row]) -> list[Row]:
+        """Return the results."""
+        if call != self._call or self._worker is None:
+            self._worker = None  # the old model goes before the new one comes
+            gc.collect()
+            self._worker, self._call = make_worker(), call
+        return self._worker(rows)
+
+
+def require_workers(cluster: Cluster, settings: GenerationTable) -> Asked:
+    """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
+    nodes = cluster.nodes()
+    asked = asked_workers(nodes, settings)
+    if not settings.ray_grows and (problem := complaint(nodes, asked)):
+        for line in table_lines(nodes, asked):
+            logger.warning("%s", line)
+        raise UserError(problem)
+    return asked
+
+
+@dataclasses.dataclass(eq=False)
+class _Member:
+    """An actor of the pool: its answer to where it is, which comes when it has started, and its shards in flight."""
+
+    actor: Any
+    greeting: Any
+    place: Place | None = None
+    in_flight: int = 0
+
+
+class _Pool:
+    """A connection to Ray and its actors, kept for the life of this process: starting them costs seconds."""
+
+    def __init__(self, settings: GenerationTable) -> None:
+        self.calls = 0
+        self.members: list[_Member] = []
+        self.cluster = Cluster(settings.ray_address or os.environ.get("RAY_ADDRESS", ""), settings.workers)
+        self.ray = self.cluster.ray
+        atexit.register(self.close)
+        self.shared: set[Path] = set()  # folders that every node was seen to see
+        self.wait_seconds = settings.ray_wait_seconds
+        self.asked = require_workers(self.cluster, settings)
+        options = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus, **watched(self.ray)}
+        self._make = self.ray.remote(max_restarts=0, max_task_retries=0, **options)(_Actor)
+        self.members = [self._start() for _ in range(settings.workers)]
+        where = "a private cluster" if self.cluster.is_private else self.cluster.address
+        shown = f"{self.asked.gpus:g} GPU" if self.asked.gpus else "1 CPU"
+        logger.info("%d Ray workers on %s, each with %s", settings.workers, where, shown)
+
+    def _start(self) -> _Member:
+        actor = self._make.remote(str(Path.cwd()))
+        return _Member(actor, actor.place.remote())
+
+    def require_shared(self, folder: Path) -> None:
+        """Raise UserError unless every node sees a folder; asks once."""
+        if folder not in self.shared:
+            self.cluster.require_shared(folder)
+            self.shared.add(folder)
+
+    def replace(self, member: _Member) -> None:
+        """Let another actor take a dead one's place, on any node."""
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            self.ray.kill(member.actor)  # it may be alive and out of reach
+        self.members[self.members.index(member)] = self._start()
+
+    def close(self) -> None:
+        """Disconnect, which ends the actors; a private cluster ends."""
+        atexit.unregister(self.close)
+        self.cluster.close()
+        # A step that follows at once must find their memory free, on the GPUs above all.
+        places = [member.place for member in self.members if member.place]
+        mine = [Path("/proc", str(place.process)) for place in places if place.host == platform.node()]
+        deadline = time.monotonic() + END_SECONDS
+        while any(path.exists() for path in mine) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+_pools: dict[tuple[int, float, str], _Pool] = {}
+
+
+def close_pools() -> None:
+    """Let go of all workers and of the cluster now, and not when this process ends."""
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
+def _pool(settings: GenerationTable) -> _Pool:
+    key = (settings.workers, settings.gpus_per_worker, settings.ray_address)
+    if key not in _pools:
+        close_pools()
+        _pools[key] = _Pool(settings)
+    return _pools[key]
+
+
+def map_shards(
+    make_worker: Callable[[], Worker],
+    shards: Sequence[tuple[int, list[Row]]],
+    settings: GenerationTable,
+    stage: str,
+) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (shard index, results) as they are done, in any order.
+
+    An actor that dies is replaced and its shards are tried again; a shard that fails three times raises RuntimeError
+    with its index. A UserError inside a worker is raised here as itself. Raises UserError when no worker gets its CPUs
+    and GPUs within generation.ray_wait_seconds.
+    """
+    if not shards:
+        return
+    if settings.workers == 0:
+        worker = make_worker()
+        for index, rows in shards:
+            yield index, worker(rows)
+        return
+    pool = _pool(settings)
+    pool.calls += 1
+    yield from _Call(pool, make_worker, shards, stage).run()
+
+
+class _Call:
+    """One call of map_shards: the shards that wait, and those in flight, each with the member that has it."""
+
+    def __init__(
+        self, pool: _Pool, make_worker: Callable[[], Worker], shards: Sequence[tuple[int, list[Row]]], stage: str
+    ) -> None:
+        self.pool, self.make_worker, self.stage, self.ray = pool, make_worker, stage, pool.ray
+        self.waiting = list(reversed(shards))
+        self.in_flight: dict[Any, tuple[int, list[Row], _Member]] = {}
+        self.tries: Counter[int] = Counter()
+        self.failed_starts = 0
+        self.since = self.said = time.monotonic()
+
+    def run(self) -> Iterator[tuple[int, list[Row]]]:
+        """Yield (shard index, results) as they are done."""
+        while self.waiting or self.in_flight:
+            self._feed()
+            starting = {member.greeting: member for member in self.pool.members if member.place is None}
+            ready, _ = self.ray.wait([*self.in_flight, *starting], num_returns=1, timeout=SAY_SECONDS)
+            if starting:
+                self._look(len(starting))
+            for reference in ready:
+                if reference in starting:
+                    self._greet(starting[reference])
+                elif (done := self._take(reference)) is not None:
+                    yield done
+
+    def _feed(self) -> None:
+        """Give the members shards: one each, and a second where no member is still to come that could take it."""
+        for depth in range(1, MAX_IN_FLIGHT + 1):
+            to_come = sum(member.place is None for member in self.pool.members) if depth > 1 else 0
+            for member in self.pool.members:
+                if member.place and member.in_flight < depth and len(self.waiting) > to_come:
+                    index, rows = self.waiting.pop()
+                    with _full_store(self.ray, index, self.stage):
+                        reference = member.actor.run.remote(self.pool.calls, self.make_worker, rows)
+                    self.in_flight[reference] = (index, rows, member)
+                    member.in_flight += 1
+
+    def _greet(self, member: _Member) -> None:
+        """Note where a member runs; one that died before it could say so is replaced."""
+        try:
+            member.place = self.ray.get(member.greeting)
+            self.failed_starts = 0
+            logger.info("%s: a worker has started, %s", self.stage, member.place)
+        except self.ray.exceptions.RuntimeEnvSetupError as error:
+            raise UserError(f"{self.stage}: Ray can't set up the job's environment on a node: {error}") from None
+        except self.ray.exceptions.RayError as error:
+            self.failed_starts += 1
+            if self.failed_starts > MAX_RETRIES:
+                raise RuntimeError(
+                    f"{self.stage}: no worker starts, {self.failed_starts} died at once: {error}"
+                ) from None
+            self._bury(member, error)
+
+    def _bury(self, member: _Member, error: BaseException) -> str:
+        """Say why a member has died, and replace it; return the cause."""
+        if member not in self.pool.members:
+            return "it ended with another shard"
+        why, lines = explain_death(self.pool.cluster, member.place, error)
+        who = f"{self.stage}: the worker ({member.place})" if member.place else f"{self.stage}: a worker"
+        say_death(logger, who, why, lines, "another takes its place")
+        self.pool.replace(member)
+        self.since = time.monotonic()
+        return why
+
+    def _take(self, reference: Any) -> tuple[int, list[Row]] | None:
+        """Return a shard's results; None when its member has died, and the shard waits again."""
+        index, rows, member = self.in_flight.pop(reference)
+        member.in_flight -= 1
+        self.since = time.monotonic()
+        errors = self.ray.exceptions
+        try:
+            with _full_store(self.ray, index, self.stage):
+                return index, self.ray.get(reference)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+            if type(cause).__name__ == "OutOfMemoryError":
+                raise UserError(f"{self.stage}: {out_of_memory(cause)}") from None
+            raise RuntimeError(f"{self.stage}: shard {index} failed: {cause!r}\n{error}") from None
+        except errors.ObjectLostError as error:  # its node went after the work was done
+            self._retry(index, rows, str(error))
+        except errors.RayError as error:
+            self._retry(index, rows, self._bury(member, error))
+        return None
+
+    def _retry(self, index: int, rows: list[Row], why: str) -> None:
+        self.tries[index] += 1
+        if self.tries[index] > MAX_RETRIES:
+            raise RuntimeError(
+                f"{self.stage}: shard {index} (or one beside it) ended its worker {1 + MAX_RETRIES} times: {why}"
+            ) from None
+        logger.warning("%s: shard %d is tried again", self.stage, index)
+        self.waiting.append((index, rows))
+
+    def _look(self, missing: int) -> None:
+        """Say now and then what is waited for; UserError when no worker runs and it takes too long."""
+        now, pool = time.monotonic(), self.pool
+        nobody = missing == len(pool.members)
+        waited = now - self.since
+        if now - self.said < SAY_SECONDS and not (nobody and waited > pool.wait_seconds):
+            return
+        self.said = now
+        nodes = pool.cluster.nodes()
+        words = waiting_words(nodes, pool.asked, missing)
+        if nobody and waited > pool.wait_seconds:
+            for line in table_lines(nodes, pool.asked):
+                logger.warning("%s", line)
+            raise UserError(
+                f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
+                f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished"
+                " shards are kept"
+            )
+        limit = f"{waited:.0f} s of at most {pool.wait_seconds:g}" if nobody else "the others work"
+        logger.info("%s: %s (%s)", self.stage, words, limit)
+
+
+@contextlib.contextmanager
+def _full_store(ray: Any, index: int, stage: str) -> Iterator[None]:
+    """Turn what Ray raises when rows or results find no space into a UserError."""
+    full = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
+    try:
+        yield
+    except (*full, ray.exceptions.RayTaskError) as error:
+        if not isinstance(getattr(error, "cause", error), full):
+            raise
+        raise UserError(
+            f"{stage}: no space in the Ray object store for shard {index}; use a smaller generation.shard_size, or"
+            " free space in /dev/shm and /tmp; finished shards are kept"
+        ) from None
+
+
+def run_shards(
+    step: StepFolder,
+    requests: Sequence[Row],
+    make_worker: Callable[[], Worker],
+    settings: GenerationTable,
+    title: str,
+    name: str = "",
+) -> Iterator[Row]:
+    """Yield every request's result row in order, computing only the shards that are not on disk yet.
+
+    Shards lie in the step's folder under `name`; the driver writes them, each atomically.
+    """
+    size = settings.shard_size
+    folder = step.path / "shards"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}{'-' if name else ''}{i:05d}.jsonl" for i in range(math.ceil(len(requests) / size))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    if len(missing) < len(paths):
+        logger.info("%s: %d of %d shards are done already", title, len(paths) - len(missing), len(paths))
+    shards = [(i, list(requests[i * size : (i + 1) * size])) for i in missing]
+    if shards and settings.workers:
+        _pool(settings).require_shared(step.path)
+    done = len(requests) - sum(len(rows) for _, rows in shards)
+    with progress_bar(title, "prompt", len(requests), done, bool(shards)) as bar:
+        for index, results in map_shards(make_worker, shards, settings, title):
+            assert len(results) == len(requests[index * size : (index + 1) * size])
+            write_rows(paths[index], results)
+            bar.update(len(results))
+    for path in paths:
+        for _, row in read_rows(path):
+            yield row

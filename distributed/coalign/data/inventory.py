@@ -1,0 +1,99 @@
+"""Counts what prepare made: tasks, inputs by split, rows left out by reason, lengths in words.
+
+Used by launch/prepare.py for the manifest and for people. Pure numbers and text.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from coalign.data.instances import Dropped
+from coalign.data.splits import SPLITS, Prepared
+from coalign.records import Example
+
+# Upper ends of the word-length buckets; the last one is open.
+BUCKETS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def count_words(texts: Iterable[str]) -> dict[str, int]:
+    """Return the word-length histogram: bucket name ("5-8") -> number of texts, up to the longest text."""
+    return _histogram(Counter(map(_bucket, texts)))
+
+
+class Inventory:
+    """Counts examples while they are written, and what else the manifest has of them."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self._splits: Counter[str] = Counter()
+        self._inputs: Counter[int] = Counter()
+        self._outputs: Counter[int] = Counter()
+        self._num_unseen = 0
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples, and count them."""
+        unseen = {task.id for task in self.prepared.tasks if not task.seen}
+        for example in self.prepared.examples():
+            self._splits[example.split] += 1
+            self._num_unseen += example.task in unseen
+            self._inputs[_bucket(example.input)] += 1
+            self._outputs.update(map(_bucket, example.outputs))
+            yield example
+
+    def counts(self, left_out: Iterable[Dropped] = ()) -> dict[str, Any]:
+        """Return tasks, inputs by split, rows dropped by reason, histograms of words.
+
+        `left_out` are rows that never came to be split. The examples must have been read to their end.
+        """
+        tasks = self.prepared.tasks
+        dropped = self.prepared.reasons() + Counter(row.reason for row in left_out)
+        return {
+            "tasks": {
+                "seen": sum(task.seen for task in tasks),
+                "unseen": sum(not task.seen for task in tasks),
+                "with_labels": sum(bool(task.labels) for task in tasks),
+            },
+            "inputs": {split: self._splits[split] for split in SPLITS},
+            "test_inputs_of_unseen_tasks": self._num_unseen,
+            "dropped": dict(sorted(dropped.items())),
+            "words": {
+                "instructions": count_words(task.instruction for task in tasks),
+                "inputs": _histogram(self._inputs),
+                "outputs": _histogram(self._outputs),
+            },
+        }
+
+
+def describe(counts: Mapping[str, Any]) -> str:
+    """Return the counts as lines for people."""
+    tasks, inputs = counts["tasks"], counts["inputs"]
+    lines = [
+        f"tasks: {tasks['seen']} seen, {tasks['unseen']} unseen, {tasks['with_labels']} of them with labels",
+        "inputs: "
+        + ", ".join(f"{inputs[split]} {split}" for split in SPLITS)
+        + f" (of these {counts['test_inputs_of_unseen_tasks']} of unseen tasks)",
+        "dropped: " + (", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "nothing"),
+    ]
+    for title, histogram in counts["words"].items():
+        most = max(histogram.values(), default=1)
+        lines.append(f"words in {title}:")
+        lines += [f"  {name:>9}  {number:>8}  {'#' * round(40 * number / most)}" for name, number in histogram.items()]
+    return "\n".join(lines)
+
+
+def _bucket(text: str) -> int:
+    return bisect.bisect_left(BUCKETS, len(text.split()))
+
+
+def _histogram(counts: Mapping[int, int]) -> dict[str, int]:
+    return {_bucket_name(index): counts.get(index, 0) for index in range(max(counts, default=-1) + 1)}
+
+
+def _bucket_name(index: int) -> str:
+    if index == len(BUCKETS):
+        return f"{BUCKETS[-1] + 1}+"
+    first = BUCKETS[index - 1] + 1 if index else 0
+    return str(first) if first == BUCKETS[index] else f"{first}-{BUCKETS[index]}"

@@ -1,0 +1,307 @@
+"""Instruction sets in: finds the files of each source, reads them, names tasks and mixes the sources.
+
+Used by launch/prepare.py. The only import of datasets, made when a Hugging Face data set is read. Knows no splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from array import array
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coalign.config import DataTable, SourceTable
+from coalign.data.instances import (
+    Dropped,
+    FreeNames,
+    Instance,
+    Layout,
+    list_task_files,
+    parse_row,
+    read_task_file,
+)
+from coalign.data.spool import Spool, equal_places
+from coalign.errors import UserError
+from coalign.records import Task, read_rows
+from coalign.runs.digests import digest_file, digest_value
+from coalign.text import normalise_input, unit_hash, words
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
+LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
+BATCH_ROWS = 1000
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclasses.dataclass(slots=True)
+class Collection:
+    """What all sources hold together: every instance names a key of `tasks`; ids are unique where they aren't empty."""
+
+    tasks: dict[str, Task]
+    instances: Spool[Instance]
+    dropped: Spool[Dropped]
+
+
+def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
+    """Read every source of the table. Raises UserError for the first thing wrong, with file and line.
+
+    The rows lie in temporary files in `folder`, see `Spool`: memory holds the tasks and 16 bytes a row. Where there are
+    several sources, it also holds 80 for a row that brings an id.
+    """
+    collection = Collection({}, Spool(Instance, folder), Spool(Dropped, folder))
+    sources = list_sources(table)
+    ids = FreeNames() if len(sources) > 1 else None
+    for source in sources:
+        before = len(collection.instances)
+        _add_source(collection, _take_rows(source, collection.dropped, folder), source, ids)
+        if len(collection.instances) == before:
+            raise UserError(f"{source.path}: no instances in it; check the path and data.format")
+    return collection
+
+
+def digest_sources(table: DataTable) -> str:
+    """Return one SHA-256 over what will be read: names inside each source and contents, not where the source lies.
+
+    Of a hub data set only the name, the configuration and the split are known.
+    """
+    parts: list[Any] = []
+    for source in list_sources(table):
+        kind, root = find_format(source), Path(source.path).expanduser()
+        if kind == "hub":
+            parts.append([source.path, source.name, source.split])
+        elif kind == "sni":
+            tasks, lists, _ = list_task_files(root)
+            parts.append([_describe_file(path, root) for path in [*lists, *tasks]])
+        else:
+            parts.append([_describe_file(path, root) for path in _list_files(root, kind)])
+    return digest_value(parts)
+
+
+def list_sources(table: DataTable) -> list[SourceTable]:
+    """Return data.sources, or data.path as the only source."""
+    if not table.path and not table.sources:
+        raise UserError(
+            'data.path="" names no data; set data.path to a folder, a file or a hub name, or use data.sources'
+        )
+    return table.sources or [SourceTable(path=table.path, format=table.format)]
+
+
+def find_format(source: SourceTable) -> str:
+    """Return how a source is read: "sni", "rows" (JSONL), "hf" (local files), "saved" (save_to_disk) or "hub"."""
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        # A file suffix, a leading dot or slash, or a first part that exists here mean a path, not a hub name.
+        looks_local = path.suffix in (*BUILDERS, ".zst", ".gz", ".txt") or (
+            len(path.parts) > 1 and Path(path.parts[0]).exists()
+        )
+        if source.format not in ("auto", "hf") or looks_local or not _HUB_NAME.fullmatch(source.path):
+            raise UserError(f"{source.path}: no such file or folder; check data.path (relative to {Path.cwd()})")
+        return "hub"
+    if path.is_file():
+        if source.format == "sni":
+            raise UserError(f"{path} is a file; data.format=sni needs the folder that holds tasks/*.json")
+        if source.format == "hf" or (source.format == "auto" and path.suffix != ".jsonl"):
+            if path.suffix not in BUILDERS:
+                raise UserError(
+                    f"{path}: unknown kind of file; expected {', '.join(BUILDERS)}, or set data.format=jsonl"
+                )
+            return "hf"
+        return "rows"
+    if source.format == "sni" or (source.format == "auto" and (path / "tasks").is_dir()):
+        return "sni"
+    if source.format in ("jsonl", "messages") or (source.format == "auto" and any(path.glob("*.jsonl"))):
+        return "rows"
+    if any((path / marker).exists() for marker in SAVED_MARKERS):
+        return "saved"
+    if not any(file.suffix in BUILDERS for file in path.rglob("*")):
+        raise UserError(
+            f"{path}: a folder without data; expected tasks/*.json, *.jsonl, or files of {', '.join(BUILDERS)}"
+        )
+    return "hf"
+
+
+def _read_source(source: SourceTable) -> Iterator[Instance | Dropped]:
+    kind, root = find_format(source), Path(source.path).expanduser()
+    if kind == "sni":
+        tasks, _, left_out = list_task_files(root)
+        yield from left_out
+        for path, seen in tasks.items():
+            yield from read_task_file(path, seen)
+    elif kind == "rows":
+        for path in _list_files(root, kind):
+            for number, row in read_rows(path):
+                yield parse_row(row, f"{path}, line {number}", LAYOUTS.get(source.format, "auto"))
+    else:
+        yield from _read_hugging_face(source, kind, root)
+
+
+def _list_files(root: Path, kind: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if kind == "rows":
+        files = sorted(root.glob("*.jsonl"))
+        if not files:
+            raise UserError(f"{root}: no *.jsonl files in this folder; check data.path and data.format")
+        return files
+    found = (path for path in root.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def _describe_file(path: Path, root: Path) -> list[Any]:
+    name = path.name if path == root else path.relative_to(root).as_posix()
+    return [name, path.stat().st_size, digest_file(path)]
+
+
+def _read_hugging_face(source: SourceTable, kind: str, root: Path) -> Iterator[Instance | Dropped]:
+    dataset = _load_dataset(source, kind, root)
+    columns = list(dataset.column_names)
+    has_columns = "instruction" in columns and ("output" in columns or "outputs" in columns)
+    if "messages" not in columns and not has_columns:
+        raise UserError(
+            f"{source.path}: the columns are {', '.join(columns) or 'none'}; expected instruction and"
+            " output (or outputs), with or without input and task, or else messages; rename them"
+        )
+    labels = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    layout: Layout = "auto" if "messages" in columns else "columns"
+    number = 0
+    for batch in dataset.iter(batch_size=BATCH_ROWS):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            number += 1
+            row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+            for name in labels.keys() & row.keys():
+                # -1 is the library's mark of a missing label.
+                row[name] = labels[name].int2str(row[name]) if row[name] >= 0 else ""
+            yield parse_row(row, f"{source.path}, row {number}", layout)
+
+
+def _load_dataset(source: SourceTable, kind: str, root: Path) -> Any:
+    """Return a datasets.Dataset; whatever the library complains about becomes a UserError."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if kind == "saved":
+            saved = datasets.load_from_disk(str(root))
+            if isinstance(saved, datasets.Dataset):
+                return saved
+            if source.split not in saved:
+                raise UserError(
+                    f"{root}: no split {source.split!r}; it has {', '.join(saved)}, set split in data.sources"
+                )
+            return saved[source.split]
+        if kind == "hub":
+            return datasets.load_dataset(source.path, source.name or None, split=source.split)
+        tables = [file for file in _list_files(root, kind) if file.suffix in (".csv", ".tsv")]
+        options = _csv_options(datasets, tables[0]) if tables else {}
+        if root.is_file():
+            files = {source.split: str(root)}
+            return datasets.load_dataset(BUILDERS[root.suffix], data_files=files, split=source.split, **options)
+        return datasets.load_dataset(str(root), source.name or None, split=source.split, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        seen = "no such file or folder here, nor on the hub" if kind == "hub" else "not readable"
+        what = f"{source.path}: {seen} ({type(error).__name__}: {reason})"
+        raise UserError(f"{what}; check path, name and split") from error
+
+
+def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
+    """Return options that read every column as text: answers such as "007", "NA" or "null" must stay as written."""
+    separator = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        header = next(csv.reader(stream, delimiter=separator), [])
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "sep": separator}
+
+
+def _take_rows(source: SourceTable, dropped: Spool[Dropped], folder: Path | None) -> Iterator[Instance]:
+    """Yield the source's rows, the first `max_rows` in the order of a hash of task, instruction and input (0: all)."""
+    rows = _without_dropped(_read_source(source), dropped)
+    if not source.max_rows:
+        yield from rows
+        return
+    held, places = Spool(Instance, folder), array("d")
+    for row in rows:
+        held.append(row)
+        places.append(unit_hash("rows", row.task, row.instruction, row.input))
+    taken = bytearray(len(held))
+    for index in np.argsort(np.asarray(places), kind="stable")[: source.max_rows].tolist():
+        taken[index] = True
+    for index, row in enumerate(held):
+        if taken[index]:
+            yield row
+        else:
+            dropped.append(Dropped("over_max_rows", row.place, row.id))
+
+
+def _without_dropped(rows: Iterable[Instance | Dropped], dropped: Spool[Dropped]) -> Iterator[Instance]:
+    for row in rows:
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            yield row
+
+
+def _add_source(collection: Collection, rows: Iterable[Instance], source: SourceTable, ids: FreeNames | None) -> None:
+    """Give the rows task ids and free example ids and add them to the collection.
+
+    `ids` holds the example ids of the sources before; an id that clashes with one gets the source's name in front.
+    """
+    path = Path(source.path)
+    origin = path.stem if path.is_file() else path.name
+    task_names = FreeNames(collection.tasks)
+    earlier = dict(collection.tasks)
+    task_ids: dict[tuple[str, str], str] = {}
+    own = array("q")
+    for row in rows:
+        key = (row.task, row.instruction)
+        if key not in task_ids:
+            task_ids[key] = _add_task(collection.tasks, earlier, task_names, row, origin)
+        name = row.id
+        if name:
+            own.append(hash(name))
+            if ids is not None:
+                name = ids.take(f"{origin}/{name}" if name in ids else name)
+        collection.instances.append(row._replace(task=task_ids[key], id=name))
+    repeated = {own[places[0]] for places in equal_places(own)}
+    if repeated:
+        _check_ids(source, repeated)
+
+
+def _check_ids(source: SourceTable, hashes: set[int]) -> None:
+    """Raise UserError for an id, of those with these hashes, that stands at two rows."""
+    places: dict[str, str] = {}
+    for row in _read_source(source):
+        if isinstance(row, Instance) and row.id and hash(row.id) in hashes:
+            if row.id in places:
+                raise UserError(
+                    f"{row.place}: the id {row.id!r} is also at {places[row.id]}; ids must be unique, change one"
+                )
+            places[row.id] = row.place
+
+
+def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames, row: Instance, source: str) -> str:
+    """Enter the row's task and return its id.
+
+    A name that an earlier source used for the same instruction is the same task; for another instruction, the source's
+    name comes in front. A name that this source used for another instruction gets a number.
+    """
+    name = row.task or instruction_slug(row.instruction)
+    known = earlier.get(name)
+    if known is not None and known.instruction == row.instruction:
+        tasks[name] = dataclasses.replace(tasks[name], seen=tasks[name].seen and row.seen)
+        return name
+    identity = names.take(f"{source}/{name}" if known is not None else name)
+    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source)
+    return identity
+
+
+def instruction_slug(instruction: str) -> str:
+    """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
+    start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
+    return f"{start}-{sha256(normalise_input(instruction).encode()).hexdigest()[:8]}"

@@ -1,0 +1,289 @@
+"""Deals instances out to sft, align, dev and test, finds label tasks, applies limits.
+
+Used by launch/prepare.py on what data.read_sources returns. Pure text and numbers; knows no files. The instances are
+read several times and never held: memory has some 30 bytes for each, twice as many while equal ones are looked for, and
+beside them the tasks and the references of inputs that occur with unlike ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import difflib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import get_args
+
+import numpy as np
+
+from coalign.config import DataTable
+from coalign.data.instances import Dropped, FreeNames, Instance
+from coalign.data.spool import equal_places
+from coalign.errors import UserError
+from coalign.records import Example, Split, Task
+from coalign.text import normalise_answer, normalise_input, unit_hash
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+REASONS = ("merged_duplicate", "merged_duplicate", "other_task", "unseen_task_not_test", "over_limit", "over_limit")
+MERGED_SAME, MERGED_OTHER, OTHER_TASK, UNSEEN, OVER_LIMIT, OVER_MAX_TASKS = range(len(SPLITS), len(SPLITS) + 6)
+MERGED = (MERGED_SAME, MERGED_OTHER)
+MIN_INSTANCES_PER_LABEL = 4
+MAX_LABEL_WORDS = 5
+
+
+@dataclasses.dataclass(slots=True)
+class Prepared:
+    """What prepare writes: tasks that have inputs, their examples, and what was left out.
+
+    `fates` holds a byte for each instance: an index into SPLITS, or behind them into REASONS. `firsts` tells the row
+    that a merged one repeats, `unions` the references of a row whose repeats have others, `renamed` the ids of rows
+    whose own would clash.
+    """
+
+    tasks: list[Task]
+    tasks_dropped: list[Dropped]
+    instances: Sequence[Instance]
+    fates: bytearray
+    firsts: array[int]
+    unions: dict[int, tuple[str, ...]]
+    renamed: dict[int, str]
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples in the order of the rows."""
+        for index, row in enumerate(self.instances):
+            if self.fates[index] < len(SPLITS):
+                outputs = self.unions.get(index, row.outputs)
+                yield Example(self._id(index, row), row.task, row.input, outputs, SPLITS[self.fates[index]])
+
+    def dropped(self) -> Iterator[Dropped]:
+        """Yield the rows left out in their order, then the tasks."""
+        if max(self.fates, default=0) >= len(SPLITS):
+            for index, row in enumerate(self.instances):
+                if self.fates[index] >= len(SPLITS):
+                    yield self._describe(index, row)
+        yield from self.tasks_dropped
+
+    def reasons(self) -> Counter[str]:
+        """Return how many rows and tasks were left out, by reason."""
+        counts = Counter(row.reason for row in self.tasks_dropped)
+        for fate, number in Counter(self.fates).items():
+            if fate >= len(SPLITS):
+                counts[REASONS[fate - len(SPLITS)]] += number
+        return counts
+
+    def _describe(self, index: int, row: Instance) -> Dropped:
+        fate = self.fates[index]
+        reason = REASONS[fate - len(SPLITS)]
+        if fate in MERGED:
+            first = self.instances[self.firsts[index]].place
+            kind = "same" if fate == MERGED_SAME else "other"
+            return Dropped(reason, row.place, row.id, f"same input as {first}, {kind} references")
+        return Dropped(reason, row.place, self._id(index, row), "data.max_tasks" if fate == OVER_MAX_TASKS else "")
+
+    def _id(self, index: int, row: Instance) -> str:
+        return row.id or self.renamed.get(index) or made_id(row)
+
+
+def made_id(row: Instance) -> str:
+    """Return an id made from the task and the input, which survives a change of row order."""
+    return f"{row.task}-{sha256(normalise_input(row.input).encode()).hexdigest()[:16]}"
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """The rows of a task that fall into a split; in the order of `hashes` a limit takes them."""
+
+    rows: array[int] = dataclasses.field(default_factory=lambda: array("I"))
+    hashes: array[float] = dataclasses.field(default_factory=lambda: array("d"))
+
+
+def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], table: DataTable) -> Prepared:
+    """Merge repeats, find labels, split by input text and apply the limits.
+
+    Of an unseen task only the test inputs stay. Raises UserError when data.unseen_tasks or data.only_tasks names no
+    task.
+    """
+    known = mark_unseen(tasks, table.unseen_tasks)
+    chosen = find_named(tasks, table.only_tasks, "data.only_tasks") if table.only_tasks else tasks.keys()
+    known = {name: task for name, task in known.items() if name in chosen}
+    limits = [table.max_sft_inputs, table.max_align_inputs, table.max_dev_inputs, table.max_test_inputs]
+    keys, fates, num_named = array("q"), bytearray(), 0
+    groups: dict[tuple[str, int], _Group] = defaultdict(_Group)
+    for index, row in enumerate(instances):
+        text = normalise_input(row.input)
+        keys.append(hash((row.task, text)))
+        num_named += bool(row.id)
+        split = _split_index(text if row.input.strip() else normalise_input(row.instruction), table)
+        if row.task not in chosen:
+            fates.append(OTHER_TASK)
+        elif SPLITS[split] != "test" and not known[row.task].seen:
+            fates.append(UNSEEN)
+        else:
+            fates.append(split)
+            group = groups[row.task, split]
+            group.rows.append(index)
+            if limits[split]:
+                group.hashes.append(unit_hash("inputs", text))
+    firsts, unions = merge_repeats(instances, keys, fates)
+    answers = (
+        (row.task, unions.get(index, row.outputs))
+        for index, row in enumerate(instances)
+        if fates[index] not in (*MERGED, OTHER_TASK)
+    )
+    known = find_labels(known, answers, table.max_labels)
+    dealt = {name for name, _ in groups}
+    without = [Dropped("task_without_inputs", task.source, name) for name, task in known.items() if name not in dealt]
+    _limit_tasks(groups, table.max_tasks, fates)
+    for (_, split), group in groups.items():
+        if 0 < limits[split] < len(group.rows):
+            _limit_inputs(group, split, limits[split], fates)
+    used = {name for name, _ in groups}
+    used_tasks = [task for name, task in known.items() if name in used]
+    renamed = rename_clashes(instances, fates) if 0 < num_named < len(instances) else {}
+    return Prepared(used_tasks, without, instances, fates, firsts, unions, renamed)
+
+
+def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, Task]:
+    """Return the tasks with those named not seen, see `find_named`."""
+    named = find_named(tasks, unseen, "data.unseen_tasks")
+    return {name: dataclasses.replace(task, seen=False) if name in named else task for name, task in tasks.items()}
+
+
+def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set[str]:
+    """Return the ids of the tasks that a key of the config names; a name also stands for name#2 and so on.
+
+    Raises UserError for a name that is no task.
+    """
+    if not names:
+        return set()
+    bases: dict[str, list[str]] = defaultdict(list)
+    for name in tasks:
+        bases[name].append(name)
+        base, mark, number = name.rpartition("#")
+        if mark and number.isdigit():
+            bases[base].append(name)
+    for name in names:
+        if name not in bases:
+            near = difflib.get_close_matches(name, list(bases), n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"the data holds {len(tasks)} tasks, such as {next(iter(tasks))!r}"
+            )
+            raise UserError(f"{key} names {name!r}, which is no task of the data; {hint}")
+    return {member for name in names for member in bases[name]}
+
+
+def merge_repeats(
+    instances: Sequence[Instance], keys: array[int], fates: bytearray
+) -> tuple[array[int], dict[int, tuple[str, ...]]]:
+    """Find the rows of one task and one normalised input, and write into `fates` that all but the first are merged.
+
+    `keys` holds a hash of task and input for each row. Returns the row that each one repeats (itself, if none; empty
+    when no row does), and the united references of those whose repeats have others.
+    """
+    firsts: array[int] = array("I")
+    unions: dict[int, tuple[str, ...]] = {}
+    for group in sorted(equal_places(keys)):
+        firsts = firsts or array("I", range(len(keys)))
+        first_of: dict[tuple[str, str], int] = {}  # one, but for a clash of hashes
+        answers: dict[int, dict[str, str]] = {}
+        own: dict[int, set[str]] = {}
+        for index in group:
+            row = instances[index]
+            first = first_of.setdefault((row.task, normalise_input(row.input)), index)
+            found = {normalise_answer(output): output for output in row.outputs}
+            if first == index:
+                answers[index], own[index] = found, set(found)
+                continue
+            firsts[index] = first
+            fates[index] = MERGED_SAME if found.keys() == own[first] else MERGED_OTHER
+            for answer, output in found.items():
+                answers[first].setdefault(answer, output)
+        more = (first for first in answers if len(answers[first]) > len(own[first]))
+        unions.update((first, tuple(answers[first].values())) for first in more)
+    return firsts, unions
+
+
+def rename_clashes(instances: Sequence[Instance], fates: bytearray) -> dict[int, str]:
+    """Return an id for each row without one whose made id another row brings: made ids clash with no other made one."""
+    names = FreeNames(row.id for row, fate in zip(instances, fates, strict=True) if row.id and fate not in MERGED)
+    made = ((index, made_id(row)) for index, row in enumerate(instances) if not row.id and fates[index] not in MERGED)
+    return {index: names.take(name) for index, name in made if name in names}
+
+
+def find_labels(
+    tasks: Mapping[str, Task], answers: Iterable[tuple[str, Sequence[str]]], max_labels: int
+) -> dict[str, Task]:
+    """Return the tasks with the labels of those that are classification; `answers` are (task, references) of inputs.
+
+    A label task has at most `max_labels` different answers (normalised), each of at most 5 words, and at least 4
+    instances a label on average. A label is written as it most often is.
+    """
+    spellings: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
+    num_inputs: Counter[str] = Counter()
+    free: set[str] = set()
+    for task, outputs in answers:
+        num_inputs[task] += 1
+        if task in free:
+            continue
+        written = spellings[task]
+        for output in outputs:
+            written.setdefault(normalise_answer(output), Counter())[output] += 1
+            if len(output.split()) > MAX_LABEL_WORDS:
+                free.add(task)
+        if len(written) > max_labels:
+            free.add(task)
+        if task in free:
+            del spellings[task]
+    labelled = dict(tasks)
+    for name, written in spellings.items():
+        if num_inputs[name] >= MIN_INSTANCES_PER_LABEL * len(written):
+            labels = (min(counts.items(), key=lambda item: (-item[1], item[0]))[0] for counts in written.values())
+            labelled[name] = dataclasses.replace(tasks[name], labels=tuple(sorted(labels)))
+    return labelled
+
+
+def choose_split(text: str, table: DataTable) -> Split:
+    """Return the split of an input text: it depends on nothing but the normalised text and the shares."""
+    return SPLITS[_split_index(normalise_input(text), table)]
+
+
+def _split_index(normalised: str, table: DataTable) -> int:
+    ends = (table.sft_share, table.sft_share + table.align_share, table.sft_share + table.align_share + table.dev_share)
+    return bisect.bisect_right(ends, unit_hash(normalised))
+
+
+def tokenizer_texts(tasks: Iterable[Task], examples: Iterable[Example]) -> Iterator[str]:
+    """Yield what a tokenizer may be trained on: instructions and labels of seen tasks, sft inputs and outputs."""
+    for task in tasks:
+        if task.seen:
+            yield task.instruction
+            yield from task.labels
+    for example in examples:
+        if example.split == "sft":
+            yield example.input
+            yield from example.outputs
+
+
+def _limit_tasks(groups: dict[tuple[str, int], _Group], limit: int, fates: bytearray) -> None:
+    names = sorted({name for name, _ in groups}, key=lambda name: (unit_hash("tasks", name), name))
+    if not limit or len(names) <= limit:
+        return
+    over = set(names[limit:])
+    for key in [key for key in groups if key[0] in over]:
+        for index in groups.pop(key).rows:
+            if fates[index] not in MERGED:
+                fates[index] = OVER_MAX_TASKS
+
+
+def _limit_inputs(group: _Group, split: int, limit: int, fates: bytearray) -> None:
+    left = limit
+    for place in np.argsort(np.asarray(group.hashes), kind="stable").tolist():
+        index = group.rows[place]
+        if fates[index] == split:  # not merged
+            left -= 1
+            if left < 0:
+                fates[index] = OVER_LIMIT

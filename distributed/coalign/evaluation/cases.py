@@ -1,0 +1,252 @@
+"""The inputs that a report shows one by one, and failures told apart: another answer, wrong type, cut off, empty.
+
+Used by summary.py. What agrees has been settled before; knows no model and no file.
+
+Shape suffixes: I inputs, W wordings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coalign.evaluation import metrics
+from coalign.evaluation.grids import Grid, Scored
+from coalign.evaluation.metrics import FloatArray, IntArray
+from coalign.records import Example, Response, Task
+from coalign.runs.digests import digest_value
+from coalign.text import normalise_answer, unit_hash
+
+NUM_CASES = 240
+NUM_CHANGED = 80
+NUM_INCONSISTENT = 80
+MAX_INPUT, MAX_ANSWER = 1500, 400  # characters shown
+OUTCOMES = ("always_right", "always_wrong_alike", "inconsistent", "mixed")
+KINDS = {
+    "right": "equals a gold answer in normal form",
+    "another": "a whole answer that is none of the gold ones",
+    "wrong_type": (
+        "not the kind of answer that was asked for. It is told from the task's label set (the distinct answers of a"
+        " task with few of them): an answer that is none of the labels. So is a label in the words of another wording."
+        " A task without a label set has no wrong type: its wrong answers all count as another answer"
+    ),
+    "cut_off": "reached eval.max_new_tokens before it ended",
+    "empty": "nothing but white space",
+}
+
+Answers = Mapping[tuple[str, str, str], Response]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scores:
+    """What is known of a model's answers: by grid the answers' numbers, by grid in CR its consistency columns."""
+
+    answers: Answers
+    scored: list[Scored]
+    columns: dict[int, dict[str, FloatArray]]
+
+
+def label_set(task: Task, example: Example) -> frozenset[str]:
+    """Return the normal forms of everything that is an answer of the right type; empty where that isn't known."""
+    if not task.labels:
+        return frozenset()
+    return frozenset(normalise_answer(text) for text in (*task.labels, *example.outputs))
+
+
+def answer_kind(answer: Response, correct: bool, labels: frozenset[str]) -> str:
+    """Return which of KINDS an answer is."""
+    if correct:
+        return "right"
+    if answer.finish != "stop":
+        return "cut_off"
+    if answer.canonical is None:
+        return "wrong_type"
+    key = metrics.answer_key(answer.canonical, answer.finish)
+    if key is None:
+        return "empty"
+    return "wrong_type" if labels and key not in labels else "another"
+
+
+def items_digest(grid: Grid) -> str:
+    """Return a digest of the inputs, gold answers and wordings that a task was evaluated on.
+
+    Two runs with the same digest can be compared by pairs.
+    """
+    return digest_value(
+        [
+            [example.input, list(example.outputs), sorted(grid.wordings[w].text for w in np.flatnonzero(present_W))]
+            for example, present_W in sorted(
+                zip(grid.examples, grid.present, strict=True), key=lambda pair: (pair[0].input, pair[0].outputs)
+            )
+        ]
+    )
+
+
+def count_failures(grids: Sequence[Grid], models: Mapping[str, Scores]) -> dict[str, Any]:
+    """Return how many answers are of each kind, by model and by task, with what the kinds mean."""
+    totals: dict[str, Counter[str]] = {name: Counter() for name in models}
+    per_task = []
+    for index, grid in enumerate(grids):
+        row: dict[str, Any] = {"task": grid.task.id, "num_labels": len(grid.task.labels), "models": {}}
+        for name, model in models.items():
+            counts: Counter[str] = Counter()
+            for place, example in enumerate(grid.examples):
+                counts.update(kind for _, kind in _answers_to(grid, place, example, model, index))
+            totals[name] += counts
+            row["models"][name] = {kind: counts[kind] for kind in KINDS}
+        per_task.append(row)
+    return {
+        "definitions": KINDS,
+        "models": {name: {kind: counts[kind] for kind in KINDS} for name, counts in totals.items()},
+        "per_task": per_task,
+    }
+
+
+def _answers_to(grid: Grid, row: int, example: Example, model: Scores, index: int) -> Iterable[tuple[Response, str]]:
+    labels = label_set(grid.task, example)
+    for column in np.flatnonzero(grid.present[row]):
+        answer = model.answers[grid.task.id, example.id, grid.wordings[column].id]
+        yield answer, answer_kind(answer, bool(model.scored[index].correct[row, column]), labels)
+
+
+def pick_cases(
+    grids: Sequence[Grid], models: Mapping[str, Scores], min_wordings: int, agreeing: IntArray | None
+) -> list[dict[str, Any]]:
+    """Return up to NUM_CASES inputs with every model's answers to each wording.
+
+    First those that changed most from the first model to the last (in CR plus in the share of right answers; inputs
+    with a CR before others), then those on which the last model is least consistent, then others in hash order, a task
+    after another.
+    """
+    ranked = _rank_inputs(grids, models, min_wordings)
+    chosen: dict[tuple[int, int], str] = {}
+    changed = sorted((one for one in ranked if one.change > 0), key=lambda one: (not one.in_cr, -one.change, one.order))
+    unsteady = sorted((one for one in ranked if one.cr < 1.0), key=lambda one: (one.cr, one.mcr, one.order))
+    of_task: Counter[int] = Counter()
+    others = []
+    for one in sorted(ranked, key=lambda one: one.order):
+        others.append((of_task[one.grid], one))
+        of_task[one.grid] += 1
+    others.sort(key=lambda pair: (pair[0], pair[1].order))
+    for why, found, limit in (
+        ("change", changed, NUM_CHANGED),
+        ("inconsistent", unsteady, NUM_INCONSISTENT),
+        ("sample", [one for _, one in others], NUM_CASES),
+    ):
+        for one in found[:limit]:
+            if len(chosen) < NUM_CASES:
+                chosen.setdefault((one.grid, one.row), why)
+    change = {(one.grid, one.row): one.change for one in ranked}
+    return [
+        {
+            **_case(grids[index], index, row, models, agreeing, min_wordings),
+            "chosen": why,
+            "change": round(change[index, row], 4),
+        }
+        for (index, row), why in chosen.items()
+    ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ranked:
+    grid: int
+    row: int
+    change: float
+    cr: float
+    mcr: float
+    order: float
+    in_cr: bool
+
+
+def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, Scores], min_wordings: int) -> list[_Ranked]:
+    """Return every input with how much it changed and how consistent the last model is (1 where it has no CR)."""
+    first, *_, last = [*models.values(), *models.values()]
+    ranked = []
+    for index, grid in enumerate(grids):
+        right = [metrics.mean_over_wordings(model.scored[index].correct, grid.present) for model in (first, last)]
+        enough_I = grid.eligible(min_wordings)
+        change_I = np.abs(right[1] - right[0])
+        cr_I, mcr_I = np.ones(len(grid.examples)), np.ones(len(grid.examples))
+        if index in last.columns:
+            cr_I[enough_I], mcr_I[enough_I] = last.columns[index]["cr"], last.columns[index]["mcr"]
+            change_I[enough_I] += np.abs(last.columns[index]["cr"] - first.columns[index]["cr"])
+        for row, example in enumerate(grid.examples):
+            order = unit_hash("inconsistent", grid.task.id, example.id)
+            ranked.append(
+                _Ranked(
+                    index, row, float(change_I[row]), float(cr_I[row]), float(mcr_I[row]), order, bool(enough_I[row])
+                )
+            )
+    return ranked
+
+
+def _case(
+    grid: Grid, index: int, row: int, models: Mapping[str, Scores], agreeing: IntArray | None, min_wordings: int
+) -> dict[str, Any]:
+    example = grid.examples[row]
+    columns = np.flatnonzero(grid.present[row])
+    place = int(grid.eligible(min_wordings)[:row].sum())  # of this input among those that enter CR
+    in_cr = bool(grid.eligible(min_wordings)[row])
+    letters: dict[int, int] = {}
+    shown = {}
+    for name, model in models.items():
+        clusters = cluster_numbers(model.scored[index].codes[row, columns], agreeing, letters)
+        values = {key: float(v[place]) for key, v in model.columns[index].items()} if in_cr else {}
+        shown[name] = {
+            "cr": values.get("cr"),
+            "mcr": values.get("mcr"),
+            "outcome": next((key for key in OUTCOMES if values.get(key)), None),
+            "num_right": int(model.scored[index].correct[row, columns].sum()),
+            "answers": [
+                {"text": cut(answer.text, MAX_ANSWER), "canonical": _mapped(answer), "kind": kind, "cluster": cluster}
+                for (answer, kind), cluster in zip(_answers_to(grid, row, example, model, index), clusters, strict=True)
+            ],
+        }
+    return {
+        "task": grid.task.id,
+        "example": example.id,
+        "input": cut(example.input, MAX_INPUT),
+        "golds": [cut(gold, MAX_ANSWER) for gold in example.outputs],
+        "wordings": [grid.wordings[column].id for column in columns],
+        "models": shown,
+    }
+
+
+def _mapped(answer: Response) -> str | None:
+    """Return the canonical words of an answer where they are others than it was given in."""
+    if answer.canonical is None or normalise_answer(answer.canonical) == normalise_answer(answer.text):
+        return None
+    return cut(answer.canonical, MAX_ANSWER)
+
+
+def cluster_numbers(codes_W: IntArray, agreeing: IntArray | None, known: dict[int, int]) -> list[int | None]:
+    """Return for each answer the number of the answers it agrees with, None for one that agrees with nothing.
+
+    Clusters are those of MCR: each answer joins the first one whose first member it agrees with. `known` holds the
+    numbers that codes got for the models before and is added to, so that the same answer keeps its number.
+    """
+    agree_WW = metrics.agreement_matrix(codes_W[None, :], agreeing)[0]
+    leaders: dict[int, list[int]] = defaultdict(list)
+    for place in range(len(codes_W)):
+        if agree_WW[place, place]:
+            leaders[next((k for k in leaders if agree_WW[k, place]), place)].append(place)
+    numbers: list[int | None] = [None] * len(codes_W)
+    used: set[int] = set()
+    for members in leaders.values():
+        codes = [int(codes_W[place]) for place in members]
+        free = [known[code] for code in codes if code in known and known[code] not in used]
+        number = free[0] if free else 1 + max((*known.values(), *used), default=-1)
+        used.add(number)
+        for place, code in zip(members, codes, strict=True):
+            numbers[place] = number
+            known.setdefault(code, number)
+    return numbers
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a text with at most `limit` characters, and how many more there were."""
+    return text if len(text) <= limit else f"{text[:limit]}… (+{len(text) - limit} characters)"

@@ -1,0 +1,156 @@
+"""Which models are evaluated, by name or folder, and what the steps before have cost.
+
+Used by launch/eval.py and experiment.py. Knows folders and manifests, no answers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from coalign.config import ModelTable, RunTable, table_for_other_model
+from coalign.errors import UserError
+from coalign.runs.digests import digest_folder
+from coalign.runs.run_folder import RunFolder
+from coalign.runs.step_folder import MANIFEST, StepFolder, read_manifest
+from coalign.steps import ROUND_STEPS, STEP_TABLES
+
+STEPS = ("base", "sft", "align")
+
+
+def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
+    """Return the model folder (or hub name) that a value of eval.models stands for.
+
+    `base`, a step of this run, `FOLDER/STEP`, a model folder, or the name of a model on the hub. Raises UserError.
+    """
+    if value == "base":
+        return base
+    if value in steps:
+        return str(steps[value] / "model")
+    folder = Path(value)
+    if (folder / "model" / "config.json").is_file():
+        if (folder / "config.json").is_file() and read_manifest(folder) is None:
+            raise UserError(f"eval.models: the step in {value} is not complete; run it to its end first")
+        return str(folder / "model")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or _is_step(folder):
+            raise UserError(
+                f"eval.models: {value} holds no model (no config.json of one); name a model folder, a training step's"
+                f" folder such as {folder / 'align'}, or one of {', '.join(STEPS)}"
+            )
+        return value
+    if value.count("/") == 1 and not value.startswith((".", "/", "~")) and not value.endswith("/"):
+        return value
+    raise UserError(
+        f"eval.models: {value!r} is neither one of {', '.join(STEPS)} nor a folder that exists; check the path"
+    )
+
+
+def model_table(value: str, model: ModelTable) -> ModelTable:
+    """Return the [model] to use for a value of eval.models: the run's own, that of a trained step, or a foreign one's.
+
+    A training step of another run (an arm) goes by the context and the tokens that it was trained with; its chat
+    template lies beside its weights.
+    """
+    if value in STEPS:
+        return model
+    manifest = read_manifest(Path(value))
+    kept = ("too_long", "max_tokens", "end_of_turn", "pad_token", "attention")
+    settings = manifest["config"] if manifest else {}
+    if not all(f"model.{key}" in settings for key in kept):
+        return table_for_other_model(model)
+    return table_for_other_model(model).model_copy(update={key: settings[f"model.{key}"] for key in kept})
+
+
+def _is_step(folder: Path) -> bool:
+    if (folder / MANIFEST).exists():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and set(config) == {"config", "inputs"}
+
+
+def digest_model(folder: str) -> str:
+    """Return the digest of a model folder; the name of a model on the hub stands for itself."""
+    return digest_folder(Path(folder)) if Path(folder).is_dir() else folder
+
+
+def check_models(folders: dict[str, str], own: set[str], judge: str) -> tuple[str, dict[str, str]]:
+    """Return the judge's model folder ("" without one) and the digests of the models that no step of ours digests.
+
+    `own` are the names of models that come from steps of the run. Raises UserError, see `resolve_judge`.
+    """
+    digests = {f"model {name}": digest_model(folder) for name, folder in folders.items() if name not in own}
+    if judge:
+        judge = resolve_judge(judge, {name: digest_model(folder) for name, folder in folders.items()})
+        digests["judge of agreement"] = digest_model(judge)
+    return judge, digests
+
+
+def resolve_judge(folder: str, digests: dict[str, str]) -> str:
+    """Return the folder of the model that decides on agreement.
+
+    Raises UserError when there is none or when it is one of the models under test (same digest).
+    """
+    path = Path(folder)
+    inner = path / "model"
+    chosen = inner if (inner / "config.json").is_file() else path
+    if not (chosen / "config.json").is_file():
+        raise UserError(
+            f"eval.agreement={folder!r} is neither exact, rouge_l>=X (such as rouge_l>=0.7) nor a model folder"
+        )
+    digest = digest_folder(chosen)
+    same = [name for name, other in digests.items() if other == digest]
+    if same:
+        raise UserError(
+            f"eval.agreement={folder!r} is the same model as {same[0]!r} under test; a model can't judge its own"
+            " agreement, use another one or exact"
+        )
+    return str(chosen)
+
+
+def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
+    """Return the folders of the steps before eval by name, in a later round those of the rounds before it as well."""
+    steps = {name: RunFolder(run, arguments).step(name) for name in STEP_TABLES if name not in ROUND_STEPS}
+    for number in range(1, run.round + 1):
+        folder = RunFolder(run.model_copy(update={"round": number}), arguments)
+        suffix = f", round {number}" if run.round > 1 else ""
+        steps |= {name + suffix: folder.step(name) for name in ROUND_STEPS if name != "eval"}
+    return steps
+
+
+def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, Any]) -> dict[str, Any]:
+    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and of eval's own."""
+    return {
+        "cost": cost_rows(steps),
+        "steps": {name: str(path) for name, path in steps.items()},
+        "lineage": step.lineage,
+        "eval_seconds": round(step.spent + time.time() - step.started, 1),
+        "eval_counts": {key: counts[key] for key in ("tokens_generated", "cores")},
+    }
+
+
+def cost_rows(steps: dict[str, Path]) -> list[dict[str, Any]]:
+    """Return what each complete step has used, as far as its manifest says so."""
+    rows = []
+    for name, folder in steps.items():
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        counts = manifest["counts"]
+        cores = counts.get("cores")
+        rows.append(
+            {
+                "step": name,
+                "updates": counts.get("updates"),
+                "tokens_trained": counts.get("tokens_trained", counts.get("tokens")),
+                "tokens_generated": counts.get("tokens_generated"),
+                "wall_seconds": manifest.get("wall_seconds"),
+                "core_hours": manifest["wall_seconds"] * cores / 3600 if cores else None,
+            }
+        )
+    return rows

@@ -1,0 +1,260 @@
+"""What eval asks: which models, which inputs under which wordings, the repeats for the noise floors; answers back.
+
+Used by launch/eval.py. Pure text and paths; summary.py makes the tables from the responses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from coalign.config import EvalTable, GenerationTable
+from coalign.errors import UserError
+from coalign.evaluation.agreement import PromptCodec
+from coalign.process import derive_seed
+from coalign.records import Example, Response, Task, Wording, read_records
+from coalign.runs.digests import digest_file
+from coalign.text import normalise_input, unit_hash
+from coalign.wordings.wording_files import load_wordings
+from coalign.wordings.wordings import canonical_answer, expected_answer, render_prompt
+
+NOISE_TEMPERATURE = 0.7
+
+logger = logging.getLogger("coalign")
+
+# (what, requests, generation mode, temperature, rows a shard or 0 for what is configured) -> result rows in order
+Generate = Callable[[str, list[dict[str, Any]], str, float, int], Iterable[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """One held-out input under one wording."""
+
+    example: Example
+    wording: Wording
+    prompt: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return (task, example, wording)."""
+        return self.example.task, self.example.id, self.wording.id
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one model said: greedy answers, the two noise floors, and greedy answers in the other generation mode
+    (none with vLLM).
+
+    `num_tokens` counts everything that was generated for it.
+    """
+
+    answers: list[Response]
+    neighbours: list[Response] = dataclasses.field(default_factory=list)
+    samples: list[Response] = dataclasses.field(default_factory=list)
+    other_mode: list[Response] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
+
+
+def plan_pairs(
+    tasks: Iterable[Task], examples: Iterable[Example], wordings: Iterable[Wording], table: EvalTable
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Return every input of the split under every wording of its task, and what was dropped, with reasons.
+
+    Wordings are taken in file order, inputs in hash order. Raises UserError when nothing is left.
+    """
+    of_task: dict[str, list[Wording]] = defaultdict(list)
+    for wording in wordings:
+        of_task[wording.task].append(wording)
+    inputs: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        if example.split == table.split:
+            inputs[example.task].append(example)
+    pairs: list[Pair] = []
+    dropped: list[dict[str, Any]] = []
+    for task in tasks:
+        chosen = of_task[task.id][: table.max_wordings or None]
+        if not chosen or not inputs[task.id]:
+            dropped.append({"reason": "no_wordings" if inputs[task.id] else "no_inputs", "task": task.id})
+            continue
+        ordered = sorted(inputs[task.id], key=lambda example: (unit_hash(normalise_input(example.input)), example.id))
+        for example in ordered[: table.max_inputs or None]:
+            for wording in chosen:
+                prompt, reason = _render(example, wording)
+                if reason:
+                    row = {"reason": reason, "task": task.id, "example": example.id, "wording": wording.id}
+                    dropped.append(row)
+                else:
+                    pairs.append(Pair(example, wording, prompt))
+    if not pairs:
+        source = f"paraphrase.num_{table.split}" if not table.wordings_file else table.wordings_file
+        raise UserError(
+            f"eval has nothing to ask: no input of the {table.split} split has a wording that fits it; see {source} and"
+            " the data.*_share settings"
+        )
+    return pairs, dropped
+
+
+def _render(example: Example, wording: Wording) -> tuple[str, str]:
+    prompt = render_prompt(wording, example.input)
+    if prompt is None:
+        return "", "fields_regex"
+    if all(expected_answer(wording, example.input, gold) is None for gold in example.outputs):
+        return "", "answer_map"
+    return prompt, ""
+
+
+def build_requests(
+    pairs: Sequence[Pair], codec: PromptCodec, too_long: str, max_new_tokens: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a greedy request for each pair that fits the model's context, and the rows that don't.
+
+    Raises UserError for the first one that doesn't fit when `too_long` is "error".
+    """
+    requests: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for pair in pairs:
+        task, example, wording = pair.key
+        ids = codec.encode_prompt(pair.prompt)
+        where = {"task": task, "example": example, "wording": wording}
+        if len(ids) + max_new_tokens <= codec.max_tokens:
+            requests.append({**where, "repeat": 0, "prompt_ids": ids, "seeds": [0]})
+        elif too_long == "error":
+            raise UserError(
+                f"input {example} of {task} under wording {wording}: a prompt of {len(ids)} tokens and"
+                f" eval.max_new_tokens={max_new_tokens} exceed the context of {codec.max_tokens}; set"
+                ' model.too_long="drop" to leave such rows out, or use a model with a longer context'
+            )
+        else:
+            dropped.append({"reason": "too_long", **where, "num_tokens": len(ids)})
+    return requests, dropped
+
+
+def noise_requests(requests: Sequence[dict[str, Any]], num_inputs: int) -> list[dict[str, Any]]:
+    """Return one wording (the first) of `num_inputs` inputs, taken in hash order over all tasks."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for request in requests:
+        first.setdefault((request["task"], request["example"]), request)
+    ordered = sorted(first.values(), key=lambda request: unit_hash("noise", request["task"], request["example"]))
+    return ordered[:num_inputs]
+
+
+def repeats_among_others(
+    chosen: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]], repeats: int, seed: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the chosen requests `repeats` times, each time among other requests, and how many rows a repeat has.
+
+    A repeat is to be a shard of its own, so that no two copies of a request are ever computed together. It holds as
+    many others ("filler") as chosen ones, but at most half of those that there are: each repeat draws its own by hash.
+    """
+
+    def order(row: dict[str, Any], what: str, repeat: int) -> int:
+        return derive_seed(seed, "neighbours", what, repeat, *_place(row))
+
+    keys = {_place(request) for request in chosen}
+    others = [request for request in requests if _place(request) not in keys]
+    num_others = min(len(chosen), (len(others) + 1) // 2)
+    rows = []
+    for repeat in range(repeats):
+        drawn = sorted(others, key=lambda r: order(r, "filler", repeat))[:num_others]
+        together = [{**r, "repeat": repeat} for r in chosen]
+        together += [{**r, "repeat": repeat, "filler": True} for r in drawn]
+        rows += sorted(together, key=lambda r: order(r, "place", repeat))
+    return rows, len(chosen) + num_others
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["example"], row["wording"]
+
+
+def seeded_samples(requests: Sequence[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
+    """Return every request once, asking for several seeded samples."""
+    return [
+        {
+            **request,
+            "seeds": [
+                derive_seed(seed, "eval", request["task"], request["example"], request["wording"], sample)
+                for sample in range(samples)
+            ],
+        }
+        for request in requests
+    ]
+
+
+def read_responses(rows: Iterable[dict[str, Any]], pairs: dict[tuple[str, str, str], Pair]) -> list[Response]:
+    """Return the responses of generated rows, mapped back through their wording; `sample` numbers the repeats."""
+    responses = []
+    for row in rows:
+        pair = pairs[row["task"], row["example"], row["wording"]]
+        for index, answer in enumerate(row["answers"]):
+            responses.append(
+                Response(
+                    example=row["example"],
+                    task=row["task"],
+                    wording=row["wording"],
+                    sample=row["repeat"] + index,
+                    text=answer["text"],
+                    canonical=canonical_answer(pair.wording, pair.example.input, answer["text"]),
+                    finish=answer["finish"],
+                    num_tokens=answer["num_tokens"],
+                )
+            )
+    return responses
+
+
+def held_out_wordings(
+    table: EvalTable, paraphrased: Path, tasks: Iterable[Task]
+) -> tuple[list[Wording], list[dict[str, Any]], dict[str, str]]:
+    """Return the wordings to ask under, what was dropped of a file of wordings, and that file's digest by name.
+
+    Without a file: the wordings of the split in the folder of the paraphrase step.
+    """
+    if not table.wordings_file:
+        found = read_records(Wording, paraphrased / "wordings.jsonl")
+        return [wording for wording in found if wording.split == table.split], [], {}
+    wordings, dropped = load_wordings([table.wordings_file], {task.id: task for task in tasks})
+    return wordings, dropped, {"wordings_file": digest_file(Path(table.wordings_file))}
+
+
+def collect_answers(
+    requests: Sequence[dict[str, Any]],
+    pairs: Sequence[Pair],
+    table: EvalTable,
+    generation: GenerationTable,
+    seed: int,
+    generate: Generate,
+) -> ModelOutput:
+    """Ask a model for its answers, both noise floors, and the noise floor's inputs again in the other mode.
+
+    vLLM has one mode.
+    """
+    mode, num_tokens = generation.mode, 0
+
+    def ask(
+        what: str, rows: list[dict[str, Any]], mode: str, temperature: float = 0.0, shard_size: int = 0
+    ) -> list[Response]:
+        nonlocal num_tokens
+        answered = list(generate(what, rows, mode, temperature, shard_size))
+        num_tokens += sum(answer["num_tokens"] for row in answered for answer in row["answers"])
+        return read_responses((row for row in answered if not row.get("filler")), by_key)
+
+    by_key = {pair.key: pair for pair in pairs}
+    few = noise_requests(requests, table.noise_inputs)
+    answers = ask("answers", list(requests), mode)
+    repeats, shard_size = repeats_among_others(few, requests, table.noise_samples, seed)
+    neighbours = ask("neighbours", repeats, "fast", shard_size=shard_size)
+    samples = ask("samples", seeded_samples(few, table.noise_samples, seed), mode, NOISE_TEMPERATURE)
+    other_mode = neighbours if mode == "exact" else ask("exact", few, "exact") if generation.engine != "vllm" else []
+    return ModelOutput(answers, neighbours, samples, other_mode, num_tokens)
+
+
+def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return the step's counts of what was asked and answered, and the tokens that all models have generated."""
+    return {
+        "pairs": len(pairs),
+        "models": {name: model["counts"] for name, model in result["models"].items()},
+        "tokens_generated": sum(output.num_tokens for output in outputs.values()),
+    }

@@ -1,0 +1,197 @@
+"""Log-probs of continuations: requests that begin alike compute their common beginning once.
+
+Used by generation's ScoreWorker; the judge's prompts about one input differ in their last line alone. Lays them out as
+training lays out shared-prefix groups. Token ids in, numbers out. Shape suffixes: R rows, K kept positions, V
+vocabulary, N wanted log-probs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coalign.generation.prefix_groups import Group, Ids, group_by_prefix
+from coalign.models.attention import complaint_of
+from coalign.models.logprobs import to_device, token_logps
+from coalign.models.rows import Row, TokenIds, best_fit, left_pad, to_batch
+
+logger = logging.getLogger("coalign")
+
+# Tokens of a row that groups share, unless one alone is longer: its mask has as many entries squared. And padded tokens
+# of a pass, which on a CPU stay in the cache.
+ROW_TOKENS_CPU, ROW_TOKENS_GPU = 512, 1024
+PASS_TOKENS_CPU = 1024
+
+# Whether a model computes rows that several sequences share as it computes separate ones; asked once.
+_shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass
+class _Row:
+    """A distinct sequence of inputs and what is wanted of it: log P(token) after (and including) a position."""
+
+    ids: Ids
+    logps: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """Return the earliest position whose prediction is wanted."""
+        return min(position for position, _ in self.logps)
+
+
+def score(
+    model: Any, requests: Sequence[dict[str, Any]], codec: TokenIds, max_tokens: int, share: bool = True
+) -> list[list[float]]:
+    """Return log P(continuation given prompt), summed over its tokens, for every continuation of every request.
+
+    Equal sequences are computed once. With `share` common beginnings are too, where the model can: equal to the plain
+    computation up to rounding, which depends on what is scored together. At most `max_tokens` padded tokens are
+    computed at once.
+    """
+    places: dict[Ids, int] = {}
+    rows: list[_Row] = []
+    for request in requests:
+        for continuation in request["continuations"]:
+            # A continuation's last token is never an input, so continuations of one token share a row.
+            ids = (*request["prompt_ids"], *continuation[:-1])
+            if places.setdefault(ids, len(rows)) == len(rows):
+                rows.append(_Row(ids))
+            row = rows[places[ids]]
+            row.logps |= dict.fromkeys(_wanted(request["prompt_ids"], continuation), 0.0)
+    with torch.inference_mode():
+        if share and shares_exactly(model, codec):
+            _score_shared(model, rows, codec, max_tokens)
+        else:
+            for batch in batches([len(row.ids) for row in rows], max_tokens):
+                _score_plain(model, [rows[i] for i in batch], codec)
+    return [
+        [
+            sum(rows[places[*r["prompt_ids"], *c[:-1]]].logps[place] for place in _wanted(r["prompt_ids"], c))
+            for c in r["continuations"]
+        ]
+        for r in requests
+    ]
+
+
+def _wanted(prompt: Sequence[int], continuation: Sequence[int]) -> list[tuple[int, int]]:
+    return [(len(prompt) - 1 + k, token) for k, token in enumerate(continuation)]
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of rows that are computed together, longest first: rows x width within `max_tokens`."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _score_plain(model: Any, rows: Sequence[_Row], codec: TokenIds) -> None:
+    """Fill in the rows' log-probs, each computed from its first token on."""
+    kept = max(len(row.ids) - row.first for row in rows)
+    batch = left_pad([row.ids for row in rows], codec.pad_id, model.device)
+    logits_RKV = model(**batch, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    _read(logits_RKV, rows, [len(row.ids) - kept for row in rows])
+
+
+def _score_shared(model: Any, rows: Sequence[_Row], codec: TokenIds, max_tokens: int) -> None:
+    """Fill in the rows' log-probs, several groups a row: a beginning, then each rest, which sees itself and it."""
+    on_cpu = model.device.type == "cpu"
+    width = min(max_tokens, ROW_TOKENS_CPU if on_cpu else ROW_TOKENS_GPU)
+    if on_cpu:
+        max_tokens = min(max_tokens, PASS_TOKENS_CPU)
+    groups = [
+        part
+        for group in group_by_prefix([row.ids for row in rows], [row.first for row in rows])
+        for part in _parts(group, rows, width)
+    ]
+    sizes = [group.prefix + sum(len(rows[r].ids) - group.prefix for r in group.rows) for group in groups]
+    packs = best_fit(sizes, width)
+    for batch in batches([sum(sizes[g] for g in pack) for pack in packs], max_tokens):
+        _score_packs(model, rows, [[groups[g] for g in packs[p]] for p in batch], codec)
+
+
+def _parts(group: Group, rows: Sequence[_Row], width: int) -> Iterator[Group]:
+    """Cut a group that is too large for a row; one that begins with more than half of it may be twice as long."""
+    limit = max(width, 2 * group.prefix)
+    some: list[int] = []
+    tokens = group.prefix
+    for row in group.rows:
+        rest = len(rows[row].ids) - group.prefix
+        if some and tokens + rest > limit:
+            yield Group(group.prefix, some)
+            some, tokens = [], group.prefix
+        some.append(row)
+        tokens += rest
+    yield Group(group.prefix, some)
+
+
+def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[Group]], codec: TokenIds) -> None:
+    """Fill in the log-probs of the groups of one pass, those of a pack in one row."""
+    laid, places, wanted = [Row() for _ in packs], [], []
+    for number, (pack, line) in enumerate(zip(packs, laid, strict=True)):
+        for item, group in enumerate(pack):
+            line.append(rows[group.rows[0]].ids[: group.prefix], 0, item, 0)
+            for segment, r in enumerate(group.rows, start=1):
+                shift = len(line.ids) - group.prefix
+                line.append(rows[r].ids[group.prefix :], group.prefix, item, segment)
+                places += [(number, shift + position, token) for position, token in rows[r].logps]
+                wanted += [(r, place) for place in rows[r].logps]
+    batch = to_device(to_batch(laid, places, range(len(places)), codec.pad_id), model.device)
+    for (r, place), logp in zip(wanted, token_logps(model, batch).tolist(), strict=True):
+        rows[r].logps[place] = logp
+
+
+def shares_exactly(model: Any, codec: TokenIds) -> bool:
+    """Return whether a model computes rows that several sequences share as it computes separate ones.
+
+    Asked once a model, by a few made-up sequences. One that attends in a way of its own (ALiBi, or not at all) doesn't.
+    """
+    if model not in _shares_exactly:
+        complaint = _complaint_of_sharing(model, codec)
+        if complaint:
+            logger.info("common beginnings are computed for each prompt: %s", complaint)
+        _shares_exactly[model] = not complaint
+    return _shares_exactly[model]
+
+
+def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [(7919 * k + 13) % vocabulary for k in range(1, 40)]
+    beginnings = [tuple(ids[:9]), tuple(ids[9:14])]
+    rests = [(0, ids[20:23]), (0, ids[23:25]), (1, ids[25:29]), (1, ids[29:30])]
+    separate, shared = ([_Row((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
+    for row in (*separate, *shared):
+        row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
+    groups = [Group(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
+    _score_plain(model, separate, codec)
+    try:
+        _score_packs(model, shared, [groups], codec)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        return f"the model does not take their attention mask ({str(error).partition(chr(10))[0]})"
+    pairs = zip(separate, shared, strict=True)
+    found = torch.tensor([(b.logps[place], a.logps[place]) for a, b in pairs for place in a.logps], dtype=torch.float64)
+    return complaint_of(found[:, 0], found[:, 1], model.dtype)
+
+
+def _read(logits_RKV: Tensor, rows: Sequence[_Row], starts: Sequence[int]) -> None:
+    """Store the wanted log-probs, in float32 at least; `starts` are the positions of the rows' first kept logits."""
+    places = [(r, position - starts[r], token) for r, row in enumerate(rows) for position, token in row.logps]
+    row_N, kept_N, token_N = torch.tensor(places, device=logits_RKV.device).unbind(1)
+    logits_NV = logits_RKV[row_N, kept_N]
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logp_N = logits_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - logits_NV.logsumexp(dim=-1)
+    found = iter(logp_N.tolist())
+    for row in rows:
+        row.logps = {place: next(found) for place in row.logps}

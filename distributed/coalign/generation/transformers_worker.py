@@ -1,0 +1,118 @@
+"""Workers that sample and score with transformers, on one device or with a model's layers on several GPUs.
+
+Token ids in, answers or log-probs out.
+Used by workers.py (one worker an actor of pool.py). Knows no files but the model folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from coalign.config import GenerationTable, ModelTable
+from coalign.errors import UserError
+from coalign.generation.cuda_graphs import FixedSteps
+from coalign.generation.decoding import decode
+from coalign.generation.kv_cache import has_plain_cache
+from coalign.generation.sampling import Sampling
+from coalign.generation.scoring import score
+from coalign.models.codec import Codec
+from coalign.models.model_folder import load_model, load_tokenizer, pick_device, pick_dtype
+from coalign.models.shape import Shape
+from coalign.models.worker_memory import TOKENS_ON_CPU, tokens_in_flight
+
+__all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
+
+Row = dict[str, Any]
+
+
+class _Worker:
+    """Holds one model on one device; each call works off one shard."""
+
+    def __init__(self, folder: str, model: ModelTable, generation: GenerationTable, threads: int) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        device = pick_device()
+        self.codec = Codec(load_tokenizer(folder, model), model)
+        dtype, gpus = pick_dtype(generation.dtype, device), int(generation.gpus_per_worker)
+        if device.type == "cuda" and gpus > 1:
+            self.model = load_model(folder, model, dtype, gpus).eval()
+        else:
+            self.model = load_model(folder, model, dtype).to(device).eval()
+        self.max_tokens = generation.batch_tokens or _tokens_in_flight(self.model, generation)
+        self.exact = generation.mode == "exact"
+
+
+def _tokens_in_flight(model: Any, generation: GenerationTable) -> int:
+    """Return how many tokens are computed and remembered together, by the device and what is free of its memory."""
+    if model.device.type == "cpu":
+        return TOKENS_ON_CPU
+    free, _ = torch.cuda.mem_get_info(model.device)
+    part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0  # others load beside this one
+    return tokens_in_flight(shape_of(model.config.get_text_config()), generation.dtype, part * free)
+
+
+def shape_of(config: Any) -> Shape:
+    """Return the widths of a model of any family, as far as the memory of a pass depends on them."""
+    heads = config.num_attention_heads
+    return Shape(
+        name=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", 0),
+    )
+
+
+class GenerateWorker(_Worker):
+    """Answers requests {"prompt_ids", "seeds", ...}: one answer a seed, other keys passed through."""
+
+    def __init__(
+        self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
+    ) -> None:
+        super().__init__(folder, model, generation, threads)
+        self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
+        # In exact mode nothing may depend on what was sampled before, as whether a step is recorded does.
+        self.fixed = FixedSteps(self.model) if self.model.device.type == "cuda" and not self.exact else None
+        if not has_plain_cache(self.model):
+            raise UserError(
+                f"{folder}: a {self.model.config.model_type} model keeps more than keys and values of its tokens, which"
+                " sampling can't move between rows; use a model with attention in every layer"
+            )
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with "answers": [{"text", "finish", "num_tokens"}], in their order."""
+        parts = [[row] for row in rows] if self.exact else [rows]
+        return [answered for part in parts for answered in self._answer(part)]
+
+    def _answer(self, rows: list[Row]) -> list[Row]:
+        prompts, seeds = [row["prompt_ids"] for row in rows], [row["seeds"] for row in rows]
+        found = decode(self.model, prompts, seeds, self.sampling, self.codec, self.max_tokens, self.fixed)
+        return [
+            {k: v for k, v in row.items() if k not in ("prompt_ids", "seeds")}
+            | {"answers": [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]}
+            for row, answers in zip(rows, found, strict=True)
+        ]
+
+
+class ScoreWorker(_Worker):
+    """Scores requests {"prompt_ids", "continuations", ...}: log-probs, other keys passed through."""
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with "logps": one float a continuation, in nats."""
+        parts = [[row] for row in rows] if self.exact else [rows]
+        return [scored for part in parts for scored in self._score(part)]
+
+    def _score(self, rows: list[Row]) -> list[Row]:
+        # What shares a beginning is rounded together, which in exact mode no two requests may be.
+        found = score(self.model, rows, self.codec, self.max_tokens, share=not self.exact)
+        return [
+            {k: v for k, v in row.items() if k not in ("prompt_ids", "continuations")} | {"logps": logps}
+            for row, logps in zip(rows, found, strict=True)
+        ]

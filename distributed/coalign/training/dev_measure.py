@@ -1,0 +1,171 @@
+"""The small dev measurement inside training: loss, accuracy, consistency, end-of-turn, variety of answers.
+
+Used by launch/sft.py and launch/align.py; a choice is made on it, never on test. Knows the Engine protocol only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from coalign.config import TrainTable
+from coalign.models.codec import Answer, Codec
+from coalign.models.logprobs import evaluation_mode, to_device, token_logps
+from coalign.models.rows import TokenIds, left_pad
+from coalign.process import rank, world_size
+from coalign.records import Example, Wording
+from coalign.text import normalise_answer, unit_hash
+from coalign.training.layout_checks import Engine
+from coalign.training.micro_batches import Item, collate
+from coalign.training.training_rows import Encoder
+from coalign.wordings.wordings import canonical_answer
+
+logger = logging.getLogger("coalign")
+
+_BUCKETS = 1024  # distinct answers are counted over all ranks as occupied hash buckets
+
+
+class DevMeasure:
+    """Dev inputs under dev wordings, dealt out over the ranks input by input; call it to measure the engine's model."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        codec: Codec,
+        examples: Sequence[Example],
+        wordings: Sequence[Wording],
+        table: TrainTable,
+    ) -> None:
+        self.engine, self.codec, self.table = engine, codec, table
+        encoder = Encoder(codec, "drop")
+        self.inputs: list[tuple[Example, list[tuple[Wording, Item]]]] = []
+        for example in _spread(examples, table.dev_inputs):
+            chosen = _dev_wordings(wordings, example.task, table.dev_wordings)
+            pairs = [(w, item) for w in chosen if (item := encoder.encode(example, w, example.outputs[0]))]
+            room = [(w, i) for w, i in pairs if len(i.prompt) + table.dev_max_new_tokens <= codec.max_tokens]
+            if len(room) >= 2:
+                self.inputs.append((example, room))
+        # Every rank makes as many forward passes: all ranks get as many inputs, surplus ones with weight zero.
+        share = -(-len(self.inputs) // world_size())
+        self.mine = [self.inputs[(rank() + k * world_size()) % len(self.inputs)] for k in range(share)]
+        self.weights = [float(rank() + k * world_size() < len(self.inputs)) for k in range(share)]
+
+    def __call__(self) -> dict[str, float]:
+        """Return the measurement, the same on every rank."""
+        with evaluation_mode(self.engine.model):
+            return self._measure()
+
+    def _measure(self) -> dict[str, float]:
+        names = ("inputs", "rows", "nll", "tokens", "p_gold", "right", "agreeing", "finished")
+        sums = dict.fromkeys(names, 0.0)
+        buckets = [0.0] * _BUCKETS
+        for (example, pairs), weight in zip(self.mine, self.weights, strict=True):
+            texts, values = self._measure_input(example, pairs)
+            for key, value in values.items():
+                sums[key] += weight * value
+            for text in texts:
+                buckets[int(unit_hash(text) * _BUCKETS)] = max(buckets[int(unit_hash(text) * _BUCKETS)], weight)
+        reduced = self.engine.mean([*sums.values(), *buckets])
+        total = dict(zip(names, (v * world_size() for v in reduced[: len(names)]), strict=True))
+        return {
+            "dev_loss": total["nll"] / total["tokens"],
+            "p_gold": total["p_gold"] / total["rows"],
+            "accuracy": total["right"] / total["rows"],
+            "cr": total["agreeing"] / total["inputs"],
+            "end_of_turn": total["finished"] / total["rows"],
+            "distinct_answers": float(sum(v > 0 for v in reduced[len(names) :])),
+        }
+
+    def _measure_input(self, example: Example, pairs: list[tuple[Wording, Item]]) -> tuple[list[str], dict[str, float]]:
+        items = [item for _, item in pairs]
+        # All wordings of an input in one batch, however long: ranks must make equally many collective calls.
+        batch = to_device(collate(items, self.codec.pad_id, False), self.engine.device)
+        with torch.no_grad():
+            logp_N = token_logps(self.engine.model, batch)
+        lengths_R = torch.bincount(batch.response_N)
+        prompts = [item.prompt for item in items]
+        answers = greedy_in_step(self.engine.model, prompts, self.table.dev_max_new_tokens, self.codec, self._any_rank)
+        texts = [
+            canonical_answer(wording, example.input, self.codec.decode(a.ids)) if a.finished else None
+            for (wording, _), a in zip(pairs, answers, strict=True)
+        ]
+        normal = [normalise_answer(text) if text else None for text in texts]
+        gold = {normalise_answer(output) for output in example.outputs}
+        agreeing = [a is not None and a == b for a, b in combinations(normal, 2)]
+        return [text for text in normal if text], {
+            "inputs": 1.0,
+            "rows": float(len(items)),
+            "nll": -float(logp_N.sum()),
+            "tokens": float(len(logp_N)),
+            "p_gold": float((logp_N / lengths_R[batch.response_N]).sum()),
+            "right": float(sum(text in gold for text in normal if text)),
+            "agreeing": sum(agreeing) / len(agreeing),
+            "finished": float(sum(a.finished for a in answers)),
+        }
+
+    def _any_rank(self, flag: bool) -> bool:
+        return self.engine.mean([float(flag)])[0] > 0
+
+
+def make_dev_measure(
+    engine: Engine, codec: Codec, examples: Sequence[Example], wordings: Sequence[Wording], table: TrainTable
+) -> DevMeasure | None:
+    """Return the measurement, or None, saying so, when it is switched off or there is nothing to measure on."""
+    if not table.eval_every or not table.dev_inputs:
+        return None
+    measure = DevMeasure(engine, codec, [e for e in examples if e.split == "dev"], wordings, table)
+    if not measure.inputs:
+        logger.warning("no dev measurement: no dev input fits two dev wordings")
+        return None
+    return measure
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return `count` examples in hash order, taking the tasks in turn."""
+    order = sorted(examples, key=lambda e: unit_hash(e.id))
+    turn: dict[str, int] = {}
+    keyed = []
+    for position, example in enumerate(order):
+        turn[example.task] = turn.get(example.task, 0) + 1
+        keyed.append((turn[example.task], position, example))
+    return [example for _, _, example in sorted(keyed, key=lambda k: k[:2])][:count]
+
+
+def _dev_wordings(wordings: Sequence[Wording], task: str, count: int) -> list[Wording]:
+    """Return a task's dev wordings; training ones fill up where there are fewer than two."""
+    of_task = [w for w in wordings if w.task == task]
+    dev = [w for w in of_task if w.split == "dev"]
+    if len(dev) < 2:
+        dev += [w for w in of_task if w.split == "train"]
+    return dev[:count]
+
+
+@torch.no_grad()  # not inference_mode: a sharded model gathers its weights here and keeps them
+def greedy_in_step(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    codec: TokenIds,
+    any_rank: Callable[[bool], bool],
+) -> list[Answer]:
+    """Return greedy answers without a cache, every rank making the same number of forward passes.
+
+    For the dev measurement inside training, where the model may be sharded over the ranks: `any_rank(flag)` tells
+    whether the flag holds on any of them.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    finished = [False] * len(rows)
+    for _ in range(max_new_tokens):
+        batch = left_pad(rows, codec.pad_id, next(model.parameters()).device)
+        token_B = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(dim=-1).tolist()
+        for index, token in enumerate(token_B):
+            finished[index] = finished[index] or token in codec.stop_ids
+            if not finished[index]:
+                rows[index].append(token)
+        if not any_rank(not all(finished)):
+            break
+    return [Answer(row[len(p) :], done) for row, p, done in zip(rows, prompts, finished, strict=True)]

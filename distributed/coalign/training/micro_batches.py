@@ -1,0 +1,186 @@
+"""Items into batches: one layout for SFT rows and shared-prefix groups, packs, token-budget micro-batches, the order.
+
+Used by training and the recipes. Knows no files and no engine. Shape suffixes: B rows, T tokens, K kept positions,
+N response tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from coalign.models.logprobs import Batch
+from coalign.models.rows import Row, best_fit, to_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One prompt and the responses under it, as token ids; `rewards` and `best` (an index) for groups.
+
+    `reference` holds the reference model's summed log-prob of each response (DPO).
+    """
+
+    name: str
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    rewards: tuple[int, ...] = ()
+    best: int = 0
+    reference: tuple[float, ...] = ()
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Return how many tokens the loss covers."""
+        return sum(len(response) for response in self.responses)
+
+    def longest(self) -> int:
+        """Return the tokens of the prompt and its longest response."""
+        return len(self.prompt) + max(len(response) for response in self.responses)
+
+
+def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
+    """Return (tokens in a row, rows) that an item takes. A response's last token is never an input."""
+    if shared_prefix:
+        return len(item.prompt) + sum(len(r) - 1 for r in item.responses), 1
+    return max(len(item.prompt) + len(r) - 1 for r in item.responses), len(item.responses)
+
+
+def collate(
+    items: Sequence[Item], pad_id: int, shared_prefix: bool, items_per_row: Sequence[int] | None = None
+) -> Batch:
+    """Lay items out for one forward pass; responses are numbered in order over all items.
+
+    With `shared_prefix` an item is one prompt and all its responses side by side, each seeing the prompt and itself,
+    positions restarting after the prompt; without it every response is an item with a prompt of its own.
+    `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
+    """
+    rows: list[Row] = []
+    places: list[tuple[int, int, int]] = []  # row, place in it, target
+    owner: list[int] = []
+    parts = [(i.prompt, rs) for i in items for rs in ([i.responses] if shared_prefix else [(r,) for r in i.responses])]
+    row_starts = set(itertools.accumulate(items_per_row or [1] * len(parts), initial=0))
+    for index, (prompt, responses) in enumerate(parts):
+        if index in row_starts:
+            rows.append(Row())
+        row = rows[-1]
+        row.append(prompt, 0, index, 0)
+        last = len(row.ids) - 1  # the prompt's last token predicts every response's first
+        for segment, response in enumerate(responses, start=1):
+            where = [last, *range(len(row.ids), len(row.ids) + len(response) - 1)]
+            places += [(len(rows) - 1, w, t) for w, t in zip(where, response, strict=True)]
+            owner += [owner[-1] + 1 if owner else 0] * len(response)
+            row.append(response[:-1], len(prompt), index, segment)
+    return to_batch(rows, places, owner, pad_id, one_sequence_a_row=not shared_prefix and len(rows) == len(parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Items of one forward pass, in the order of their rows, and how many share each (None: a row or more an item)."""
+
+    items: tuple[Item, ...] = ()
+    items_per_row: tuple[int, ...] | None = None
+
+
+def micro_batches(
+    items: Sequence[Item],
+    max_tokens: int,
+    world: int,
+    shared_prefix: bool,
+    pack_tokens: int = 0,
+    max_padding: int | None = None,
+) -> list[list[MicroBatch]]:
+    """Cut one update's items into micro-batches and deal them out: result[rank] is that rank's list.
+
+    Items share rows of up to `pack_tokens` tokens (0: none does). Rows of like length go together: padded tokens stay
+    within `max_tokens` (a longer row goes alone), and padding alone within `max_padding` (None: whatever comes of it).
+    Every rank gets as many micro-batches of as many tokens as can be; an empty one stands for "nothing left", so that
+    collectives match.
+    """
+    sizes = [row_tokens(item, shared_prefix) for item in items]
+    padding = max_tokens if max_padding is None else max_padding
+    packing = pack_tokens > 0 and all(rows == 1 for _, rows in sizes)
+    if packing:
+        packs = _even_packs([tokens for tokens, _ in sizes], min(pack_tokens, max_tokens), world)
+        sizes = [(sum(sizes[i][0] for i in pack), 1) for pack in packs]
+    else:
+        packs = [[i] for i in range(len(items))]
+    dealt = _deal(_cut(packs, sizes, max_tokens, padding, world), sizes, world)
+    return [
+        [
+            MicroBatch(
+                tuple(items[i] for p in part for i in packs[p]),
+                tuple(len(packs[p]) for p in part) if packing and part else None,
+            )
+            for part in mine
+        ]
+        for mine in dealt
+    ]
+
+
+def _cut(
+    packs: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], limit: int, max_padding: int, world: int
+) -> list[list[int]]:
+    """Return packs by micro-batch, as even as can be, and as many micro-batches as all ranks can work on."""
+    order = sorted(range(len(packs)), key=lambda p: (-sizes[p][0], packs[p]))
+
+    def cut(limit: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        width = rows = padding = 0
+        for p in order:
+            tokens, count = sizes[p]
+            padding += (width - tokens) * count
+            if not parts or width * (rows + count) > limit or padding > max_padding:
+                parts.append([])
+                width, rows, padding = tokens, 0, 0  # the longest comes first
+            parts[-1].append(p)
+            rows += count
+        return parts
+
+    largest = max(_cost([p], sizes) for p in order)
+    parts = cut(_smallest(largest, max(limit, largest), world, lambda limit: len(cut(limit))))
+    while len(parts) % world and (several := [part for part in parts if len(part) > 1]):
+        part = max(several, key=lambda part: _cost(part, sizes))
+        parts.remove(part)
+        parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+    return parts
+
+
+def _cost(part: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    """Return the padded tokens of a micro-batch."""
+    return max((sizes[p][0] for p in part), default=0) * sum(sizes[p][1] for p in part)
+
+
+def _deal(parts: Sequence[list[int]], sizes: Sequence[tuple[int, int]], world: int) -> list[list[list[int]]]:
+    """Return micro-batches by rank, equally many: of the next dearest, the rank with least so far takes the dearest."""
+    order = sorted([*parts, *[[] for _ in range(-len(parts) % world)]], key=lambda part: (-_cost(part, sizes), part))
+    dealt: list[list[list[int]]] = [[] for _ in range(world)]
+    for start in range(0, len(order), world):
+        ranks = sorted(range(world), key=lambda rank: sum(_cost(part, sizes) for part in dealt[rank]))
+        for rank, part in zip(ranks, order[start : start + world], strict=True):
+            dealt[rank].append(part)
+    return dealt
+
+
+def _even_packs(lengths: Sequence[int], pack_tokens: int, world: int) -> list[list[int]]:
+    """Return best-fit packs, as even as can be without more of them than the ranks share out anyway.
+
+    What is longer than a pack has a row of its own, and makes the others no wider.
+    """
+    longest = max((length for length in lengths if length <= pack_tokens), default=pack_tokens)
+    width = _smallest(longest, pack_tokens, world, lambda width: len(best_fit(lengths, width)))
+    return best_fit(lengths, width)
+
+
+def _smallest(low: int, high: int, world: int, count: Callable[[int], int]) -> int:
+    """Return the smallest size that gives no more parts than `high` does, rounded up to a multiple of `world`."""
+    allowed = -(-count(high) // world) * world
+    return low + bisect.bisect_left(range(low, high), True, key=lambda size: count(size) <= allowed)
+
+
+def permutations(num_items: int, seed: int) -> Iterator[int]:
+    """Yield indices without end: one seeded permutation of all items after another."""
+    for epoch in itertools.count():
+        yield from np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_items).tolist()

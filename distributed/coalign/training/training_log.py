@@ -1,0 +1,80 @@
+"""What a training step tells while it runs.
+
+Used by training.py. Knows neither engine nor model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from coalign.config import LogTable
+from coalign.errors import UserError
+from coalign.process import rank
+from coalign.runs.atomic_files import write_atomic
+
+logger = logging.getLogger("coalign")
+
+
+class TrainingLog:
+    """metrics.jsonl, the printed line, TensorBoard and, when asked for, Weights & Biases; rank 0 only."""
+
+    def __init__(self, folder: Path, table: LogTable, step: int) -> None:
+        """Open the log of the step in `folder`, which goes on after update `step`."""
+        self.table = table
+        self.active = rank() == 0
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if not self.active:
+            return
+        self.path = folder / "metrics.jsonl"
+        self._cut_after(step)
+        self.stream = self.path.open("a", encoding="utf-8")
+        if table.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if table.wandb:
+            self.wandb = _start_wandb(folder, step)
+
+    def _cut_after(self, step: int) -> None:
+        """Forget lines after the checkpoint (their updates are made again) and a line cut short by a kill."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(self.path, "".join(kept))
+
+    def write(self, row: dict[str, Any], num_steps: int = 0) -> None:
+        """Write a row with `kind` ("train" or "dev"), `step` and numbers; print it when it is due."""
+        if not self.active:
+            return
+        self.stream.write(json.dumps(row) + "\n")
+        self.stream.flush()
+        numbers = {k: v for k, v in row.items() if k not in ("kind", "step")}
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["step"])
+        if row["kind"] == "dev" or row["step"] % self.table.every == 0 or row["step"] in (1, num_steps):
+            total = f"/{num_steps}" if num_steps else ""
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            logger.info("%s %d%s  %s", "update" if row["kind"] == "train" else "dev at", row["step"], total, shown)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.active:
+            self.stream.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _start_wandb(folder: Path, step: int) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false") from error
+    return wandb.init(project="coalign", name=f"{folder.parent.name}-{folder.name}", dir=str(folder), resume="allow")

@@ -1,0 +1,198 @@
+"""Which wordings a task keeps: near repetitions, files merged with the model's rewrites.
+
+Used by the paraphrase step. Every wording that goes has a reason. Pure functions of texts; knows no model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from coalign.config import ParaphraseTable
+from coalign.errors import UserError
+from coalign.prompts import parse_paraphrase
+from coalign.records import Task, Wording
+from coalign.text import normalise_input
+from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
+from coalign.wordings.rewrites import Reason, check_rewrite
+from coalign.wordings.wording_files import WordingFiles
+from coalign.wordings.wordings import (
+    FILE_PREFIX,
+    GENERATED,
+    ORIGINAL,
+    assign_splits,
+    bare_text,
+    num_short,
+    original_wording,
+    without_cr,
+)
+
+T = TypeVar("T")
+logger = logging.getLogger("coalign")
+
+
+def drop_repeats(
+    wordings: Sequence[Wording], task: Task, max_similarity: float
+) -> tuple[list[Wording], list[dict[str, Any]]]:
+    """Return one task's wordings without those that undo its splits, and rows {task, id, text, reason} for these.
+
+    Of two equal wordings the later goes, and of a seen task any from a file that nearly repeats the original
+    ("near_duplicate"). Then a dev wording goes that nearly repeats a test wording, and a train wording that nearly
+    repeats a dev or test wording ("held_out"). Templates are compared without their fields.
+    """
+    reasons: dict[str, Reason] = {}
+    texts = {wording.id: bare_text(wording) for wording in wordings}
+    seen: set[tuple[str, str]] = set()
+    for wording in wordings:
+        key = (wording.kind, normalise_input(wording.text))
+        from_file = wording.source.startswith(FILE_PREFIX)
+        like_original = from_file and task.seen and repeats(texts[wording.id], [task.instruction], max_similarity)
+        if key in seen or like_original:
+            reasons[wording.id] = "near_duplicate"
+        seen.add(key)
+    held_out: list[str] = []
+    for split in ("test", "dev", "train"):
+        members = [w for w in wordings if w.split == split and w.id not in reasons]
+        for wording in members:
+            if wording.source != ORIGINAL and repeats(texts[wording.id], held_out, max_similarity):
+                reasons[wording.id] = "held_out"
+        held_out += [texts[w.id] for w in members if w.id not in reasons]
+    dropped = [
+        {"task": w.task, "id": w.id, "text": w.text, "reason": reasons[w.id]} for w in wordings if w.id in reasons
+    ]
+    return [w for w in wordings if w.id not in reasons], dropped
+
+
+def drop_held_out(
+    by_task: Mapping[str, Sequence[Wording]], tasks: Iterable[Task], max_similarity: float
+) -> tuple[dict[str, list[Wording]], list[dict[str, Any]], list[str]]:
+    """Return the wordings without those that nearly repeat a held-out one of any task, rows of these, and originals.
+
+    A dev wording that the model wrote goes when a test wording of any task is like it, a train wording when a dev or
+    test wording is. An original always stays; the seen tasks whose original is like a held-out wording come last.
+    """
+    everything = [wording for wordings in by_task.values() for wording in wordings]
+    held_out = NearRepeats(max_similarity, (bare_text(w) for w in everything if w.split == "test"))
+    lost: set[tuple[str, str]] = set()
+    for wording in (w for w in everything if w.split == "dev" and w.source == GENERATED):
+        if held_out.has_like(bare_text(wording)):
+            lost.add((wording.task, wording.id))
+    for wording in (w for w in everything if w.split == "dev" and (w.task, w.id) not in lost):
+        held_out.add(bare_text(wording))
+    for wording in (w for w in everything if w.split == "train" and w.source != ORIGINAL):
+        if held_out.has_like(bare_text(wording)):
+            lost.add((wording.task, wording.id))
+    dropped = [
+        {"task": w.task, "id": w.id, "text": w.text, "reason": "held_out"} for w in everything if (w.task, w.id) in lost
+    ]
+    kept = {task: [w for w in wordings if (w.task, w.id) not in lost] for task, wordings in by_task.items()}
+    originals = [task.id for task in tasks if task.seen and held_out.has_like(task.instruction)]
+    return kept, dropped, originals
+
+
+def merge_files(
+    tasks: Sequence[Task], files: WordingFiles, table: ParaphraseTable, seed: int
+) -> tuple[dict[str, list[Wording]], list[dict[str, Any]]]:
+    """Return each task's original and its wordings from files, split, and rows {task, id, text, reason} of the rest."""
+    by_task: dict[str, list[Wording]] = {task.id: [original_wording(task)] for task in tasks}
+    dropped = list(files.dropped)
+    for wording in files.wordings:
+        first = by_task[wording.task][0]
+        if wording.id != ORIGINAL:
+            by_task[wording.task].append(wording)
+        elif similarity(wording.text, first.text) >= table.max_similarity:
+            dropped.append({"task": wording.task, "id": wording.id, "text": wording.text, "reason": "near_duplicate"})
+        else:
+            raise UserError(
+                f"{wording.source.removeprefix(FILE_PREFIX)}: task {wording.task!r} has a wording with the id"
+                f" {ORIGINAL!r}, which stands for the task's own instruction; give it another id"
+            )
+    with_split: dict[str, set[str]] = defaultdict(set)
+    for task_id, id_ in files.with_split:
+        with_split[task_id].add(id_)
+    for task in tasks:
+        fixed = with_split[task.id]
+        split = assign_splits(by_task[task.id], task, table.num_dev, table.num_test, seed, fixed)
+        by_task[task.id], repeated = drop_repeats(split, task, table.max_similarity)
+        dropped += repeated
+    by_task, held_out, _ = drop_held_out(by_task, tasks, table.max_similarity)
+    return by_task, dropped + held_out
+
+
+def held_out_texts(by_task: Mapping[str, Sequence[Wording]], max_similarity: float) -> NearRepeats:
+    """Return the dev and test wordings of all tasks, which no rewrite may nearly repeat."""
+    found = (w for wordings in by_task.values() for w in wordings if w.split != "train")
+    return NearRepeats(max_similarity, map(bare_text, found))
+
+
+def choose_rewrites(
+    task: Task,
+    existing: Sequence[Wording],
+    answers: Iterable[Mapping[str, Any]],
+    wanted: int,
+    table: ParaphraseTable,
+    held_out: NearRepeats,
+) -> tuple[list[Wording], list[dict[str, Any]]]:
+    """Return the first `wanted` usable rewrites among a model's answers, and rows {task, text, reason} of bad ones.
+
+    `existing` are the task's wordings from files, `held_out` see `check_rewrite`; answers have "text" and "finish", as
+    the model gave them.
+    """
+    kept = [bare_text(w) for w in existing if w.split == "train"]
+    numbers = (number for number in range(10**9) if f"{GENERATED}:{number}" not in {w.id for w in existing})
+    accepted: list[Wording] = []
+    dropped: list[dict[str, Any]] = []
+    for answer in answers:
+        if len(accepted) == wanted:
+            break
+        cut_off = answer["finish"] == "length"
+        # What was cut off in mid-line is no instruction, but the lines before it may hold one.
+        rewrite = parse_paraphrase(answer["text"].rpartition("\n")[0] if cut_off else answer["text"])
+        reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
+        if reason is None:
+            kept.append(rewrite)
+            accepted.append(Wording(id=f"{GENERATED}:{next(numbers)}", task=task.id, text=rewrite, source=GENERATED))
+        else:
+            why = "cut_off" if cut_off and reason == "empty" else reason
+            dropped.append({"task": task.id, "text": rewrite or answer["text"], "reason": why})
+    return accepted, dropped
+
+
+def take_turns(lists: Iterable[Sequence[T]]) -> list[T]:
+    """Return the first of every list, then the second of every list, and so on: all ways to ask are used alike."""
+    return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]
+
+
+def summarise(
+    tasks: Sequence[Task],
+    by_task: Mapping[str, Sequence[Wording]],
+    dropped: Iterable[Mapping[str, Any]],
+    table: ParaphraseTable,
+) -> dict[str, Any]:
+    """Return the counts of the step: wordings by split and source, drops by reason, and what each task lacks."""
+    wordings = [wording for task in tasks for wording in by_task[task.id]]
+    short = {t.id: num_short(by_task[t.id], t, table.num_dev, table.num_test, table.num_wordings) for t in tasks}
+    return {
+        "wordings": len(wordings),
+        "splits": dict(Counter(wording.split for wording in wordings)),
+        "sources": dict(Counter(wording.source.partition(":")[0] for wording in wordings)),
+        "dropped": dict(Counter(row["reason"] for row in dropped)),
+        "short": {task: lacks for task, lacks in short.items() if lacks},
+    }
+
+
+def warn_of_gaps(counts: Mapping[str, Any], by_task: Mapping[str, Sequence[Wording]], originals: Sequence[str]) -> None:
+    """Say which tasks have fewer wordings than asked or than CR needs, and whose instructions repeat held-out ones."""
+    if short := counts["short"]:
+        worst = sorted(short, key=lambda name: (-sum(short[name].values()), name))[:5]
+        listed = "; ".join(f"{name} lacks {short[name]}" for name in worst)
+        logger.warning("%d of %d tasks end with fewer wordings than asked, worst: %s", len(short), len(by_task), listed)
+    if few := without_cr(by_task):
+        advice = "the test wordings that CR needs; raise paraphrase.num_test or give files of wordings"
+        logger.warning("%d of %d tasks lack %s: %s", len(few), len(by_task), advice, ", ".join(few[:5]))
+    if originals:
+        first = ", ".join(originals[:5])
+        logger.warning("%d instructions of seen tasks nearly repeat a held-out wording: %s", len(originals), first)

@@ -1,0 +1,133 @@
+"""What makes a model's rewrite of an instruction unusable: broken, too short or long, or something of it lost.
+
+Used by filtering and the step that paraphrases. Pure functions of texts; knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+from coalign.config import ParaphraseTable
+from coalign.text import normalise_answer, normalise_input, words
+from coalign.wordings.near_repeats import NearRepeats, repeats
+
+Reason = Literal[
+    "empty",
+    "cut_off",
+    "malformed",
+    "too_short",
+    "too_long",
+    "lost_label",
+    "lost_number",
+    "lost_placeholder",
+    "lost_format",
+    "held_out",
+    "near_duplicate",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
+_QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
+# Bytes that no instruction has: control characters, and what a broken UTF-8 sequence decodes to.
+_BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+
+# Constraints on the form of the answer: (how the original may put it, what a rewrite must then have).
+_LIMIT = (
+    r"\b(?:at most|at least|no more than|not more than|no fewer than|up to|fewer than|less than|maximum of|within)\b"
+)
+_UNIT = r"\b(?:words?|sentences?|characters?|letters?|lines?|items?|tokens?|digits?)\b"
+_SAME = (
+    r"\b(?:one|single|1)[- ]word\b|\bjust (?:one|a) word\b",
+    r"\b(?:one|single|1)[- ]sentence\b",
+    r"\b(?:full|complete) sentences?\b",
+    r"\bcomma[- ]?separated\b|\bseparated (?:by|with) (?:a )?commas?\b|\bcommas? between\b|\bcomma[- ]delimited\b",
+    r"\bupper[- ]?case\b|\bcapital letters?\b|\bcapitali[sz]ed?\b|\ball caps\b",
+    r"\blower[- ]?case\b|\bsmall letters\b",
+    r"\b(?:in|of) (?:the|this) (?:following )?form\b|\bformat(?:ted)?\b",
+    r"\bjson\b",
+    r"\bxml\b",
+    r"\bhtml\b",
+    r"\bmarkdown\b",
+    r"\bsql\b",
+    r"\bbullet(?:ed|s| points?| list)?\b|\bnumbered list\b",
+    r"\balphabetical(?:ly)?\b|\balphabetic order\b",
+    r"\b(?:without|no|omit|skip) (?:an? |any )?(?:explanations?|explaining|reasoning)\b",
+)
+_FORMATS = tuple(
+    (re.compile(given, re.IGNORECASE), re.compile(needed, re.IGNORECASE | re.DOTALL))
+    for given, needed in (
+        *((pattern, pattern) for pattern in _SAME),
+        (r"\byes\b\W+(?:(?:or|and)\W+)?no\b|\bno\b\W+(?:or|and)\W+yes\b", r"(?=.*\byes\b)(?=.*\bno\b)"),
+        (r"\btrue\b\W+(?:(?:or|and)\W+)?false\b|\bfalse\b\W+(?:or|and)\W+true\b", r"(?=.*\btrue\b)(?=.*\bfalse\b)"),
+        (
+            rf"{_LIMIT}\W+\w+\W+{_UNIT}",
+            rf"(?=.*{_UNIT}).*\b(?:most|least|more|fewer|less|up to|max\w*|min\w*|within|limit\w*)\b",
+        ),
+    )
+)
+
+
+def check_rewrite(
+    original: str,
+    rewrite: str,
+    labels: Sequence[str],
+    kept: Sequence[str],
+    held_out: NearRepeats,
+    table: ParaphraseTable,
+) -> Reason | None:
+    """Return why a rewrite of an instruction can't be used, None if it can.
+
+    `kept` are the wordings that the task has already, `held_out` the dev and test wordings of all tasks, both without
+    fields.
+    """
+    if not rewrite.strip():
+        return "empty"
+    length, asked = len(words(rewrite)), len(words(original))
+    if not length or _BROKEN.search(rewrite):
+        return "malformed"
+    if length < table.min_length_ratio * asked:
+        return "too_short"
+    if length > table.max_length_ratio * max(asked, 1):
+        return "too_long"
+    if lost := _lost(original, rewrite, labels):
+        return lost
+    if held_out.has_like(rewrite):
+        return "held_out"
+    if repeats(rewrite, [original, *kept], table.max_similarity):
+        return "near_duplicate"
+    return None
+
+
+def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
+    """Return what of the original the rewrite has lost."""
+    if any(not _names(rewrite, label) for label in labels_in(original, labels)):
+        return "lost_label"
+    if set(_NUMBER.findall(original)) - set(_NUMBER.findall(rewrite)):
+        return "lost_number"
+    if any(placeholder not in rewrite for placeholder in _PLACEHOLDER.findall(original)):
+        return "lost_placeholder"
+    folded = normalise_input(rewrite)
+    quoted = ("".join(groups) for groups in _QUOTED.findall(original))
+    if any(normalise_answer(text) not in folded for text in quoted):
+        return "lost_placeholder"
+    if any(given.search(original) and not needed.search(rewrite) for given, needed in _FORMATS):
+        return "lost_format"
+    return None
+
+
+def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
+    """Return the labels that an instruction names, which its rewrites have to keep."""
+    return [label for label in labels if _names(instruction, label)]
+
+
+def _names(text: str, label: str) -> bool:
+    """Return whether a text has this label as whole words; case counts for a single letter ("A", not the article)."""
+    words_of_label = label.split()
+    if not words_of_label:
+        return False
+    pattern = r"\s+".join(map(re.escape, words_of_label))
+    flags = 0 if len(label.strip()) == 1 else re.IGNORECASE
+    return re.search(rf"(?<!\w){pattern}(?!\w)", text, flags) is not None

@@ -1,0 +1,273 @@
+"""Filters of rewrites: each reason once and its near misses, similarity, files merged, rewrites chosen."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from coalign.config import ParaphraseTable
+from coalign.errors import UserError
+from coalign.records import Task, Wording
+from coalign.wordings.filtering import (
+    choose_rewrites,
+    drop_held_out,
+    drop_repeats,
+    held_out_texts,
+    merge_files,
+    summarise,
+    take_turns,
+)
+from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
+from coalign.wordings.rewrites import REASONS, check_rewrite, labels_in
+from coalign.wordings.wording_files import WordingFiles
+
+TABLE = ParaphraseTable()
+CASES: list[tuple[str, str, Sequence[str], str | None]] = [
+    ("Add the two numbers.", "Sum up both numbers.", (), None),
+    ("Add the two numbers.", "  ", (), "empty"),
+    ("Add the two numbers.", "?!", (), "malformed"),
+    ("Add the two numbers.", "Sum both \ufffd numbers.", (), "malformed"),
+    ("Add the two numbers that you are given here.", "Add them.", (), "too_short"),
+    ("Add them.", "Please add all of the given numbers.", (), "too_long"),
+    ("Is it Good or Bad?", "Would you call it good or bad?", ("Good", "Bad"), None),
+    ("Is it Good or Bad?", "Would you call it good or not?", ("Good", "Bad"), "lost_label"),
+    ("Is it Good or Bad?", "Is it goodness or badness here?", ("Good", "Bad"), "lost_label"),
+    ("Judge the mood.", "Say how the mood is.", ("Good", "Bad"), None),
+    ("Is it a Good  Review?", "Does this look like a good review?", ("Good Review",), None),
+    ("Give a letter for the case.", "Name the letter of this case.", ("A", "B"), None),
+    ("Answer with A or B for it.", "Answer by one letter: a or b.", ("A", "B"), "lost_label"),
+    ("Is it C++ code?", "Would you say that this is C code?", ("C++",), "lost_label"),
+    ("Pick 3 of them.", "Choose three of these.", (), "lost_number"),
+    ("Pick 3 of them.", "Choose 3 of these.", (), None),
+    ("Round 3.14 to tens.", "To tens please round 3.", (), "lost_number"),
+    ("Replace {x} by its sum.", "Put the sum there.", (), "lost_placeholder"),
+    ("Replace {x} by its sum.", "Put the sum in place of {x}.", (), None),
+    ("The text after <sep> counts.", "Only what follows counts.", (), "lost_placeholder"),
+    ("Fill in [MASK] with a word.", "Find a word for [MASK].", (), None),
+    ('Answer "cannot say" if unsure.', "When unsure, answer 'cannot say'.", (), None),
+    ('Answer "cannot say" if unsure.', "When unsure, answer that you can't.", (), "lost_placeholder"),
+    ("Answer the reader's and writer's question.", "Reply to what they ask there.", (), None),
+    ("Answer in one word.", "Reply with a single word.", (), None),
+    ("Answer in one word.", "Reply briefly please.", (), "lost_format"),
+    ("List them comma separated.", "List them, separated by commas.", (), None),
+    ("List them comma separated.", "List them one by one.", (), "lost_format"),
+    ("Write it in uppercase.", "Write it in capital letters.", (), None),
+    ("Write it in uppercase.", "Write it down loudly.", (), "lost_format"),
+    ("Return JSON of it.", "Return it as an object.", (), "lost_format"),
+    ("Answer yes or no.", "Reply with no or with yes.", (), None),
+    ("Answer yes or no.", "Reply whether it holds.", (), "lost_format"),
+    ("Say True/False for it.", "Tell whether it holds.", (), "lost_format"),
+    ("Use at most five words there.", "Use a maximum of five words there.", (), None),
+    ("Use at most five words there.", "Use five words there.", (), "lost_format"),
+    ("Add the two numbers here now please.", "add the two numbers here NOW, please", (), "near_duplicate"),
+]
+
+
+def held(*texts: str) -> NearRepeats:
+    return NearRepeats(TABLE.max_similarity, texts)
+
+
+@pytest.mark.parametrize(("original", "rewrite", "labels", "reason"), CASES)
+def test_check_rewrite(original: str, rewrite: str, labels: Sequence[str], reason: str | None) -> None:
+    assert check_rewrite(original, rewrite, labels, [], held(), TABLE) == reason
+
+
+def test_what_is_there_already() -> None:
+    rewrite = "Sum up both of the numbers that follow."
+    assert check_rewrite("Add the numbers.", rewrite, (), [rewrite], held(), TABLE) == "near_duplicate"
+    assert check_rewrite("Add the numbers.", rewrite, (), [], held(rewrite.upper()), TABLE) == "held_out"
+    assert check_rewrite("Add the numbers.", rewrite, (), [rewrite], held(rewrite), TABLE) == "held_out"
+    assert check_rewrite("Add the numbers.", rewrite, (), ["Other"], held("More"), TABLE) is None
+
+
+def test_every_reason_is_listed() -> None:
+    assert {reason for *_, reason in CASES if reason} | {"held_out", "cut_off"} == set(REASONS)
+
+
+def test_labels_in() -> None:
+    assert labels_in("Say yes or No, not maybe.", ["Yes", "no", "may", ""]) == ["Yes", "no"]
+
+
+def test_similarity_by_hand() -> None:
+    assert similarity("a b c d e f", "a b c d e g") == pytest.approx(3 / 5)  # 3-grams: 3 of 4 + 4 - 3
+    assert similarity("a b c d e f", "A b, c d e f!") == 1.0
+    assert similarity("a b c", "c b a") == 1.0  # short: sets of words
+    assert similarity("a b c", "a b d") == pytest.approx(2 / 4)
+    assert similarity("???", "???") == 1.0
+    assert similarity("???", "!!!") == 0.0
+    assert similarity("", "word") == 0.0
+
+
+@pytest.mark.parametrize("max_similarity", [0.0, 0.3, 0.5, 2 / 3, 0.7, 0.9, 1.0])
+def test_the_index_of_held_out_texts_says_what_comparing_with_each_says(max_similarity: float) -> None:
+    """The slow twin compares with every text."""
+    rng = random.Random(0)
+    vocabulary = ["the", "of", "a", "to", "is", "sum", "two", "add", "give", "word", "text", "name"]
+
+    def sentence() -> str:
+        return " ".join(rng.choices(vocabulary, k=rng.choice([0, 1, 2, 4, 5, 6, 7, 9, 14, 20])))
+
+    def change(text: str) -> str:
+        changed = text.split()
+        for _ in range(rng.randint(0, 2) if changed else 0):
+            changed[rng.randrange(len(changed))] = rng.choice(vocabulary)
+        return rng.choice([" ".join(changed), " ".join(changed).upper() + "!"])
+
+    texts = [sentence() for _ in range(60)]
+    index = NearRepeats(max_similarity, texts)
+    asked = [change(rng.choice(texts)) for _ in range(300)] + [sentence() for _ in range(300)] + ["???", ""]
+    found = [index.has_like(text) for text in asked]
+    assert found == [repeats(text, texts, max_similarity) for text in asked]
+    assert any(found) and (max_similarity == 0.0 or not all(found))
+    assert not NearRepeats(max_similarity).has_like("anything")
+
+
+def test_twenty_wordings_of_a_thousand_tasks_are_compared_in_seconds() -> None:
+    """Comparing all with all would take minutes."""
+    rng = random.Random(0)
+    common = [f"w{i}" for i in range(300)]
+    texts = [
+        "answer the question with one of the options given " + " ".join(rng.choices(common, k=9)) for _ in range(20_000)
+    ]
+    by_task = {
+        f"t{i}": [
+            Wording(f"w{j}", f"t{i}", text, source="file:f", split="test" if j < 6 else "train")
+            for j, text in enumerate(texts[20 * i : 20 * i + 20])
+        ]
+        for i in range(1000)
+    }
+    start = time.process_time()
+    drop_held_out(by_task, [], 0.9)
+    assert time.process_time() - start < 20
+
+
+def wording(id_: str, text: str, split: str = "train", source: str = "file:f", kind: str = "prefix") -> Wording:
+    return Wording(id_, "t", text, source=source, split=split, kind=kind, fields_regex="(?P<x>.*)")  # type: ignore[arg-type]
+
+
+def test_drop_repeats() -> None:
+    task = Task("t", "Add the two numbers up.")
+    wordings = [
+        wording("original", task.instruction, source="original"),
+        wording("like original", "{x}\n\nAdd the two numbers up:", "test", kind="template"),
+        wording("tested", "What is the sum of these?", "test"),
+        wording("tested again", "What is the sum of these?", "test"),
+        wording("both forms", "{x} What is the sum of these?", "test", kind="template"),
+        wording("dev", "What is the sum of these", "dev"),
+        wording("other dev", "Please give me the total.", "dev"),
+        wording("train", "{x}: please give me the total", kind="template"),
+        wording("good", "Count them together."),
+    ]
+    kept, dropped = drop_repeats(wordings, task, 0.9)
+    assert [w.id for w in kept] == ["original", "tested", "both forms", "other dev", "good"]
+    assert {row["id"]: row["reason"] for row in dropped} == {
+        "like original": "near_duplicate",
+        "tested again": "near_duplicate",
+        "dev": "held_out",
+        "train": "held_out",
+    }
+
+
+def test_wordings_like_a_held_out_one_of_another_task_go_but_originals_stay() -> None:
+    """Dev and test wordings of every task are kept from training, those of unseen tasks too."""
+
+    def of(task: str, id_: str, text: str, split: str = "train", source: str = "file:f") -> Wording:
+        return Wording(id_, task, text, source=source, split=split)  # type: ignore[arg-type]
+
+    tasks = [Task("a", "Tell me what this is about."), Task("b", "Sum it up."), Task("c", "Go.", seen=False)]
+    by_task = {
+        "a": [
+            of("a", "original", tasks[0].instruction, source="original"),
+            of("a", "of file", "In short, what is it?"),
+            of("a", "model:0", "Name the unseen thing here!", source="model"),
+            of("a", "model:1", "Put it briefly, please.", source="model"),
+            of("a", "model:2", "What does the writer want?", "dev", source="model"),
+            of("a", "dev of file", "What does the writer want, then?", "dev"),
+            of("a", "model:3", "Say it in short, what is it?", "test", source="model"),
+        ],
+        "b": [
+            of("b", "original", tasks[1].instruction, source="original"),
+            of("b", "test", "In short: what is it?", "test"),
+            of("b", "dev", "Put it briefly please", "dev"),
+            of("b", "test like original", "Tell me what this is about", "test"),
+            of("b", "test like dev", "What does the writer want", "test"),
+            of("b", "fine", "Make it short."),
+        ],
+        "c": [of("c", "test", "Name the unseen thing here", "test")],
+    }
+    kept, dropped, originals = drop_held_out(by_task, tasks, 0.9)
+    assert {row["id"] for row in dropped} == {"of file", "model:0", "model:1", "model:2"}
+    assert {(row["task"], row["reason"]) for row in dropped} == {("a", "held_out")}
+    assert [w.id for w in kept["a"]] == ["original", "dev of file", "model:3"]
+    assert (kept["b"], kept["c"]) == (by_task["b"], by_task["c"])
+    assert originals == ["a"]
+
+
+def test_rewrites_and_files_are_compared_with_the_held_out_wordings_of_other_tasks() -> None:
+    """An unseen task's test wording keeps its like out of a seen task's training wordings."""
+    tasks = [Task("t", "Add the numbers up."), Task("u", "Go.", seen=False)]
+    files = [
+        Wording("x", "t", "Which is the total of these numbers?", source="file:f", split="train"),
+        Wording("y", "u", "Which is the total of these numbers", source="file:f", split="test"),
+    ]
+    fixed = frozenset({("t", "x"), ("u", "y")})
+    by_task, dropped = merge_files(tasks, WordingFiles(files, [], fixed), TABLE, 0)
+    assert [w.id for w in by_task["t"]] == ["original"]
+    assert [(row["task"], row["id"], row["reason"]) for row in dropped] == [("t", "x", "held_out")]
+    answers = [{"text": "Which is the total of these numbers?", "finish": "stop"}]
+    held_out = held_out_texts(by_task, TABLE.max_similarity)
+    accepted, bad = choose_rewrites(tasks[0], by_task["t"], answers, 1, TABLE, held_out)
+    assert not accepted
+    assert [row["reason"] for row in bad] == ["held_out"]
+
+
+def test_choose_rewrites_stops_when_it_has_enough() -> None:
+    task = Task("t", "Is it good or bad?", labels=("good", "bad"))
+    existing = [wording("original", task.instruction, source="original"), wording("model:1", "Bad or is it good?")]
+    existing.append(wording("held", "Would you say good or bad?", "test"))
+    texts = [
+        ("1. Tell me: good or bad?", "stop"),
+        ("Here it is:", "stop"),
+        ("Would you say good, or bad?", "stop"),
+        ("Is this thing good?", "stop"),
+        ("Good is it, or bad and", "length"),
+        ("Choose between good and bad.\nThen", "length"),
+        ("Say whether it seems bad or good.", "stop"),
+    ]
+    answers = [{"text": text, "finish": finish} for text, finish in texts]
+    held_out = held_out_texts({"t": existing}, TABLE.max_similarity)
+    accepted, dropped = choose_rewrites(task, existing, answers, 2, TABLE, held_out)
+    assert [(w.id, w.text) for w in accepted] == [
+        ("model:0", "Tell me: good or bad?"),
+        ("model:2", "Choose between good and bad."),
+    ]
+    assert {w.source for w in accepted} == {"model"}
+    assert [row["reason"] for row in dropped] == ["empty", "held_out", "lost_label", "cut_off"]
+    assert choose_rewrites(task, existing, answers, 0, TABLE, held_out) == ([], [])
+
+
+def test_merge_files_and_summary() -> None:
+    tasks = [Task("t", "Add the two numbers up."), Task("u", "Go.", seen=False)]
+    files = [wording(f"w{i}", f"Wording number {i} of this task {'x' * i} stands here.") for i in range(6)]
+    files.append(wording("original", "Add the two numbers up!"))
+    by_task, dropped = merge_files(tasks, WordingFiles(files, [], frozenset()), ParaphraseTable(num_test=2), 0)
+    assert [w.split for w in by_task["t"]].count("test") == 2
+    assert [w.id for w in by_task["u"]] == ["original"]
+    assert [row["reason"] for row in dropped] == ["near_duplicate"]
+    counts = summarise(tasks, by_task, dropped, ParaphraseTable(num_test=2, num_wordings=3))
+    assert counts["sources"] == {"original": 2, "file": 6}
+    assert counts["splits"] == {"train": 4, "test": 2, "dev": 2}
+    assert counts["short"] == {"t": {"train": 1}, "u": {"test": 2}}
+
+
+def test_id_of_the_original_is_taken() -> None:
+    files = WordingFiles([wording("original", "Something else altogether, by far.")], [], frozenset())
+    with pytest.raises(UserError, match="task 't' has a wording with the id 'original'"):
+        merge_files([Task("t", "Add.")], files, TABLE, 0)
+
+
+def test_take_turns() -> None:
+    assert take_turns([[1, 4, 6], [2], [3, 5]]) == [1, 2, 3, 4, 5, 6]
