@@ -1,6 +1,6 @@
 """The documentation as text: links, anchors and named paths exist, the README stays short, every page is in the nav.
 
-Reads headings as GitHub and mkdocs.yml turn them into anchors. Opens nothing on the network.
+Anchors are those of GitHub; `mkdocs build --strict` checks its own. Opens nothing on the network.
 """
 
 from __future__ import annotations
