@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, table_values
-from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
+from coalign.config_values import changed_values, table_values
+from coalign.process import rank, world_size
+from coalign.recipe import announce, exit_with_launcher, run_step, set_up_logging
 from coalign.records import Example, Group, Wording, read_records, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.run_folder import RunFolder
@@ -29,10 +30,11 @@ def main(argv: list[str]) -> None:
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
     from coalign.training.export import export
-    from coalign.training.layout_checks import check_shared_prefix, reference_logps
-    from coalign.training.loop import Plan, train
+    from coalign.training.layout_checks import check_shared_prefix
+    from coalign.training.loop import TrainingPlan, train
     from coalign.training.losses import RankingForm
     from coalign.training.objectives import align_objective
+    from coalign.training.reference import reference_logps
     from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
     from coalign.training.training_rows import Encoder, group_stream, write_groups
 
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     if table.loss == "dpo":
         items = reference_logps(engine, items, codec.pad_id, config.train, step.path / "reference.jsonl")
     stream = group_stream(items, table, config.run.seed)
-    plan = Plan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
     words = f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     announce("align", changed_values(config, STEP_TABLES["align"]), words)
     measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)

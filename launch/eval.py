@@ -7,25 +7,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from coalign.clusters.shards import run_shards
 from coalign.commandline import parse_command_line
-from coalign.config import Config, changed_values, cores_used, table_for_other_model, table_values
+from coalign.config import Config, cores_used, table_for_other_model
+from coalign.config_values import changed_values, table_values
 from coalign.evaluation import agreement as agreeing
 from coalign.evaluation import models_under_test
 from coalign.evaluation import requests as evaluation
-from coalign.evaluation.metrics import parse_agreement
+from coalign.evaluation.agreement import parse_agreement
 from coalign.evaluation.summary import summarise
-from coalign.process import announce, run_step, set_up_logging
-from coalign.records import Example, Task, read_records, to_row
+from coalign.recipe import announce, run_step, set_up_logging
+from coalign.records import Example, Row, Task, read_records, to_row
 from coalign.report import model_card_results
 from coalign.report.model_cards import model_labels
 from coalign.report.page import write_results
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import StepFolder, base_model_folder, installed_versions
+from coalign.runs import costs
+from coalign.runs.run_folder import RunFolder, base_model_folder
+from coalign.runs.step_folder import StepFolder, installed_versions
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
-
-Row = dict[str, Any]
+from coalign.wordings import asking
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
     dropped += incomplete
     counts = evaluation.count_models(result, outputs, pairs) | {"cores": cores_used(config.generation, config.run)}
-    result |= models_under_test.describe_steps(models_under_test.steps_so_far(config.run, argv), step, counts) | {
+    result |= costs.describe_steps(costs.steps_so_far(config.run, argv), step, counts) | {
         "run": config.run.name,
         "sources": table.models,
         "labels": model_labels(run, table.models),
@@ -84,10 +85,9 @@ def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict
 
 
 def ask_model(
-    config: Config, step: StepFolder, name: str, folder: str, pairs: list[evaluation.Pair]
+    config: Config, step: StepFolder, name: str, folder: str, pairs: list[asking.Pair]
 ) -> tuple[evaluation.ModelOutput, list[Row]]:
     """Return everything that one model said, and the rows too long for its context."""
-    from coalign.clusters import worker_pool
     from coalign.generation import workers
     from coalign.models import codec as encoding
     from coalign.models import model_folder
@@ -95,14 +95,14 @@ def ask_model(
     table, settings = config.eval, config.generation
     model = models_under_test.model_table(table.models[name.partition("-")[2]], config.model)
     codec = encoding.Codec(model_folder.load_tokenizer(folder, model), model)
-    requests, too_long = evaluation.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
+    requests, too_long = asking.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
 
     def generate(what: str, rows: list[Row], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
         sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
         shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        return worker_pool.run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
+        return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     return evaluation.collect_answers(requests, pairs, table, settings, config.run.seed, generate), too_long
 
@@ -111,7 +111,6 @@ def ask_judge(
     config: Config, step: StepFolder, folder: str, dropped: list[Row], pairs: list[tuple[str, str]]
 ) -> list[bool]:
     """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
-    from coalign.clusters import worker_pool
     from coalign.generation import workers
     from coalign.models import codec as encoding
     from coalign.models import model_folder
@@ -121,7 +120,7 @@ def ask_judge(
     requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)
-    rows = worker_pool.run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
+    rows = run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
     return agreeing.read_agreement(rows, len(pairs))
 
 

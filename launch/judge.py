@@ -6,15 +6,15 @@ import functools
 import logging
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, cores_used, table_for_other_model, table_values
+from coalign.config import cores_used, table_for_other_model
+from coalign.config_values import changed_values, table_values
 from coalign.errors import UserError
 from coalign.judging import calibration, verdicts
-from coalign.process import announce, run_step, set_up_logging
 from coalign.prompts import NO, YES
+from coalign.recipe import announce, run_step, set_up_logging
 from coalign.records import Example, Response, Task, read_records, to_row
 from coalign.runs.digests import digest_judge
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import base_model_folder
+from coalign.runs.run_folder import RunFolder, base_model_folder
 from coalign.steps import STEP_TABLES
 
 logger = logging.getLogger("coalign")
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     plan = f"{len(responses)} responses, {num_distinct} distinct, {num_open} for the judge; {len(known)} known ones"
     announce("judge", changed_values(config, STEP_TABLES["judge"]), plan)
 
-    from coalign.clusters.worker_pool import run_shards
+    from coalign.clusters.shards import run_shards
     from coalign.generation.workers import make_score_worker
     from coalign.models.codec import Codec
     from coalign.models.model_folder import load_tokenizer
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         key = places[prompt]
         return None if key is None else log_odds[key]
 
-    def ask(items: list[verdicts.Item], name: str) -> list[tuple[verdicts.Item, verdicts.Asked]]:
+    def ask(items: list[verdicts.AnyAnswer], name: str) -> list[tuple[verdicts.AnyAnswer, verdicts.PromptsByQuestion]]:
         asked = verdicts.with_questions(items, tasks, examples, table)
         prompts = [prompt for _, by_question in asked for prompt in verdicts.all_prompts(by_question)]
         requests = verdicts.plan_requests(prompts, codec.encode_prompt, verdict_ids, codec.max_tokens, places)

@@ -12,10 +12,22 @@ import time
 from pathlib import Path
 
 from coalign.commandline import parse_command_line
-from coalign.config import Config, table_values
+from coalign.config import Config
+from coalign.config_values import table_values
 from coalign.errors import UserError
 from coalign.experiment import arms, results
-from coalign.process import derive_seed, run_command, run_step
+from coalign.experiment.ladder import (
+    Ladder,
+    StepRun,
+    is_current,
+    make_ladder,
+    plan_lines,
+    read_options,
+    remaining_seconds,
+    usage,
+)
+from coalign.process import derive_seed
+from coalign.recipe import run_command, run_step
 from coalign.report import experiment_table
 from coalign.report.model_card_results import fill_card
 from coalign.runs.atomic_files import write_atomic, write_json
@@ -30,13 +42,13 @@ ALWAYS_STARTED = ("prepare", "paraphrase")  # they read files beside the run, an
 def main(argv: list[str]) -> None:
     """Plan, run what is missing, and show the result."""
     if any(word in ("-h", "--help") for word in argv):
-        print(arms.usage())
+        print(usage())
         return
-    options, words = arms.read_options(argv)
+    options, words = read_options(argv)
     config = parse_command_line("ladder", words)
-    ladder = arms.make_ladder(table_values(config, tuple(Config.model_fields)), options)
+    ladder = make_ladder(table_values(config, tuple(Config.model_fields)), options)
     steps = ladder.steps()
-    print("\n".join(arms.plan_lines(ladder, steps)), flush=True)
+    print("\n".join(plan_lines(ladder, steps)), flush=True)
     if options.dry_run:
         print("\n".join(shlex.join(command(run.step, run.words(words))) for run in steps))
         return
@@ -56,7 +68,7 @@ def command(step: str, words: list[str]) -> list[str]:
     return [*(launcher or [sys.executable]), *port, os.path.relpath(Path(__file__).with_name(f"{step}.py")), *words]
 
 
-def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) -> None:
+def run_all(ladder: Ladder, steps: list[StepRun], words: list[str]) -> None:
     """Run every step that is not complete, in order; leave with the exit code of the first that fails."""
     started, parent = time.monotonic(), os.getppid()
     done: list[tuple[str, float]] = []
@@ -68,11 +80,11 @@ def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) ->
         files = digest_model_files(config.model)
         if Path(config.sft.replay).is_file():
             files["sft.replay"] = digest_file(Path(config.sft.replay))
-        current = arms.is_current(run.folder, settings, folder, files, config.eval.models)
+        current = is_current(run.folder, settings, folder, files, config.eval.models)
         if current and run.step not in ALWAYS_STARTED:
             continue
         todo = [r.step for r in steps[index:] if read_manifest(r.folder) is None]
-        left = arms.remaining_seconds(done, todo)
+        left = remaining_seconds(done, todo)
         spent = f"{(time.monotonic() - started) / 60:.0f} min so far"
         estimate = "" if left is None else f", about {left / 60:.0f} min left"
         print(f"== step {index + 1} of {len(steps)}: {run.title(ladder.arms)} ({spent}{estimate})", flush=True)
@@ -91,7 +103,7 @@ def run_all(ladder: arms.Ladder, steps: list[arms.StepRun], words: list[str]) ->
             raise SystemExit("the command that started this one is gone; run it again to go on")
 
 
-def show(ladder: arms.Ladder, steps: list[arms.StepRun], config: Config) -> list[str]:
+def show(ladder: Ladder, steps: list[StepRun], config: Config) -> list[str]:
     """Write the ladder's metrics.json, table.md and figure; return what to print."""
     seed = derive_seed(config.run.seed, "ladder")
     result = results.make_result(ladder, steps, arms.COMPARISONS, config.eval.num_bootstrap, seed)

@@ -10,14 +10,16 @@ from typing import Any
 
 from coalign.clusters.worker_pool import close_pools
 from coalign.commandline import parse_command_line
-from coalign.config import Config, changed_values, cores_used, table_values
-from coalign.process import announce, derive_seed, run_step, set_up_logging
+from coalign.config import Config, cores_used
+from coalign.config_values import changed_values, table_values
+from coalign.process import derive_seed
 from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
+from coalign.recipe import announce, run_step, set_up_logging
 from coalign.records import Task, read_records, to_row
 from coalign.runs.digests import digest_file, digest_model_files
 from coalign.runs.encode_ahead import encode_ahead
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import StepFolder, base_model_folder, require_complete
+from coalign.runs.run_folder import RunFolder, base_model_folder
+from coalign.runs.step_folder import StepFolder, require_complete
 from coalign.steps import STEP_TABLES
 from coalign.wordings import filtering, rewrites
 from coalign.wordings.wording_files import read_wordings
@@ -85,7 +87,7 @@ def generate(
     config: Config, step: StepFolder, prepared: Path, tasks: list[Task], wanted: dict[str, int]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return each task's answers in the order in which they are tried, and rows for tasks too long for the context."""
-    from coalign.clusters.worker_pool import run_shards
+    from coalign.clusters.shards import run_shards
     from coalign.generation.workers import Sampling, make_generate_worker
     from coalign.models.codec import Codec, check_lengths
     from coalign.models.model_folder import load_tokenizer

@@ -10,7 +10,7 @@ from coalign.errors import UserError
 from coalign.planning import machine, plan_text
 from coalign.planning import plan as planning
 from coalign.planning.workload import Tables
-from coalign.process import run_step
+from coalign.recipe import run_step
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         return
     options, words = machine.read_options(argv)
     if options.table:
-        print("\n".join(plan_text.table_lines()))
+        print("\n".join(plan_text.sizing_lines()))
         return
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
     plan = planning.make_plan(tables, options)
     print("\n".join(plan_text.plan_lines(plan)), flush=True)
-    if complaint := planning.complaint(plan):
+    if complaint := planning.complaint_of_plan(plan):
         raise UserError(f"this plan cannot fit: {complaint}")
 
 

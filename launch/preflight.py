@@ -15,9 +15,9 @@ from coalign import process
 from coalign.clusters import slurm_node
 from coalign.commandline import parse_command_line
 from coalign.errors import UserError
-from coalign.process import run_step
+from coalign.recipe import run_step
 from coalign.runs.run_folder import RunFolder
-from coalign.steps import GENERATING, STEP_TABLES, TRAINING_STEPS
+from coalign.steps import GENERATING_STEPS, STEP_TABLES, TRAINING_STEPS
 
 USAGE = "usage: python launch/preflight.py [--count] STEP [CONFIG.toml] [key=value ...]   # see slurm/job.sh"
 
@@ -55,7 +55,7 @@ def check(argv: list[str], count: bool) -> None:
         slurm_node.check_gpus(host, gpus, ranks, f"{step} with a rank for each")
         if is_first and ranks < gpus and not config.slurm.ranks_per_node:
             print(f"warning: {host} has {gpus} GPUs, but {ranks} ranks (--ntasks-per-node)", file=sys.stderr)
-    if step in GENERATING and config.generation.workers and config.slurm.gpus_per_node:
+    if step in GENERATING_STEPS and config.generation.workers and config.slurm.gpus_per_node:
         slurm_node.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
     if is_first:
         print(slurm_node.free_port(job), slurm_node.own_address(nodes), run.path.resolve())

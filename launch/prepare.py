@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, table_values
-from coalign.data.instances import Dropped
-from coalign.data.inventory import Inventory, describe
+from coalign.config_values import changed_values, table_values
+from coalign.data.instances import DroppedInstance
+from coalign.data.inventory import Inventory, describe_inventory
 from coalign.data.sources import digest_sources, read_sources
 from coalign.data.splits import split_instances, tokenizer_texts
 from coalign.errors import UserError
-from coalign.process import announce, logger, run_step, set_up_logging
+from coalign.process import logger
+from coalign.recipe import announce, run_step, set_up_logging
 from coalign.records import to_row
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     set_up_logging(config.log.level)
     run = RunFolder(config.run, argv)
     digest = digest_sources(config.data)
-    left_out: Sequence[Dropped] = ()
+    left_out: Sequence[DroppedInstance] = ()
     prepared = None
     if read_manifest(run.step("prepare")) is None:
         # Before the step's folder is made: data with a mistake in it leaves nothing behind.
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     step.write_output("examples.jsonl", map(to_row, inventory.examples()))
     step.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
     counts = inventory.counts(left_out)
-    for line in describe(counts).splitlines():
+    for line in describe_inventory(counts).splitlines():
         logger.info("%s", line)
     for split, number in counts["inputs"].items():
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):

@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, table_values
+from coalign.config_values import changed_values, table_values
 from coalign.errors import UserError
 from coalign.judging import groups as ranking
-from coalign.process import announce, run_step, set_up_logging
+from coalign.recipe import announce, run_step, set_up_logging
 from coalign.records import Example, Response, Verdict, Wording, read_records, to_row
 from coalign.runs.encode_ahead import encode_ahead
 from coalign.runs.run_folder import RunFolder

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from coalign.clusters.ray_connection import Cluster
-from coalign.clusters.training_ranks import Request, require_ranks, run_ranks
+from coalign.clusters.training_ranks import RankRequest, require_ranks, run_ranks
 from coalign.clusters.worker_pool import require_workers
 from coalign.commandline import parse_command_line
 from coalign.config import Config
 from coalign.errors import UserError
-from coalign.process import run_command, run_step, set_up_logging
+from coalign.recipe import run_command, run_step, set_up_logging
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
@@ -61,10 +61,12 @@ def _script(step: str) -> str:
     return os.path.relpath(Path(__file__).with_name(f"{step}.py"))
 
 
-def _request(step: str, argv: list[str], config: Config) -> Request:
+def _request(step: str, argv: list[str], config: Config) -> RankRequest:
     train, generation = config.train, config.generation
     command = (_script(step), *argv)
-    return Request(command, train.ray_ranks, train.ray_cpus_per_rank, generation.ray_wait_seconds, generation.ray_grows)
+    return RankRequest(
+        command, train.ray_ranks, train.ray_cpus_per_rank, generation.ray_wait_seconds, generation.ray_grows
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coalign.errors import UserError
-from coalign.process import run_step
+from coalign.recipe import run_step
 
 USAGE = """usage: python launch/report.py RUN
        python launch/report.py RUN RUN [RUN ...] [--out FILE]
@@ -22,9 +22,10 @@ def main(argv: list[str]) -> None:
         print(USAGE)
         return
     names, out = read_arguments(argv)
+    from coalign.evaluation.metrics_file import read_metrics
     from coalign.report.comparison import COMPARE, name_runs, write_comparison
     from coalign.report.page import write_page
-    from coalign.report.terminal import compare_lines, read_metrics, text_report
+    from coalign.report.terminal import compare_lines, text_report
 
     found = {name: read_metrics(Path(name)) for name in names}
     if len(found) == 1:

@@ -12,9 +12,11 @@ from collections import Counter
 from typing import Any
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, cores_used, table_values
+from coalign.config import cores_used
+from coalign.config_values import changed_values, table_values
 from coalign.errors import UserError
-from coalign.process import announce, derive_seed, run_step, set_up_logging
+from coalign.process import derive_seed
+from coalign.recipe import announce, run_step, set_up_logging
 from coalign.records import Example, Response, Wording, read_records, to_row
 from coalign.runs.run_folder import RunFolder
 from coalign.steps import STEP_TABLES
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
     if step is None:
         return
 
-    from coalign.clusters.worker_pool import run_shards
+    from coalign.clusters.shards import run_shards
     from coalign.generation.workers import Sampling, make_generate_worker
     from coalign.models.codec import Codec, check_lengths
     from coalign.models.model_folder import load_tokenizer

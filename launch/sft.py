@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from coalign.commandline import parse_command_line
-from coalign.config import changed_values, table_values
-from coalign.process import announce, exit_with_launcher, rank, run_step, set_up_logging, world_size
+from coalign.config_values import changed_values, table_values
+from coalign.process import rank, world_size
+from coalign.recipe import announce, exit_with_launcher, run_step, set_up_logging
 from coalign.records import Example, Wording, read_records, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.digests import digest_model_files, digest_replay
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import base_model_folder
+from coalign.runs.run_folder import RunFolder, base_model_folder
 from coalign.steps import ENCODE, STEP_TABLES
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from coalign.training.dev_measure import make_dev_measure
     from coalign.training.export import export
     from coalign.training.layout_checks import check_packing
-    from coalign.training.loop import Plan, train
+    from coalign.training.loop import TrainingPlan, train
     from coalign.training.objectives import sft_objective
     from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
     from coalign.training.training_rows import Encoder, training_wordings, write_sft
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     stream, found = open_rows(rows), read_meta(rows)["counts"]
-    plan = Plan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
     words = (
         f"{found['inputs']} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of"
         f" {plan.batch_items} rows, {plan.num_tokens} tokens"

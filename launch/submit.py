@@ -8,7 +8,7 @@ from pathlib import Path
 from coalign.clusters import slurm_flags, slurm_jobs
 from coalign.commandline import parse_command_line
 from coalign.config import Config
-from coalign.process import run_step
+from coalign.recipe import run_step
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
 from coalign.steps import STEP_TABLES
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     slurm_flags.check_time(table, [*table.options, *request.flags])
     steps = [step for step in find_steps(config) if request.only in ("", step.name)]
 
-    def command_of(step: slurm_jobs.Step, after: str) -> list[str]:
+    def command_of(step: slurm_jobs.JobStep, after: str) -> list[str]:
         flags = [*slurm_flags.resource_flags(table, step.name, step.script), *request.flags]
         return slurm_jobs.make_command(ROOT, config.run.name, step, flags, request.words, after)
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         for before, step in zip([None, *missing], missing, strict=False):
             print(shlex.join(command_of(step, f"JOB_{before.name}" if before else "")))
         return
-    missing, queued, orphans = slurm_jobs.plan(steps, complete, slurm_jobs.queued_jobs())
+    missing, queued, orphans = slurm_jobs.list_jobs(steps, complete, slurm_jobs.queued_jobs())
     for job in orphans:
         slurm_jobs.call(["scancel", job.number])
         print(f"cancelled job {job.number} of {job.folder}: what it waited for is gone")
@@ -73,14 +73,14 @@ def main(argv: list[str]) -> None:
         print(f"stop them:   scancel {' '.join(submitted.values())}")
 
 
-def find_steps(config: Config) -> list[slurm_jobs.Step]:
+def find_steps(config: Config) -> list[slurm_jobs.JobStep]:
     """Return the steps of this run in order, without those that come from another run."""
     run = RunFolder(config.run, [])
     folders = {name: run.step(name) for name in STEP_TABLES if name not in config.run.inputs}
     if config.eval.folder:
         folders["eval"] = Path(config.eval.folder)
     workers = config.generation.workers
-    return [slurm_jobs.Step(name, path, slurm_jobs.script_of(name, workers)) for name, path in folders.items()]
+    return [slurm_jobs.JobStep(name, path, slurm_jobs.script_of(name, workers)) for name, path in folders.items()]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from coalign.config import Config, Table, known_keys
+from coalign.config import Config, Table
+from coalign.config_values import known_keys
 from coalign.errors import UserError
 from coalign.steps import ENCODE, STEP_TABLES, TRAINING_STEPS
 

@@ -5,7 +5,6 @@ Used by the paraphrase and judge steps. Pure strings; knows no tokenizer, so a p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 YES = "Yes"
@@ -34,20 +33,6 @@ _REQUESTS = (
 )
 NUM_VARIANTS = len(_REQUESTS)
 
-# An opening must speak of the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
-_POLITENESS = r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b\s*[,.!:]*\s*)"
-_ABOUT = r"\b(?:rewrit\w*|paraphras\w*|reword\w*|rephras\w*|(?:new|another|alternative|different) \w+)\b"
-_HERE = rf"here(?:['’]s|\s+(?:is|are))\b[^\n:]{{0,60}}?(?:{_ABOUT}[^\n:]{{0,60}})|here (?:it is|is it|you go)"
-_CAPTION = (
-    r"(?:the |my |a |one |possible )?(?:rewritten|paraphrased|reworded|rephrased|new)"
-    r" (?:instruction|version|text|wording)[^\n:]{0,30}|(?:instruction|paraphrase|rewrite|rewritten)\s*(?:\d{1,2})?"
-)
-_OPENING_INLINE = re.compile(rf"^{_POLITENESS}?(?:{_HERE}|{_CAPTION})\s*:\s*", re.IGNORECASE)
-_POLITE = re.compile(r"^(?:sure|certainly|of course|absolutely|okay|ok)\s*[!.,]*$", re.IGNORECASE)
-_NUMBERING = re.compile(r"^(?:\(?\d{1,2}[.):]|[-*•])\s+")
-_EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>.+)\1$")
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
-
 
 def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> str:
     """Return the request for one rewrite of an instruction; `variant` counts round the ways to ask.
@@ -58,36 +43,6 @@ def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> 
     if labels:
         lines.append(f"Keep these words: {', '.join(labels)}.")
     return "\n".join(lines) + f"\n\nInstruction: {instruction}"
-
-
-def parse_paraphrase(text: str) -> str:
-    """Return the first proper line of an answer to `paraphrase_prompt`, "" if there is none.
-
-    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are taken off.
-    """
-    for raw in text.splitlines():
-        line = raw.strip()
-        if not line or line.startswith("```") or _POLITE.match(line):
-            continue
-        parsed = _bare(line)
-        if parsed:
-            return parsed
-    return ""
-
-
-def _bare(line: str) -> str:
-    """Strip what stands around a rewrite until nothing more comes off."""
-    while True:
-        before = line
-        line = _NUMBERING.sub("", line, count=1).strip()
-        line = _OPENING_INLINE.sub("", line, count=1).strip()
-        if emphasis := _EMPHASIS.match(line):
-            line = emphasis["inner"].strip()
-        # Only a pair that encloses the whole line: 'Say "yes" or "no"' keeps its quotation marks.
-        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
-            line = line[1:-1].strip()
-        if line == before:
-            return line
 
 
 # The response stands last, so that all questions about one input begin alike and that beginning is computed once.

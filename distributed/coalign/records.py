@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from coalign.errors import UserError
 
 Split = Literal["sft", "align", "dev", "test"]
 WordingSplit = Literal["train", "dev", "test"]
 Finish = Literal["stop", "length"]
+Row = dict[str, Any]  # one JSON object: a line of a JSONL file, a request to a worker or its result
+ExampleKey = tuple[str, str]  # (task, example)
+ASTRAY = "astray_wording"  # a reason in rank's dropped.jsonl, about a wording; all its other reasons are about inputs
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one a line
 
 
@@ -122,6 +125,12 @@ class Group:
     candidates: tuple[Candidate, ...]
 
 
+class Worker(Protocol):
+    """Works off one shard: rows in, as many rows out, in order."""
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
+
+
 Record = TypeVar("Record", Task, Example, Wording, Response, Verdict, Group)
 
 
@@ -141,16 +150,6 @@ def from_row(kind: type[Record], row: dict[str, Any]) -> Record:
 def dump_line(row: dict[str, Any]) -> str:
     """Return one JSONL line: UTF-8, no NaN, newline at the end."""
     return _ENCODER.encode(row) + "\n"
-
-
-def write_records(path: Path, records: Iterable[Any]) -> int:
-    """Write records as JSONL and return how many there were."""
-    count = 0
-    with path.open("w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(dump_line(to_row(record)))
-            count += 1
-    return count
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -185,6 +184,3 @@ def read_records(kind: type[Record], path: Path, **wanted: str) -> list[Record]:
     """Read a JSONL file that one of our own steps wrote; `wanted` are values that a row must have (split="dev")."""
     rows = (row for _, row in read_rows(path) if all(row[key] == value for key, value in wanted.items()))
     return [from_row(kind, row) for row in rows]
-
-
-ASTRAY = "astray_wording"  # a reason in dropped.jsonl; the others are about inputs

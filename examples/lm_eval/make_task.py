@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 from coalign.config import EvalTable, ModelTable
 from coalign.errors import UserError
 from coalign.evaluation import requests
-from coalign.evaluation.requests import Pair
 from coalign.evaluation.summary import MIN_WORDINGS
-from coalign.process import run_step
+from coalign.recipe import run_step
 from coalign.records import Example, Task, dump_line, read_records
+from coalign.wordings import asking
+from coalign.wordings.asking import Pair
 from coalign.wordings.wordings import expected_answer
 
 SCORING = Path(__file__).with_name("coalign_scoring.py")
@@ -145,7 +146,7 @@ def read_generation(options: argparse.Namespace, run: Path, pairs: Sequence[Pair
     folder = options.model or str(run / "sft" / "model")
     table = ModelTable(end_of_turn=options.end_of_turn)
     codec = Codec(load_tokenizer(folder, table), table)
-    _, dropped = requests.build_requests(pairs, codec, "drop", max_new_tokens)
+    _, dropped = asking.build_requests(pairs, codec, "drop", max_new_tokens)
     settings["eos_token_id"] = codec.stop_ids
     mark = cut_off_token(codec.tokenizer)
     if mark is None:

@@ -50,7 +50,7 @@ from coalign.models import attention
 from coalign.models.model_folder import without_planned_attention
 from coalign.models.shape import find_shape
 from coalign.planning.training_memory import Training, training_memory
-from coalign.training.layout_checks import Engine
+from coalign.training.engine import Engine
 from coalign.training.loop import _update
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item

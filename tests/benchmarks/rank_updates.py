@@ -16,8 +16,9 @@ from benchmarks.networks import PAD, Shape
 from benchmarks.training_rows import num_tokens
 from benchmarks.workloads import sft_items
 from coalign.config import ModelTable, TrainTable
-from coalign.process import exit_with_launcher, rank, run_step, set_up_logging
-from coalign.training.layout_checks import Engine
+from coalign.process import rank
+from coalign.recipe import exit_with_launcher, run_step, set_up_logging
+from coalign.training.engine import Engine
 from coalign.training.loop import _update
 from coalign.training.micro_batches import Item
 from coalign.training.objectives import sft_objective

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from coalign.process import run_step
+from coalign.recipe import run_step
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("animal", "colour", "first_word")

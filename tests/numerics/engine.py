@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coalign.config import TrainTable
 from coalign.runs.atomic_files import replace_folder, write_json
 from coalign.runs.digests import digest_file
-from coalign.training.loop import CHECKPOINT_META
+from coalign.training.checkpoints import CHECKPOINT_META
 
 
 class Wrapper(nn.Module):

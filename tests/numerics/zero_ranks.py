@@ -18,11 +18,12 @@ from coalign.config import LogTable, ModelTable, TrainTable
 from coalign.errors import UserError
 from coalign.models import logprobs
 from coalign.models.logprobs import Batch
-from coalign.training.layout_checks import Engine, reference_logps
-from coalign.training.loop import Plan, train
+from coalign.training.engine import Engine
+from coalign.training.loop import TrainingPlan, train
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item
 from coalign.training.objectives import Objective, align_objective, sft_objective
+from coalign.training.reference import reference_logps
 from numerics.tiny import random_ids, random_items
 
 NUM_STEPS = 10
@@ -82,7 +83,7 @@ def run_case(engine: Engine, case: Case) -> None:
         if case.loss == "dpo":
             items = reference_logps(engine, items, 0, table, case.path / "reference.jsonl")
     # the last update is short: fewer rows than micro-batches
-    plan = Plan(items[: NUM_STEPS * 6 - 5], 6, 1e-3, 0)
+    plan = TrainingPlan(items[: NUM_STEPS * 6 - 5], 6, 1e-3, 0)
     train(engine, plan, objective, table, LogTable(tensorboard=False), case.path)
 
 
@@ -95,7 +96,8 @@ def in_small_groups(config: dict[str, Any]) -> dict[str, Any]:
 
 def main(spec: str) -> None:
     """Train every case on this rank and keep the weights."""
-    from coalign.process import exit_with_launcher, rank, set_up_logging
+    from coalign.process import rank
+    from coalign.recipe import exit_with_launcher, set_up_logging
     from coalign.training import deepspeed_engine as engines
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks
 

@@ -13,18 +13,8 @@ import pytest
 
 from coalign import commandline as module
 from coalign.commandline import DEFAULT_CONFIG, help_text, load, parse_command_line
-from coalign.config import (
-    Config,
-    GenerationTable,
-    LoraTable,
-    ModelTable,
-    RunTable,
-    changed_values,
-    cores_used,
-    known_keys,
-    table_for_other_model,
-    table_values,
-)
+from coalign.config import Config, GenerationTable, LoraTable, ModelTable, RunTable, cores_used, table_for_other_model
+from coalign.config_values import changed_values, known_keys, table_values
 from coalign.errors import UserError
 from coalign.steps import STEP_TABLES
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coalign.config import Config, EvalTable, table_values
+from coalign.config import Config, EvalTable
+from coalign.config_values import table_values
 from coalign.evaluation import requests, summary
-from coalign.evaluation.requests import ModelOutput, Pair
+from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Response, Task, Wording
 from coalign.steps import STEP_TABLES
+from coalign.wordings.asking import Pair
 
 
 def table(**values: Any) -> EvalTable:

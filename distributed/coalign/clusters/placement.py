@@ -28,7 +28,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Demand:
     """So many processes, each with its CPUs and GPUs on one node: what they are called, and which setting asks."""
 
     what: str
@@ -43,7 +43,7 @@ class Asked:
         return f"{self.count} {self.what}, each with {each}{self.cpus:g} CPU on one node"
 
 
-def room_on(node: Node, asked: Asked, free: bool) -> int:
+def room_on(node: Node, asked: Demand, free: bool) -> int:
     """Return how many of the processes fit a node: of what is free now, or of all that it has."""
     cpus, gpus = (node.free_cpus, node.free_gpus) if free else (node.cpus, node.gpus)
     by_cpu = math.floor(cpus / asked.cpus + ROUNDING) if asked.cpus else asked.count
@@ -56,7 +56,7 @@ def room_on(node: Node, asked: Asked, free: bool) -> int:
     return min(by_cpu, parts)
 
 
-def fill(nodes: Sequence[Node], asked: Asked, free: bool) -> dict[str, int]:
+def fill(nodes: Sequence[Node], asked: Demand, free: bool) -> dict[str, int]:
     """Return {node id: processes} on as few nodes as possible, roomiest first; fewer in all where not all fit."""
     left, placed = asked.count, {}
     for node in sorted(nodes, key=lambda node: (-room_on(node, asked, free), node.name)):
@@ -66,7 +66,7 @@ def fill(nodes: Sequence[Node], asked: Asked, free: bool) -> dict[str, int]:
     return placed
 
 
-def table_lines(nodes: Sequence[Node], asked: Asked) -> list[str]:
+def demand_lines(nodes: Sequence[Node], asked: Demand) -> list[str]:
     """Return the table asked / free, a line a node."""
     rows = [("node", "GPU free of all", "CPU free of all", "room now", "room in all")]
     for node in sorted(nodes, key=lambda node: node.name):
@@ -77,7 +77,7 @@ def table_lines(nodes: Sequence[Node], asked: Asked) -> list[str]:
     return [f"asked: {asked} ({asked.setting})", *lines]
 
 
-def complaint(nodes: Sequence[Node], asked: Asked) -> str:
+def complaint_of_demand(nodes: Sequence[Node], asked: Demand) -> str:
     """Return why a request can never be met by these nodes, with a way out; nothing when it can."""
     room = sum(room_on(node, asked, False) for node in nodes)
     if room >= asked.count:
@@ -97,7 +97,7 @@ def complaint(nodes: Sequence[Node], asked: Asked) -> str:
     return f"{asked.setting} asks for {need}, the cluster has {sum(have):g}{where}; {way}, or start more nodes"
 
 
-def waiting_words(nodes: Sequence[Node], asked: Asked, missing: int) -> str:
+def waiting_words(nodes: Sequence[Node], asked: Demand, missing: int) -> str:
     """Return what is waited for, and what is free meanwhile."""
     shown = []
     for node in sorted(nodes, key=lambda node: node.name)[:8]:
@@ -110,7 +110,7 @@ def waiting_words(nodes: Sequence[Node], asked: Asked, missing: int) -> str:
     )
 
 
-def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Asked:
+def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Demand:
     """Return what [generation] asks for; where the GPUs are left to us, one a worker or an equal share of too few.
 
     Raises UserError where vLLM would have to share a GPU without knowing its part.
@@ -127,7 +127,7 @@ def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Asked:
             )
     else:
         setting += f" x gpus_per_worker={gpus:g}"
-    return Asked("workers", setting, workers, 1.0, gpus)
+    return Demand("workers", setting, workers, 1.0, gpus)
 
 
 def share_of_gpus(nodes: Sequence[Node], workers: int) -> float:
@@ -138,17 +138,17 @@ def share_of_gpus(nodes: Sequence[Node], workers: int) -> float:
     return 1.0 if whole >= workers else math.floor(100 / math.ceil(workers / whole)) / 100
 
 
-def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Asked:
+def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Demand:
     """Return what training asks for: a GPU a rank; on a cluster without GPUs CPUs alone.
 
     Left to us (0), every GPU gets a rank, or every node where there are none.
     """
     gpus = sum(math.floor(node.gpus) for node in nodes)
     count = ranks or gpus or len(nodes)
-    return Asked("ranks", f"train.ray_ranks={ranks or f'0, here {count}'}", count, cpus_per_rank, 1.0 if gpus else 0.0)
+    return Demand("ranks", f"train.ray_ranks={ranks or f'0, here {count}'}", count, cpus_per_rank, 1.0 if gpus else 0.0)
 
 
-def spread(nodes: Sequence[Node], asked: Asked, automatic: bool, free: bool) -> dict[str, int]:
+def spread(nodes: Sequence[Node], asked: Demand, automatic: bool, free: bool) -> dict[str, int]:
     """Return {node id: ranks}, {} where they don't all fit: one a node where that was left to us on CPUs."""
     if automatic and not asked.gpus:
         placed = {node.id: 1 for node in nodes if room_on(node, asked, free)}

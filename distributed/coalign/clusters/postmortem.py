@@ -29,7 +29,7 @@ LAST_BYTES = 16384
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a process of Ray's runs: what is needed to tell what became of it."""
 
     node: str
@@ -45,14 +45,14 @@ class Place:
         return f"process {self.process} on {self.host}" + (f", GPU {self.gpus}" if self.gpus else "")
 
 
-def here() -> Place:
+def here() -> ProcessPlace:
     """Return this process's place; to be called in a process of Ray's."""
     log = ""
     with contextlib.suppress(OSError):
         log = str(Path("/proc/self/fd/2").readlink())
     node = import_ray().get_runtime_context().get_node_id()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return Place(
+    return ProcessPlace(
         node, platform.node(), os.getpid(), gpus, log, os.environ.get(exit_watcher.EXIT_FILE, ""), count_oom_kills()
     )
 
@@ -98,7 +98,7 @@ def _read_code(exit_file: str) -> int | None:
     return None
 
 
-def explain_death(cluster: Cluster, place: Place | None, error: BaseException) -> tuple[str, list[str]]:
+def explain_death(cluster: Cluster, place: ProcessPlace | None, error: BaseException) -> tuple[str, list[str]]:
     """Return why a process ended, in words, and the last lines of its log."""
     if place is None:
         return f"it ended before it had started: {reason_of(error)}", []

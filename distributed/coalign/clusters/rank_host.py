@@ -18,7 +18,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from coalign.clusters.postmortem import Place, count_oom_kills, here
+from coalign.clusters.postmortem import ProcessPlace, count_oom_kills, here
 
 POLL_SECONDS = 1.0
 LONELY_SECONDS = 40.0  # without a question from the driver: this node counts as lost there, or soon will
@@ -37,7 +37,7 @@ class Host:
         self._kills = count_oom_kills()
         self._asked = time.monotonic()
 
-    def meet(self) -> tuple[Place, str, int]:
+    def meet(self) -> tuple[ProcessPlace, str, int]:
         """Return this process's place, its node's address in the cluster, and a port that is free there."""
         from coalign.clusters.private_ray import import_ray
 

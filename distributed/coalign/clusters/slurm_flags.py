@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from coalign.errors import UserError
-from coalign.steps import GENERATING, TRAINING_STEPS
+from coalign.steps import GENERATING_STEPS, TRAINING_STEPS
 from coalign.tables import SlurmTable
 
 # Flags that would break the chain of jobs or its traces, and what to do instead.
@@ -39,8 +39,8 @@ def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
     if script == "deepspeed.sbatch":
         flags += [f"--ntasks-per-node={ranks_per_node(table)}", f"--cpus-per-task={table.cpus_per_rank}"]
     else:
-        flags += ["--ntasks-per-node=1", f"--cpus-per-task={cpus if step in GENERATING else table.cpus_per_rank}"]
-    if step not in (*TRAINING_STEPS, *GENERATING):
+        flags += ["--ntasks-per-node=1", f"--cpus-per-task={cpus if step in GENERATING_STEPS else table.cpus_per_rank}"]
+    if step not in (*TRAINING_STEPS, *GENERATING_STEPS):
         return flags
     if table.gpus_per_node:
         flags.append(f"--gpus-per-node={table.gpus_per_node}")
@@ -49,7 +49,11 @@ def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
 
 def last_flags(step: str) -> list[str]:
     """Return what holds even against the user's flags: a step without a model takes one node without GPUs."""
-    return [] if step in (*TRAINING_STEPS, *GENERATING) else ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+    return (
+        []
+        if step in (*TRAINING_STEPS, *GENERATING_STEPS)
+        else ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+    )
 
 
 def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from coalign.clusters.slurm_flags import last_flags
 from coalign.errors import UserError
-from coalign.steps import GENERATING, TRAINING_STEPS
+from coalign.steps import GENERATING_STEPS, TRAINING_STEPS
 from coalign.tables import SlurmTable
 
 MARK = "coalign "  # begins the comment of our jobs; the step's folder follows
@@ -59,7 +59,7 @@ class QueuedJob:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class JobStep:
     """A step of the pipeline: where it lies, and which job script runs it."""
 
     name: str
@@ -71,7 +71,7 @@ def script_of(step: str, workers: int) -> str:
     """Return the job script that runs a step."""
     if step in TRAINING_STEPS:
         return "deepspeed.sbatch"
-    return "ray.sbatch" if step in GENERATING and workers else "single.sbatch"
+    return "ray.sbatch" if step in GENERATING_STEPS and workers else "single.sbatch"
 
 
 def make_logs() -> None:
@@ -90,7 +90,7 @@ def job_name(run_name: str, step: str) -> str:
 
 
 def make_command(
-    root: Path, run_name: str, step: Step, flags: Sequence[str], words: Sequence[str], after: str
+    root: Path, run_name: str, step: JobStep, flags: Sequence[str], words: Sequence[str], after: str
 ) -> list[str]:
     """Return the sbatch command of a step; `after` is the job that must succeed before it."""
     command = [
@@ -147,7 +147,7 @@ def queued_jobs() -> list[QueuedJob]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """What the words of slurm/pipeline.sh ask for beside the config."""
 
     only: str
@@ -157,7 +157,7 @@ class Request:
     words: tuple[str, ...]  # of the config
 
 
-def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
+def read_words(argv: Sequence[str], steps: Sequence[str]) -> SubmitRequest:
     """Sort the words of slurm/pipeline.sh. Raises UserError."""
     only, dry_run, settings = "", False, False
     flags: list[str] = []
@@ -180,18 +180,18 @@ def read_words(argv: Sequence[str], steps: Sequence[str]) -> Request:
             flags.append(word)
         else:
             raise UserError(f"{word}: write flags of sbatch in one word and long, for example --partition=long")
-    return Request(only, dry_run, settings, tuple(flags), tuple(words))
+    return SubmitRequest(only, dry_run, settings, tuple(flags), tuple(words))
 
 
-def plan(
-    steps: Sequence[Step], complete: Sequence[str], queued: Sequence[QueuedJob]
-) -> tuple[list[Step], dict[str, QueuedJob], list[QueuedJob]]:
+def list_jobs(
+    steps: Sequence[JobStep], complete: Sequence[str], queued: Sequence[QueuedJob]
+) -> tuple[list[JobStep], dict[str, QueuedJob], list[QueuedJob]]:
     """Return the steps to submit, the queued job of others, and queued jobs that wait for something that is gone.
 
     Steps are in order, each needs the one before it.
     """
     by_folder = {job.folder: job for job in queued if job.reason != GONE}
-    missing: list[Step] = []
+    missing: list[JobStep] = []
     kept: dict[str, QueuedJob] = {}
     orphans = [job for job in queued if job.reason == GONE and job.folder in {str(s.folder.resolve()) for s in steps}]
     for step in steps:
@@ -209,7 +209,10 @@ def plan(
 
 
 def submit(
-    missing: Sequence[Step], before: dict[str, str], command_of: Callable[[Step, str], list[str]], env: dict[str, str]
+    missing: Sequence[JobStep],
+    before: dict[str, str],
+    command_of: Callable[[JobStep, str], list[str]],
+    env: dict[str, str],
 ) -> dict[str, str]:
     """Queue steps, each after the newest one before it, and return {step: job}; all of them or, with UserError, none.
 

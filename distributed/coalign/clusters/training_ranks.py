@@ -15,8 +15,16 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from coalign.clusters.placement import Asked, Node, asked_ranks, complaint, spread, table_lines, waiting_words
-from coalign.clusters.postmortem import LAST_LINES, Place, exit_words, explain_death, say_death, watched
+from coalign.clusters.placement import (
+    Demand,
+    Node,
+    asked_ranks,
+    complaint_of_demand,
+    demand_lines,
+    spread,
+    waiting_words,
+)
+from coalign.clusters.postmortem import LAST_LINES, ProcessPlace, exit_words, explain_death, say_death, watched
 from coalign.clusters.rank_host import LONELY_SECONDS, POLL_SECONDS, Host
 from coalign.clusters.ray_connection import Cluster
 from coalign.errors import UserError
@@ -35,7 +43,7 @@ LOST = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class RankRequest:
     """What the ranks of a step are: their command, how many, and how long others' CPUs and GPUs are waited for."""
 
     command: tuple[str, ...]
@@ -45,17 +53,17 @@ class Request:
     grows: bool
 
 
-def require_ranks(cluster: Cluster, request: Request) -> None:
+def require_ranks(cluster: Cluster, request: RankRequest) -> None:
     """Raise UserError, after the table asked / free, when the cluster can never hold the ranks."""
     nodes = cluster.nodes()
     asked = asked_ranks(nodes, request.ranks, request.cpus_per_rank)
-    if not request.grows and (problem := complaint(nodes, asked)):
-        for line in table_lines(nodes, asked):
+    if not request.grows and (problem := complaint_of_demand(nodes, asked)):
+        for line in demand_lines(nodes, asked):
             logger.warning("%s", line)
         raise UserError(problem)
 
 
-def run_ranks(cluster: Cluster, request: Request, stage: str) -> int:
+def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
     """Run a training step on the cluster's nodes; return its exit code, 128 + n for signal n.
 
     After a lost node it starts again on what is there, which the step does from its newest checkpoint. SIGTERM and
@@ -66,7 +74,7 @@ def run_ranks(cluster: Cluster, request: Request, stage: str) -> int:
     stop.install()
     try:
         for left in reversed(range(MAX_RESTARTS + 1)):
-            group = _Group(cluster, request, stage, stop, left < MAX_RESTARTS)
+            group = _RankGroup(cluster, request, stage, stop, left < MAX_RESTARTS)
             try:
                 code = group.run()
             finally:
@@ -83,15 +91,15 @@ def run_ranks(cluster: Cluster, request: Request, stage: str) -> int:
     raise RuntimeError(f"{stage}: a node or a process of Ray's was lost {MAX_RESTARTS + 1} times; see above")
 
 
-class _Group:
+class _RankGroup:
     """One attempt: the reserved places, an actor on each of their nodes, and the ranks there."""
 
-    def __init__(self, cluster: Cluster, request: Request, stage: str, stop: Preemption, takes_over: bool) -> None:
+    def __init__(self, cluster: Cluster, request: RankRequest, stage: str, stop: Preemption, takes_over: bool) -> None:
         self.cluster, self.request, self.stage, self.stop, self.ray = cluster, request, stage, stop, cluster.ray
         self.takes_over = takes_over
         self.reserved: Any = None
         self.hosts: list[Any] = []
-        self.places: list[Place | None] = []
+        self.places: list[ProcessPlace | None] = []
         self.ranks_of: list[list[int]] = []
         self.last: dict[int, deque[str]] = {}
         self.stopping_since = 0.0
@@ -137,7 +145,7 @@ class _Group:
                 raise SystemExit("stopped by a signal; run the same command again to go on")
             time.sleep(POLL_SECONDS)
 
-    def _try(self, asked: Asked, counts: list[int]) -> bool:
+    def _try(self, asked: Demand, counts: list[int]) -> bool:
         bundles = [{"CPU": asked.cpus * n} | ({"GPU": asked.gpus * n} if asked.gpus else {}) for n in counts]
         group = self.ray.util.placement_group(bundles, strategy="STRICT_SPREAD")
         if group.wait(PLACE_SECONDS):
@@ -146,8 +154,8 @@ class _Group:
         self.ray.util.remove_placement_group(group)
         return False
 
-    def _give_up(self, nodes: list[Node], asked: Asked) -> None:
-        for line in table_lines(nodes, asked):
+    def _give_up(self, nodes: list[Node], asked: Demand) -> None:
+        for line in demand_lines(nodes, asked):
             logger.warning("%s", line)
         raise UserError(
             f"{self.stage}: the cluster's CPUs and GPUs were not free within"
@@ -155,9 +163,9 @@ class _Group:
             " wait longer, set train.ray_ranks to fewer, or end what holds the cluster (ray list actors)"
         )
 
-    def _meet(self) -> list[tuple[Place, str, int]] | None:
+    def _meet(self) -> list[tuple[ProcessPlace, str, int]] | None:
         """Return every actor's place, address and free port; LOST when one is gone."""
-        met: list[tuple[Place, str, int]] = []
+        met: list[tuple[ProcessPlace, str, int]] = []
         for host in self.hosts:
             try:
                 met.append(self.ray.get(host.meet.remote()))
@@ -169,7 +177,7 @@ class _Group:
             self.places[len(met) - 1] = met[-1][0]
         return met
 
-    def _start(self, counts: list[int], met: list[tuple[Place, str, int]]) -> bool:
+    def _start(self, counts: list[int], met: list[tuple[ProcessPlace, str, int]]) -> bool:
         """Start the ranks; return False when an actor is gone."""
         world = {"WORLD_SIZE": str(sum(counts)), "MASTER_ADDR": met[0][1], "MASTER_PORT": str(met[0][2])}
         world |= {LOCK_WAIT: f"{TAKEOVER_SECONDS:g}"} if self.takes_over else {}

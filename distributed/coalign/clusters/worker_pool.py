@@ -10,38 +10,28 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import math
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from coalign.clusters.placement import Asked, asked_workers, complaint, table_lines, waiting_words
-from coalign.clusters.postmortem import Place, explain_death, here, say_death, watched
+from coalign.clusters.placement import Demand, asked_workers, complaint_of_demand, demand_lines, waiting_words
+from coalign.clusters.postmortem import ProcessPlace, explain_death, here, say_death, watched
 from coalign.clusters.ray_connection import Cluster
 from coalign.config import GenerationTable
 from coalign.errors import UserError
-from coalign.process import out_of_memory, progress_bar
-from coalign.records import read_rows
-from coalign.runs.atomic_files import write_rows
-from coalign.runs.step_folder import StepFolder
+from coalign.recipe import out_of_memory
+from coalign.records import Row, Worker
 
 logger = logging.getLogger("coalign")
 
-Row = dict[str, Any]
 MAX_IN_FLIGHT = 2  # shards a worker: one at work, one waiting, so that no worker idles
 MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the stage
 END_SECONDS = 10.0  # that a killed actor may take to end
 SAY_SECONDS = 20.0  # between two lines about what is waited for
-
-
-class Worker(Protocol):
-    """Works off one shard: rows in, as many rows out, in order."""
-
-    def __call__(self, rows: list[Row]) -> list[Row]: ...
 
 
 class _Actor:
@@ -54,7 +44,7 @@ class _Actor:
         self._call = -1
         self._worker: Worker | None = None
 
-    def place(self) -> Place:
+    def place(self) -> ProcessPlace:
         """Return where this process is."""
         return here()
 
@@ -67,12 +57,12 @@ class _Actor:
         return self._worker(rows)
 
 
-def require_workers(cluster: Cluster, settings: GenerationTable) -> Asked:
+def require_workers(cluster: Cluster, settings: GenerationTable) -> Demand:
     """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
     nodes = cluster.nodes()
     asked = asked_workers(nodes, settings)
-    if not settings.ray_grows and (problem := complaint(nodes, asked)):
-        for line in table_lines(nodes, asked):
+    if not settings.ray_grows and (problem := complaint_of_demand(nodes, asked)):
+        for line in demand_lines(nodes, asked):
             logger.warning("%s", line)
         raise UserError(problem)
     return asked
@@ -84,7 +74,7 @@ class _Member:
 
     actor: Any
     greeting: Any
-    place: Place | None = None
+    place: ProcessPlace | None = None
     in_flight: int = 0
 
 
@@ -151,6 +141,11 @@ def _pool(settings: GenerationTable) -> _Pool:
         close_pools()
         _pools[key] = _Pool(settings)
     return _pools[key]
+
+
+def require_shared(settings: GenerationTable, folder: Path) -> None:
+    """Raise UserError unless every node of the workers' cluster sees a folder; asks once per folder."""
+    _pool(settings).require_shared(folder)
 
 
 def map_shards(
@@ -285,7 +280,7 @@ class _Call:
         nodes = pool.cluster.nodes()
         words = waiting_words(nodes, pool.asked, missing)
         if nobody and waited > pool.wait_seconds:
-            for line in table_lines(nodes, pool.asked):
+            for line in demand_lines(nodes, pool.asked):
                 logger.warning("%s", line)
             raise UserError(
                 f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
@@ -309,36 +304,3 @@ def _full_store(ray: Any, index: int, stage: str) -> Iterator[None]:
             f"{stage}: no space in the Ray object store for shard {index}; use a smaller generation.shard_size, or"
             " free space in /dev/shm and /tmp; finished shards are kept"
         ) from None
-
-
-def run_shards(
-    step: StepFolder,
-    requests: Sequence[Row],
-    make_worker: Callable[[], Worker],
-    settings: GenerationTable,
-    title: str,
-    name: str = "",
-) -> Iterator[Row]:
-    """Yield every request's result row in order, computing only the shards that are not on disk yet.
-
-    Shards lie in the step's folder under `name`; the driver writes them, each atomically.
-    """
-    size = settings.shard_size
-    folder = step.path / "shards"
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{name}{'-' if name else ''}{i:05d}.jsonl" for i in range(math.ceil(len(requests) / size))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    if len(missing) < len(paths):
-        logger.info("%s: %d of %d shards are done already", title, len(paths) - len(missing), len(paths))
-    shards = [(i, list(requests[i * size : (i + 1) * size])) for i in missing]
-    if shards and settings.workers:
-        _pool(settings).require_shared(step.path)
-    done = len(requests) - sum(len(rows) for _, rows in shards)
-    with progress_bar(title, "prompt", len(requests), done, bool(shards)) as bar:
-        for index, results in map_shards(make_worker, shards, settings, title):
-            assert len(results) == len(requests[index * size : (index + 1) * size])
-            write_rows(paths[index], results)
-            bar.update(len(results))
-    for path in paths:
-        for _, row in read_rows(path):
-            yield row

@@ -30,7 +30,7 @@ class Instance(NamedTuple):
     seen: bool = True
 
 
-class Dropped(NamedTuple):
+class DroppedInstance(NamedTuple):
     """One line of dropped.jsonl."""
 
     reason: str
@@ -71,7 +71,7 @@ class FreeNames:
         return free
 
 
-def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Instance | Dropped:
+def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Instance | DroppedInstance:
     """Return the instance that a row of columns or chat messages holds.
 
     A conversation of several turns comes back as Dropped. Raises UserError that begins with `place`.
@@ -90,14 +90,14 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
     turns = _turns(row["messages"], f"{place}: messages")
     roles = [role for role, _ in turns]
     if roles.count("user") > 1:
-        return Dropped("multi_turn", place, name)
+        return DroppedInstance("multi_turn", place, name)
     if "user" not in roles or roles[-1] != "assistant":
         raise UserError(
             f"{place}: messages have the roles {', '.join(roles) or 'of nobody'}; expected an optional system"
             " message, a user's and an assistant's, the assistant's last"
         )
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        return Dropped("multi_turn", place, name)
+        return DroppedInstance("multi_turn", place, name)
     *asked, (_, answer) = turns
     texts = [text for _, text in asked]
     if not texts[0].strip():
@@ -106,7 +106,7 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
     return Instance(place, task, texts[0].strip(), context, _references(answer, f"{place}: the assistant's text"), name)
 
 
-def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dropped]]:
+def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[DroppedInstance]]:
     """Return a Super-NaturalInstructions folder's task files (True: seen), its split files, and the tasks left out.
 
     Train tasks are seen, test tasks are not; a task in neither list is left out; without lists every task is seen.
@@ -135,11 +135,11 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
             if chosen.get(file, seen) != seen:
                 raise UserError(f"{path}, line {number}: task {name!r} is a train task as well; keep it in one list")
             chosen[file] = seen
-    left_out = [Dropped("task_not_in_splits", str(file), file.stem) for file in files if file not in chosen]
+    left_out = [DroppedInstance("task_not_in_splits", str(file), file.stem) for file in files if file not in chosen]
     return chosen, [path for path, _ in lists], left_out
 
 
-def read_task_file(path: Path, seen: bool) -> Iterator[Instance | Dropped]:
+def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
     """Yield the instances of one Super-NaturalInstructions task file; the task is named after the file."""
     try:
         task = json.loads(_read_text(path))
@@ -158,7 +158,7 @@ def read_task_file(path: Path, seen: bool) -> Iterator[Instance | Dropped]:
     if not texts:
         raise UserError(f"{path}: Definition is empty; every task needs an instruction")
     for text in texts[1:]:
-        yield Dropped("further_definition", str(path), path.stem, text)
+        yield DroppedInstance("further_definition", str(path), path.stem, text)
     if not isinstance(task["Instances"], list) or not task["Instances"]:
         raise UserError(f"{path}: Instances={_shown(task['Instances'])}; expected a list of at least one object")
     for index, row in enumerate(task["Instances"]):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from coalign.data.instances import Dropped
+from coalign.data.instances import DroppedInstance
 from coalign.data.splits import SPLITS, Prepared
 from coalign.records import Example
 
@@ -43,7 +43,7 @@ class Inventory:
             self._outputs.update(map(_bucket, example.outputs))
             yield example
 
-    def counts(self, left_out: Iterable[Dropped] = ()) -> dict[str, Any]:
+    def counts(self, left_out: Iterable[DroppedInstance] = ()) -> dict[str, Any]:
         """Return tasks, inputs by split, rows dropped by reason, histograms of words.
 
         `left_out` are rows that never came to be split. The examples must have been read to their end.
@@ -67,7 +67,7 @@ class Inventory:
         }
 
 
-def describe(counts: Mapping[str, Any]) -> str:
+def describe_inventory(counts: Mapping[str, Any]) -> str:
     """Return the counts as lines for people."""
     tasks, inputs = counts["tasks"], counts["inputs"]
     lines = [

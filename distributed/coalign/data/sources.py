@@ -18,7 +18,7 @@ import numpy as np
 
 from coalign.config import DataTable, SourceTable
 from coalign.data.instances import (
-    Dropped,
+    DroppedInstance,
     FreeNames,
     Instance,
     Layout,
@@ -45,7 +45,7 @@ class Collection:
 
     tasks: dict[str, Task]
     instances: Spool[Instance]
-    dropped: Spool[Dropped]
+    dropped: Spool[DroppedInstance]
 
 
 def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
@@ -54,7 +54,7 @@ def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
     The rows lie in temporary files in `folder`, see `Spool`: memory holds the tasks and 16 bytes a row. Where there are
     several sources, it also holds 80 for a row that brings an id.
     """
-    collection = Collection({}, Spool(Instance, folder), Spool(Dropped, folder))
+    collection = Collection({}, Spool(Instance, folder), Spool(DroppedInstance, folder))
     sources = list_sources(table)
     ids = FreeNames() if len(sources) > 1 else None
     for source in sources:
@@ -126,7 +126,7 @@ def find_format(source: SourceTable) -> str:
     return "hf"
 
 
-def _read_source(source: SourceTable) -> Iterator[Instance | Dropped]:
+def _read_source(source: SourceTable) -> Iterator[Instance | DroppedInstance]:
     kind, root = find_format(source), Path(source.path).expanduser()
     if kind == "sni":
         tasks, _, left_out = list_task_files(root)
@@ -158,7 +158,7 @@ def _describe_file(path: Path, root: Path) -> list[Any]:
     return [name, path.stat().st_size, digest_file(path)]
 
 
-def _read_hugging_face(source: SourceTable, kind: str, root: Path) -> Iterator[Instance | Dropped]:
+def _read_hugging_face(source: SourceTable, kind: str, root: Path) -> Iterator[Instance | DroppedInstance]:
     dataset = _load_dataset(source, kind, root)
     columns = list(dataset.column_names)
     has_columns = "instruction" in columns and ("output" in columns or "outputs" in columns)
@@ -219,7 +219,7 @@ def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False, "sep": separator}
 
 
-def _take_rows(source: SourceTable, dropped: Spool[Dropped], folder: Path | None) -> Iterator[Instance]:
+def _take_rows(source: SourceTable, dropped: Spool[DroppedInstance], folder: Path | None) -> Iterator[Instance]:
     """Yield the source's rows, the first `max_rows` in the order of a hash of task, instruction and input (0: all)."""
     rows = _without_dropped(_read_source(source), dropped)
     if not source.max_rows:
@@ -236,12 +236,12 @@ def _take_rows(source: SourceTable, dropped: Spool[Dropped], folder: Path | None
         if taken[index]:
             yield row
         else:
-            dropped.append(Dropped("over_max_rows", row.place, row.id))
+            dropped.append(DroppedInstance("over_max_rows", row.place, row.id))
 
 
-def _without_dropped(rows: Iterable[Instance | Dropped], dropped: Spool[Dropped]) -> Iterator[Instance]:
+def _without_dropped(rows: Iterable[Instance | DroppedInstance], dropped: Spool[DroppedInstance]) -> Iterator[Instance]:
     for row in rows:
-        if isinstance(row, Dropped):
+        if isinstance(row, DroppedInstance):
             dropped.append(row)
         else:
             yield row

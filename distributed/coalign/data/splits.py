@@ -19,7 +19,7 @@ from typing import get_args
 import numpy as np
 
 from coalign.config import DataTable
-from coalign.data.instances import Dropped, FreeNames, Instance
+from coalign.data.instances import DroppedInstance, FreeNames, Instance
 from coalign.data.spool import equal_places
 from coalign.errors import UserError
 from coalign.records import Example, Split, Task
@@ -43,7 +43,7 @@ class Prepared:
     """
 
     tasks: list[Task]
-    tasks_dropped: list[Dropped]
+    tasks_dropped: list[DroppedInstance]
     instances: Sequence[Instance]
     fates: bytearray
     firsts: array[int]
@@ -57,7 +57,7 @@ class Prepared:
                 outputs = self.unions.get(index, row.outputs)
                 yield Example(self._id(index, row), row.task, row.input, outputs, SPLITS[self.fates[index]])
 
-    def dropped(self) -> Iterator[Dropped]:
+    def dropped(self) -> Iterator[DroppedInstance]:
         """Yield the rows left out in their order, then the tasks."""
         if max(self.fates, default=0) >= len(SPLITS):
             for index, row in enumerate(self.instances):
@@ -73,14 +73,16 @@ class Prepared:
                 counts[REASONS[fate - len(SPLITS)]] += number
         return counts
 
-    def _describe(self, index: int, row: Instance) -> Dropped:
+    def _describe(self, index: int, row: Instance) -> DroppedInstance:
         fate = self.fates[index]
         reason = REASONS[fate - len(SPLITS)]
         if fate in MERGED:
             first = self.instances[self.firsts[index]].place
             kind = "same" if fate == MERGED_SAME else "other"
-            return Dropped(reason, row.place, row.id, f"same input as {first}, {kind} references")
-        return Dropped(reason, row.place, self._id(index, row), "data.max_tasks" if fate == OVER_MAX_TASKS else "")
+            return DroppedInstance(reason, row.place, row.id, f"same input as {first}, {kind} references")
+        return DroppedInstance(
+            reason, row.place, self._id(index, row), "data.max_tasks" if fate == OVER_MAX_TASKS else ""
+        )
 
     def _id(self, index: int, row: Instance) -> str:
         return row.id or self.renamed.get(index) or made_id(row)
@@ -92,7 +94,7 @@ def made_id(row: Instance) -> str:
 
 
 @dataclasses.dataclass(slots=True)
-class _Group:
+class _InstanceGroup:
     """The rows of a task that fall into a split; in the order of `hashes` a limit takes them."""
 
     rows: array[int] = dataclasses.field(default_factory=lambda: array("I"))
@@ -110,12 +112,12 @@ def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], ta
     known = {name: task for name, task in known.items() if name in chosen}
     limits = [table.max_sft_inputs, table.max_align_inputs, table.max_dev_inputs, table.max_test_inputs]
     keys, fates, num_named = array("q"), bytearray(), 0
-    groups: dict[tuple[str, int], _Group] = defaultdict(_Group)
+    groups: dict[tuple[str, int], _InstanceGroup] = defaultdict(_InstanceGroup)
     for index, row in enumerate(instances):
         text = normalise_input(row.input)
         keys.append(hash((row.task, text)))
         num_named += bool(row.id)
-        split = _split_index(text if row.input.strip() else normalise_input(row.instruction), table)
+        split = split_index(text if row.input.strip() else normalise_input(row.instruction), table)
         if row.task not in chosen:
             fates.append(OTHER_TASK)
         elif SPLITS[split] != "test" and not known[row.task].seen:
@@ -134,7 +136,9 @@ def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], ta
     )
     known = find_labels(known, answers, table.max_labels)
     dealt = {name for name, _ in groups}
-    without = [Dropped("task_without_inputs", task.source, name) for name, task in known.items() if name not in dealt]
+    without = [
+        DroppedInstance("task_without_inputs", task.source, name) for name, task in known.items() if name not in dealt
+    ]
     _limit_tasks(groups, table.max_tasks, fates)
     for (_, split), group in groups.items():
         if 0 < limits[split] < len(group.rows):
@@ -246,12 +250,8 @@ def find_labels(
     return labelled
 
 
-def choose_split(text: str, table: DataTable) -> Split:
-    """Return the split of an input text: it depends on nothing but the normalised text and the shares."""
-    return SPLITS[_split_index(normalise_input(text), table)]
-
-
-def _split_index(normalised: str, table: DataTable) -> int:
+def split_index(normalised: str, table: DataTable) -> int:
+    """Return the index in SPLITS of a normalised input text: it depends on nothing but the text and the shares."""
     ends = (table.sft_share, table.sft_share + table.align_share, table.sft_share + table.align_share + table.dev_share)
     return bisect.bisect_right(ends, unit_hash(normalised))
 
@@ -268,7 +268,7 @@ def tokenizer_texts(tasks: Iterable[Task], examples: Iterable[Example]) -> Itera
             yield from example.outputs
 
 
-def _limit_tasks(groups: dict[tuple[str, int], _Group], limit: int, fates: bytearray) -> None:
+def _limit_tasks(groups: dict[tuple[str, int], _InstanceGroup], limit: int, fates: bytearray) -> None:
     names = sorted({name for name, _ in groups}, key=lambda name: (unit_hash("tasks", name), name))
     if not limit or len(names) <= limit:
         return
@@ -279,7 +279,7 @@ def _limit_tasks(groups: dict[tuple[str, int], _Group], limit: int, fates: bytea
                 fates[index] = OVER_MAX_TASKS
 
 
-def _limit_inputs(group: _Group, split: int, limit: int, fates: bytearray) -> None:
+def _limit_inputs(group: _InstanceGroup, split: int, limit: int, fates: bytearray) -> None:
     left = limit
     for place in np.argsort(np.asarray(group.hashes), kind="stable").tolist():
         index = group.rows[place]

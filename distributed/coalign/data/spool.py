@@ -15,24 +15,24 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-Row = TypeVar("Row", bound=NamedTuple)
+Element = TypeVar("Element", bound=NamedTuple)
 BYTES_READ = 2**20  # at once
 
 
-class Spool(Sequence[Row]):
+class Spool(Sequence[Element]):
     """Named tuples of strings, numbers and tuples, in a temporary file without a name: 8 bytes of memory each.
 
     The file lies in `folder` (default: where the system puts temporary files) and goes when the object does. Rows may
     be added while others are read. Raises OSError when the disk is full.
     """
 
-    def __init__(self, kind: type[Row], folder: Path | None = None) -> None:
+    def __init__(self, kind: type[Element], folder: Path | None = None) -> None:
         self._kind = kind
         self._stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         self._ends = array("Q", [0])
         self._at_end = True
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Element) -> None:
         """Add a row at the end."""
         if not self._at_end:
             self._stream.seek(self._ends[-1])
@@ -45,16 +45,16 @@ class Spool(Sequence[Row]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> Element: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: slice) -> list[Element]: ...
+    def __getitem__(self, index: int | slice) -> Element | list[Element]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         return next(self._read(place, place + 1))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Element]:
         start = 0
         while start < len(self):
             end = bisect.bisect_right(self._ends, self._ends[start] + BYTES_READ, lo=start) - 1
@@ -62,7 +62,7 @@ class Spool(Sequence[Row]):
             yield from self._read(start, end)
             start = end
 
-    def _read(self, start: int, end: int) -> Iterator[Row]:
+    def _read(self, start: int, end: int) -> Iterator[Element]:
         first = self._ends[start]
         self._at_end = False
         self._stream.seek(first)

@@ -5,26 +5,21 @@ Used by launch/eval.py. Pure text; knows no model.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from coalign.errors import UserError
+from coalign.evaluation.metrics import Decide, rouge_l_agrees
 from coalign.prompts import NO, YES, same_answer_question
+from coalign.wordings.asking import PromptCodec
+
+_ROUGE_L = re.compile(r"rouge_l\s*>=\s*(\S+)")
 
 logger = logging.getLogger("coalign")
-
-
-class PromptCodec(Protocol):
-    """What is asked of encoding.Codec here."""
-
-    max_tokens: int
-
-    def encode_prompt(self, user_text: str) -> list[int]:
-        """Return the token ids of a user message."""
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Return the token ids of a text alone."""
 
 
 def judge_requests(
@@ -66,3 +61,34 @@ def read_agreement(rows: Iterable[dict[str, Any]], num_pairs: int) -> list[bool]
     """Return for each pair whether yes scored above no; a pair that was not asked about does not agree."""
     agreeing = {row["pair"] for row in rows if row["logps"][0] > row["logps"][1]}
     return [index in agreeing for index in range(num_pairs)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Agreement:
+    """When two answers count as the same, beside having the same normal form."""
+
+    kind: Literal["exact", "rouge_l", "judge"]
+    threshold: float = 1.0
+    folder: str = ""
+
+    def decider(self, ask_judge: Decide) -> Decide | None:
+        """Return what tells which pairs of different answers agree; None where only equal ones do."""
+        if self.kind == "exact":
+            return None
+        return ask_judge if self.kind == "judge" else functools.partial(rouge_l_agrees, threshold=self.threshold)
+
+
+def parse_agreement(text: str) -> Agreement:
+    """Read eval.agreement: `exact`, `rouge_l>=X` with 0 < X <= 1, else a folder. Raises UserError for a bad X."""
+    if text.strip() == "exact":
+        return Agreement("exact")
+    if not text.strip().startswith("rouge_l"):
+        return Agreement("judge", folder=text)
+    match = _ROUGE_L.fullmatch(text.strip())
+    try:
+        threshold = float(match[1]) if match else -1.0
+    except ValueError:
+        threshold = -1.0
+    if not 0.0 < threshold <= 1.0:
+        raise UserError(f"eval.agreement={text!r}: a threshold over 0 and up to 1 was expected; use rouge_l>=0.7")
+    return Agreement("rouge_l", threshold=threshold)

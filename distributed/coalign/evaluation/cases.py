@@ -42,7 +42,7 @@ Answers = Mapping[tuple[str, str, str], Response]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scores:
+class ModelAnswers:
     """What is known of a model's answers: by grid the answers' numbers, by grid in CR its consistency columns."""
 
     answers: Answers
@@ -86,7 +86,7 @@ def items_digest(grid: Grid) -> str:
     )
 
 
-def count_failures(grids: Sequence[Grid], models: Mapping[str, Scores]) -> dict[str, Any]:
+def count_failures(grids: Sequence[Grid], models: Mapping[str, ModelAnswers]) -> dict[str, Any]:
     """Return how many answers are of each kind, by model and by task, with what the kinds mean."""
     totals: dict[str, Counter[str]] = {name: Counter() for name in models}
     per_task = []
@@ -106,7 +106,9 @@ def count_failures(grids: Sequence[Grid], models: Mapping[str, Scores]) -> dict[
     }
 
 
-def _answers_to(grid: Grid, row: int, example: Example, model: Scores, index: int) -> Iterable[tuple[Response, str]]:
+def _answers_to(
+    grid: Grid, row: int, example: Example, model: ModelAnswers, index: int
+) -> Iterable[tuple[Response, str]]:
     labels = label_set(grid.task, example)
     for column in np.flatnonzero(grid.present[row]):
         answer = model.answers[grid.task.id, example.id, grid.wordings[column].id]
@@ -114,7 +116,7 @@ def _answers_to(grid: Grid, row: int, example: Example, model: Scores, index: in
 
 
 def pick_cases(
-    grids: Sequence[Grid], models: Mapping[str, Scores], min_wordings: int, agreeing: IntArray | None
+    grids: Sequence[Grid], models: Mapping[str, ModelAnswers], min_wordings: int, agreeing: IntArray | None
 ) -> list[dict[str, Any]]:
     """Return up to NUM_CASES inputs with every model's answers to each wording.
 
@@ -162,7 +164,7 @@ class _Ranked:
     in_cr: bool
 
 
-def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, Scores], min_wordings: int) -> list[_Ranked]:
+def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, ModelAnswers], min_wordings: int) -> list[_Ranked]:
     """Return every input with how much it changed and how consistent the last model is (1 where it has no CR)."""
     first, *_, last = [*models.values(), *models.values()]
     ranked = []
@@ -185,7 +187,7 @@ def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, Scores], min_wordin
 
 
 def _case(
-    grid: Grid, index: int, row: int, models: Mapping[str, Scores], agreeing: IntArray | None, min_wordings: int
+    grid: Grid, index: int, row: int, models: Mapping[str, ModelAnswers], agreeing: IntArray | None, min_wordings: int
 ) -> dict[str, Any]:
     example = grid.examples[row]
     columns = np.flatnonzero(grid.present[row])

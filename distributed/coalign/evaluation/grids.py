@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from coalign.evaluation import metrics
-from coalign.evaluation.intervals import TaskSample
+from coalign.evaluation.intervals import SHARE, TaskSample, estimate
 from coalign.evaluation.metrics import ABSENT, SILENT, BoolArray, Decide, FloatArray, IntArray
-from coalign.evaluation.requests import ModelOutput, Pair
+from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Response, Task, Wording
+from coalign.text import normalise_answer
+from coalign.wordings.asking import Pair
 
 CONSISTENCY = (
     "cr",
@@ -205,3 +207,21 @@ def consistency_sample(columns: Sequence[dict[str, FloatArray]]) -> TaskSample:
     """Return the task's CONSISTENCY columns, model by model, as a statistic of the weights of its eligible inputs."""
     values_IM = np.stack([column[name] for column in columns for name in CONSISTENCY], axis=1)
     return TaskSample(len(values_IM), lambda weights_BI: weights_BI @ values_IM)
+
+
+def constant_accuracy(grid: Grid) -> float:
+    """Return the accuracy of a task's best constant answer: its most frequent gold answer, known from hindsight."""
+    answered_I = [bool(present_W.any()) for present_W in grid.present]
+    examples = [example for example, answered in zip(grid.examples, answered_I, strict=True) if answered]
+    counts = Counter(text for example in examples for text in {normalise_answer(gold) for gold in example.outputs})
+    return max(counts.values()) / len(examples)
+
+
+def against_constant_answers(grids: Sequence[Grid], accuracy: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the macro mean of `constant_accuracy`, and by model the paired difference to it over tasks.
+
+    `accuracy` holds every model's task means. Intervals are t intervals over tasks.
+    """
+    constant_T = np.array([constant_accuracy(grid) for grid in grids])
+    differences = {name: estimate(np.array(values_T) - constant_T) for name, values_T in accuracy.items()}
+    return {"accuracy": estimate(constant_T, limits=SHARE), "differences": differences}

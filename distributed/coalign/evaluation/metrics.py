@@ -12,12 +12,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coalign.errors import UserError
 from coalign.text import normalise_answer
 
 FloatArray = NDArray[np.float64]
@@ -29,39 +28,7 @@ ABSENT = -2  # no answer under this wording: its template doesn't fit the input
 SILENT = -1  # an answer that agrees with nothing, not even with itself: empty, cut off, another wording's vocabulary
 MAX_EXPECTED_PAIRS = 2000
 
-_ROUGE_L = re.compile(r"rouge_l\s*>=\s*(\S+)")
 _TOKEN = re.compile(r"[^\W_]+")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Agreement:
-    """When two answers count as the same, beside having the same normal form."""
-
-    kind: Literal["exact", "rouge_l", "judge"]
-    threshold: float = 1.0
-    folder: str = ""
-
-    def decider(self, ask_judge: Decide) -> Decide | None:
-        """Return what tells which pairs of different answers agree; None where only equal ones do."""
-        if self.kind == "exact":
-            return None
-        return ask_judge if self.kind == "judge" else functools.partial(rouge_l_agrees, threshold=self.threshold)
-
-
-def parse_agreement(text: str) -> Agreement:
-    """Read eval.agreement: `exact`, `rouge_l>=X` with 0 < X <= 1, else a folder. Raises UserError for a bad X."""
-    if text.strip() == "exact":
-        return Agreement("exact")
-    if not text.strip().startswith("rouge_l"):
-        return Agreement("judge", folder=text)
-    match = _ROUGE_L.fullmatch(text.strip())
-    try:
-        threshold = float(match[1]) if match else -1.0
-    except ValueError:
-        threshold = -1.0
-    if not 0.0 < threshold <= 1.0:
-        raise UserError(f"eval.agreement={text!r}: a threshold over 0 and up to 1 was expected; use rouge_l>=0.7")
-    return Agreement("rouge_l", threshold=threshold)
 
 
 def answer_key(canonical: str | None, finish: str) -> str | None:

@@ -6,18 +6,15 @@ Used by launch/eval.py and experiment.py. Knows folders and manifests, no answer
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Any
 
-from coalign.config import ModelTable, RunTable, table_for_other_model
+from coalign.config import ModelTable, table_for_other_model
 from coalign.errors import UserError
 from coalign.runs.digests import digest_folder
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import MANIFEST, StepFolder, read_manifest
-from coalign.steps import ROUND_STEPS, STEP_TABLES
+from coalign.runs.step_folder import MANIFEST, read_manifest
+from coalign.steps import TRAINING_STEPS
 
-STEPS = ("base", "sft", "align")
+NAMED_MODELS = ("base", *TRAINING_STEPS)  # what eval.models can name beside folders and the hub
 
 
 def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
@@ -38,13 +35,13 @@ def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
         if not (folder / "config.json").is_file() or _is_step(folder):
             raise UserError(
                 f"eval.models: {value} holds no model (no config.json of one); name a model folder, a training step's"
-                f" folder such as {folder / 'align'}, or one of {', '.join(STEPS)}"
+                f" folder such as {folder / 'align'}, or one of {', '.join(NAMED_MODELS)}"
             )
         return value
     if value.count("/") == 1 and not value.startswith((".", "/", "~")) and not value.endswith("/"):
         return value
     raise UserError(
-        f"eval.models: {value!r} is neither one of {', '.join(STEPS)} nor a folder that exists; check the path"
+        f"eval.models: {value!r} is neither one of {', '.join(NAMED_MODELS)} nor a folder that exists; check the path"
     )
 
 
@@ -54,7 +51,7 @@ def model_table(value: str, model: ModelTable) -> ModelTable:
     A training step of another run (an arm) goes by the context and the tokens that it was trained with; its chat
     template lies beside its weights.
     """
-    if value in STEPS:
+    if value in NAMED_MODELS:
         return model
     manifest = read_manifest(Path(value))
     kept = ("too_long", "max_tokens", "end_of_turn", "pad_token", "attention")
@@ -111,46 +108,3 @@ def resolve_judge(folder: str, digests: dict[str, str]) -> str:
             " agreement, use another one or exact"
         )
     return str(chosen)
-
-
-def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
-    """Return the folders of the steps before eval by name, in a later round those of the rounds before it as well."""
-    steps = {name: RunFolder(run, arguments).step(name) for name in STEP_TABLES if name not in ROUND_STEPS}
-    for number in range(1, run.round + 1):
-        folder = RunFolder(run.model_copy(update={"round": number}), arguments)
-        suffix = f", round {number}" if run.round > 1 else ""
-        steps |= {name + suffix: folder.step(name) for name in ROUND_STEPS if name != "eval"}
-    return steps
-
-
-def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, Any]) -> dict[str, Any]:
-    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and of eval's own."""
-    return {
-        "cost": cost_rows(steps),
-        "steps": {name: str(path) for name, path in steps.items()},
-        "lineage": step.lineage,
-        "eval_seconds": round(step.spent + time.time() - step.started, 1),
-        "eval_counts": {key: counts[key] for key in ("tokens_generated", "cores")},
-    }
-
-
-def cost_rows(steps: dict[str, Path]) -> list[dict[str, Any]]:
-    """Return what each complete step has used, as far as its manifest says so."""
-    rows = []
-    for name, folder in steps.items():
-        manifest = read_manifest(folder)
-        if manifest is None:
-            continue
-        counts = manifest["counts"]
-        cores = counts.get("cores")
-        rows.append(
-            {
-                "step": name,
-                "updates": counts.get("updates"),
-                "tokens_trained": counts.get("tokens_trained", counts.get("tokens")),
-                "tokens_generated": counts.get("tokens_generated"),
-                "wall_seconds": manifest.get("wall_seconds"),
-                "core_hours": manifest["wall_seconds"] * cores / 3600 if cores else None,
-            }
-        )
-    return rows

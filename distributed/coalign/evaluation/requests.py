@@ -14,13 +14,13 @@ from typing import Any
 
 from coalign.config import EvalTable, GenerationTable
 from coalign.errors import UserError
-from coalign.evaluation.agreement import PromptCodec
 from coalign.process import derive_seed
 from coalign.records import Example, Response, Task, Wording, read_records
 from coalign.runs.digests import digest_file
 from coalign.text import normalise_input, unit_hash
+from coalign.wordings.asking import Pair, read_responses
 from coalign.wordings.wording_files import load_wordings
-from coalign.wordings.wordings import canonical_answer, expected_answer, render_prompt
+from coalign.wordings.wordings import expected_answer, render_prompt
 
 NOISE_TEMPERATURE = 0.7
 
@@ -28,20 +28,6 @@ logger = logging.getLogger("coalign")
 
 # (what, requests, generation mode, temperature, rows a shard or 0 for what is configured) -> result rows in order
 Generate = Callable[[str, list[dict[str, Any]], str, float, int], Iterable[dict[str, Any]]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
-    """One held-out input under one wording."""
-
-    example: Example
-    wording: Wording
-    prompt: str
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Return (task, example, wording)."""
-        return self.example.task, self.example.id, self.wording.id
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,32 +93,6 @@ def _render(example: Example, wording: Wording) -> tuple[str, str]:
     return prompt, ""
 
 
-def build_requests(
-    pairs: Sequence[Pair], codec: PromptCodec, too_long: str, max_new_tokens: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return a greedy request for each pair that fits the model's context, and the rows that don't.
-
-    Raises UserError for the first one that doesn't fit when `too_long` is "error".
-    """
-    requests: list[dict[str, Any]] = []
-    dropped: list[dict[str, Any]] = []
-    for pair in pairs:
-        task, example, wording = pair.key
-        ids = codec.encode_prompt(pair.prompt)
-        where = {"task": task, "example": example, "wording": wording}
-        if len(ids) + max_new_tokens <= codec.max_tokens:
-            requests.append({**where, "repeat": 0, "prompt_ids": ids, "seeds": [0]})
-        elif too_long == "error":
-            raise UserError(
-                f"input {example} of {task} under wording {wording}: a prompt of {len(ids)} tokens and"
-                f" eval.max_new_tokens={max_new_tokens} exceed the context of {codec.max_tokens}; set"
-                ' model.too_long="drop" to leave such rows out, or use a model with a longer context'
-            )
-        else:
-            dropped.append({"reason": "too_long", **where, "num_tokens": len(ids)})
-    return requests, dropped
-
-
 def noise_requests(requests: Sequence[dict[str, Any]], num_inputs: int) -> list[dict[str, Any]]:
     """Return one wording (the first) of `num_inputs` inputs, taken in hash order over all tasks."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
@@ -182,27 +142,6 @@ def seeded_samples(requests: Sequence[dict[str, Any]], samples: int, seed: int) 
         }
         for request in requests
     ]
-
-
-def read_responses(rows: Iterable[dict[str, Any]], pairs: dict[tuple[str, str, str], Pair]) -> list[Response]:
-    """Return the responses of generated rows, mapped back through their wording; `sample` numbers the repeats."""
-    responses = []
-    for row in rows:
-        pair = pairs[row["task"], row["example"], row["wording"]]
-        for index, answer in enumerate(row["answers"]):
-            responses.append(
-                Response(
-                    example=row["example"],
-                    task=row["task"],
-                    wording=row["wording"],
-                    sample=row["repeat"] + index,
-                    text=answer["text"],
-                    canonical=canonical_answer(pair.wording, pair.example.input, answer["text"]),
-                    finish=answer["finish"],
-                    num_tokens=answer["num_tokens"],
-                )
-            )
-    return responses
 
 
 def held_out_wordings(

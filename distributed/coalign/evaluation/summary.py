@@ -18,14 +18,14 @@ import numpy as np
 
 from coalign.config import EvalTable
 from coalign.evaluation import metrics
-from coalign.evaluation.baselines import against_constant_answers
-from coalign.evaluation.cases import Scores, count_failures, pick_cases
+from coalign.evaluation.cases import ModelAnswers, count_failures, pick_cases
 from coalign.evaluation.grids import (
     ANSWERS,
     CONSISTENCY,
     EXTREMES,
     Grid,
     Vocabulary,
+    against_constant_answers,
     agreeing_pairs,
     answer_sample,
     build_grids,
@@ -37,10 +37,11 @@ from coalign.evaluation.grids import (
 )
 from coalign.evaluation.intervals import MIN_TASKS_BOOTSTRAP, SHARE, TaskSample, estimate, two_level_bootstrap
 from coalign.evaluation.metrics import ABSENT, Decide, IntArray
-from coalign.evaluation.requests import NOISE_TEMPERATURE, ModelOutput, Pair
+from coalign.evaluation.requests import NOISE_TEMPERATURE, ModelOutput
 from coalign.evaluation.result_rows import Results, most_inconsistent, per_input_rows, per_task_rows, per_wording_rows
 from coalign.process import derive_seed
 from coalign.records import Response, Task
+from coalign.wordings.asking import Pair
 from coalign.wordings.wordings import MIN_WORDINGS
 
 COMPARED = ("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
@@ -175,7 +176,7 @@ def summarise(
             "counts": count_answers(output.answers),
         }
     shown = {
-        name: Scores(
+        name: ModelAnswers(
             by_key(output.answers),
             results.scored[name],
             dict(zip(results.eligible, results.columns[name], strict=True)),

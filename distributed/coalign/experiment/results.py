@@ -8,119 +8,25 @@ Shape suffixes: S seeds, T tasks, I inputs, W wordings, B weightings, M columns 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coalign.errors import UserError
-from coalign.evaluation import metrics
 from coalign.evaluation.grids import EXTREMES
 from coalign.evaluation.intervals import MIN_TASKS_BOOTSTRAP, TaskSample, estimate, two_level_bootstrap
 from coalign.evaluation.metrics import BoolArray, FloatArray
-from coalign.evaluation.models_under_test import cost_rows
-from coalign.experiment.arms import ARMS, Ladder, StepRun
-from coalign.records import read_rows
+from coalign.evaluation.scores import CR_METRICS, TaskScores, read_scores, seed_values
+from coalign.experiment.arms import ARMS
+from coalign.experiment.ladder import Ladder, StepRun
+from coalign.records import Row
+from coalign.runs.costs import cost_rows
 from coalign.runs.step_folder import read_manifest
 
 ANSWERS = ("accuracy", "rouge_l", "worst_wording")
-CONSISTENCY = ("cr", "corrected_cr", "mcr")
-METRICS = ("accuracy", *CONSISTENCY, "worst_wording", "rouge_l")
+METRICS = ("accuracy", *CR_METRICS, "worst_wording", "rouge_l")
 SETS = ("all", "seen", "unseen")
-
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SeedScores:
-    """One seed's scores of a task; by arm `right` (I, W) and the other metrics by input, NaN where there is none.
-
-    Inputs stand in one order for all seeds; wordings are a seed's own.
-    """
-
-    present: BoolArray
-    right: dict[str, BoolArray]
-    by_input: dict[str, dict[str, FloatArray]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TaskScores:
-    """A task that every seed has."""
-
-    task: str
-    seen: bool
-    num_inputs: int
-    seeds: tuple[SeedScores, ...]
-
-    def in_cr(self) -> BoolArray:
-        """Return which inputs enter CR in some seed; none unless every seed has one."""
-        known = [~np.isnan(next(iter(scores.by_input.values()))["cr"]) for scores in self.seeds]
-        some_I: BoolArray = np.any(known, axis=0) & all(known_I.any() for known_I in known)
-        return some_I
-
-
-def read_scores(folders: Sequence[Path]) -> tuple[list[TaskScores], list[str]]:
-    """Return the scores of the tasks that every seed's eval folder has, and the names of the others.
-
-    Raises UserError for a folder whose eval did not write scores.jsonl.
-    """
-    found: list[dict[str, list[Row]]] = []
-    for folder in folders:
-        if not (folder / "scores.jsonl").is_file():
-            raise UserError(f"{folder} has no scores.jsonl; remove it and run its eval step again")
-        by_task: dict[str, list[Row]] = {}
-        for _, row in read_rows(folder / "scores.jsonl"):
-            by_task.setdefault(row["task"], []).append(row)
-        found.append(by_task)
-    everywhere = [task for task in found[0] if all(task in by_task for by_task in found)]
-    left_out = sorted({task for by_task in found for task in by_task} - {*everywhere})
-    return [_task_scores(task, [by_task[task] for by_task in found]) for task in everywhere], left_out
-
-
-def _task_scores(task: str, by_seed: Sequence[Sequence[Row]]) -> TaskScores:
-    names = dict.fromkeys(row["example"] for rows in by_seed for row in rows)
-    place = {name: index for index, name in enumerate(names)}
-    seeds = tuple(_seed_scores(rows, place) for rows in by_seed)
-    return TaskScores(task, bool(by_seed[0][0]["seen"]), len(place), seeds)
-
-
-def _seed_scores(rows: Sequence[Row], place: Mapping[str, int]) -> SeedScores:
-    column = {w: i for i, w in enumerate(dict.fromkeys(w for row in rows for w in row["wordings"]))}
-    shape = (len(place), len(column))
-    arms = list(rows[0]["models"])
-    present_IW = np.zeros(shape, bool)
-    right = {arm: np.zeros(shape, bool) for arm in arms}
-    by_input = {arm: {key: np.full(len(place), np.nan) for key in (*CONSISTENCY, "rouge_l")} for arm in arms}
-    for row in rows:
-        i, columns = place[row["example"]], [column[w] for w in row["wordings"]]
-        present_IW[i, columns] = True
-        for arm, values in row["models"].items():
-            right[arm][i, columns] = np.array(values["right"], bool)
-            for key, values_I in by_input[arm].items():
-                values_I[i] = np.nan if values[key] is None else values[key]
-    for arm in arms:
-        by_input[arm]["accuracy"] = metrics.mean_over_wordings(right[arm], present_IW)
-    return SeedScores(present_IW, right, by_input)
-
-
-def weighted_mean(weights_BI: FloatArray, values_I: FloatArray) -> FloatArray:
-    """Return the mean over the inputs that have a value, under each weighting; NaN where none has weight."""
-    known_I = ~np.isnan(values_I)
-    total_B = weights_BI @ np.where(known_I, values_I, 0.0)
-    weight_B = weights_BI @ known_I.astype(float)
-    result: FloatArray = np.divide(total_B, weight_B, out=np.full(len(total_B), np.nan), where=weight_B > 0)
-    return result
-
-
-def seed_values(scores: SeedScores, arm: str, metric: str, weights_BI: FloatArray) -> FloatArray:
-    """Return one seed's number for a task under each weighting of its inputs."""
-    if metric != "worst_wording":
-        return weighted_mean(weights_BI, scores.by_input[arm][metric])
-    accuracy_BW = metrics.wording_accuracy(scores.right[arm], scores.present, weights_BI)
-    worst_B, _ = metrics.worst_and_spread(accuracy_BW)
-    return np.where(np.isinf(worst_B), np.nan, worst_B)
 
 
 def task_sample(task: TaskScores, columns: Sequence[tuple[str, str]], inputs_I: BoolArray) -> TaskSample:
@@ -166,8 +72,8 @@ def aggregate(
     pairs = [(b, a, what) for b, a, what in comparisons if {a, b} <= {*arms}]
     of_arms: dict[str, Any] = {arm: {which: {} for which in SETS} for arm in arms}
     differences: dict[str, list[Row]] = {which: [] for which in SETS}
-    for group in (ANSWERS, CONSISTENCY):
-        inputs = [task.in_cr() if group is CONSISTENCY else np.ones(task.num_inputs, bool) for task in tasks]
+    for group in (ANSWERS, CR_METRICS):
+        inputs = [task.in_cr() if group is CR_METRICS else np.ones(task.num_inputs, bool) for task in tasks]
         chosen = [(task, inputs_I) for task, inputs_I in zip(tasks, inputs, strict=True) if inputs_I.any()]
         group_tasks = [task for task, _ in chosen]
         columns = [(arm, metric) for arm in arms for metric in group]

@@ -18,17 +18,15 @@ from transformers import DynamicCache
 
 from coalign.generation.cascade_attention import SharedPrompts, attending_in_cascade
 from coalign.generation.cuda_graphs import FixedSteps
-from coalign.generation.forward import Step, cascades_exactly, next_logits
+from coalign.generation.forward import StepFunction, cascades_exactly, next_logits
 from coalign.generation.kv_cache import SlotCache
 from coalign.generation.sampling import Sampling, penalised, pick_tokens, uniforms
-from coalign.models.codec import Answer
+from coalign.models.codec import GeneratedIds
 from coalign.models.rows import TokenIds, left_pad
+from coalign.models.sizes import PREFILL_TOKENS, PREFILL_TOKENS_GPU
 
 # Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
 REFILL_SHARE = 8
-# Padded tokens of one pass over entering prompts: enough to use the device well, few enough to be of like lengths.
-PREFILL_TOKENS = 1024
-PREFILL_TOKENS_GPU = 8192
 
 
 def decode(
@@ -39,7 +37,7 @@ def decode(
     codec: TokenIds,
     max_tokens: int,
     fixed: FixedSteps | None = None,
-) -> list[list[Answer]]:
+) -> list[list[GeneratedIds]]:
     """Return, for each prompt, one answer a seed; (prompt + limit) x rows of what is computed together <= max_tokens.
 
     Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself. With `fixed`, which
@@ -77,7 +75,7 @@ class _Decoder:
         sampling: Sampling,
         codec: TokenIds,
         cache: SlotCache,
-        step: Step,
+        step: StepFunction,
     ) -> None:
         self.model, self.prompts, self.sampling, self.codec = model, prompts, sampling, codec
         self.stops = frozenset(codec.stop_ids)
@@ -96,14 +94,14 @@ class _Decoder:
             flat = [seed for group in seeds for seed in group]
             self.uniform_NT = uniforms(flat, sampling.max_new_tokens).to(model.device)
 
-    def run(self, max_tokens: int) -> list[list[Answer]]:
+    def run(self, max_tokens: int) -> list[list[GeneratedIds]]:
         """Work until nothing lives or waits."""
         while self.live or self.waiting:
             if entering := self._entering(max_tokens):
                 self._enter(entering, max_tokens)
             else:
                 self._step()
-        return [[Answer(sample.ids, sample.finished) for sample in group] for group in self.of_prompt]
+        return [[GeneratedIds(sample.ids, sample.finished) for sample in group] for group in self.of_prompt]
 
     def _size(self, prompt: int) -> int:
         return len(self.prompts[prompt]) + self.sampling.max_new_tokens

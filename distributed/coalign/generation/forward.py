@@ -25,7 +25,7 @@ logger = logging.getLogger("coalign")
 # Whether rows of a model can share a prompt's keys and values; asked once.
 _cascades_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
-Step = Callable[[SlotCache, Tensor], Tensor]  # appends a token to every row; returns the logits after it
+StepFunction = Callable[[SlotCache, Tensor], Tensor]  # appends a token to every row; returns the logits after it
 
 
 def next_logits(model: Any, cache: SlotCache, token_R: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _complaint_of_cascade(model: Any, codec: TokenIds) -> str:
 
 
 @torch.no_grad()
-def complaint_of_step(model: Any, codec: TokenIds, cache: SlotCache, step: Step) -> str:
+def complaint_of_step(model: Any, codec: TokenIds, cache: SlotCache, step: StepFunction) -> str:
     """Return what is wrong with a way to step the rows of a cache of its kind, or nothing.
 
     Tried on two made-up prompts of unlike length and two tokens after each; `cache` is empty.
@@ -79,7 +79,7 @@ def complaint_of_step(model: Any, codec: TokenIds, cache: SlotCache, step: Step)
     ids = [(7919 * k + 13) % vocabulary for k in range(1, 20)]
     prompts, tokens = [ids[:9], ids[9:13]], [torch.tensor(ids[k : k + 4], device=device) for k in (13, 15)]
 
-    def logps(cache: SlotCache, step: Step) -> Tensor:
+    def logps(cache: SlotCache, step: StepFunction) -> Tensor:
         prefilled = DynamicCache()
         model(**left_pad(prompts, codec.pad_id, device), past_key_values=prefilled, use_cache=True, logits_to_keep=1)
         cache.admit(prefilled, [len(p) for p in prompts], [0, 0, 0, 1], (4, 11))

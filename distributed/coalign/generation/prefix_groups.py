@@ -13,14 +13,14 @@ Ids = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """Rows by number whose first `prefix` tokens are the same."""
 
     prefix: int
     rows: list[int]
 
 
-def group_by_prefix(sequences: Sequence[Ids], firsts: Sequence[int]) -> list[Group]:
+def group_by_prefix(sequences: Sequence[Ids], firsts: Sequence[int]) -> list[PrefixGroup]:
     """Return groups that share a beginning, which ends before `firsts` of each, where its first prediction is wanted.
 
     They save the most tokens that any groups can: (rows - 1) x beginning each. The beginnings are the inner nodes of a
@@ -29,16 +29,16 @@ def group_by_prefix(sequences: Sequence[Ids], firsts: Sequence[int]) -> list[Gro
     up to which such depth a node is worth opening: O(n log n) after sorting.
     """
     root = _prefix_tree(sequences, firsts)
-    groups: list[Group] = []
-    left: list[tuple[_Node, int, Group | None]] = [(root, 0, None)]
+    groups: list[PrefixGroup] = []
+    left: list[tuple[_Node, int, PrefixGroup | None]] = [(root, 0, None)]
     while left:
         node, above, group = left.pop()
         if above < node.worth_above:
-            above, group = node.depth, Group(node.depth, [])
+            above, group = node.depth, PrefixGroup(node.depth, [])
             groups.append(group)
         for row in node.rows:
             if group is None:
-                groups.append(Group(firsts[row], [row]))
+                groups.append(PrefixGroup(firsts[row], [row]))
             else:
                 group.rows.append(row)
         left += [(child, above, group) for child in reversed(node.children)]

@@ -16,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coalign.generation.prefix_groups import Group, Ids, group_by_prefix
+from coalign.generation.prefix_groups import Ids, PrefixGroup, group_by_prefix
 from coalign.models.attention import complaint_of
 from coalign.models.logprobs import to_device, token_logps
-from coalign.models.rows import Row, TokenIds, best_fit, left_pad, to_batch
+from coalign.models.rows import TokenIds, TokenRow, best_fit, left_pad, to_batch
+from coalign.models.sizes import PASS_TOKENS_CPU, ROW_TOKENS_CPU, ROW_TOKENS_GPU
 
 logger = logging.getLogger("coalign")
-
-# Tokens of a row that groups share, unless one alone is longer: its mask has as many entries squared. And padded tokens
-# of a pass, which on a CPU stay in the cache.
-ROW_TOKENS_CPU, ROW_TOKENS_GPU = 512, 1024
-PASS_TOKENS_CPU = 1024
 
 # Whether a model computes rows that several sequences share as it computes separate ones; asked once.
 _shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -120,7 +116,7 @@ def _score_shared(model: Any, rows: Sequence[_Row], codec: TokenIds, max_tokens:
         _score_packs(model, rows, [[groups[g] for g in packs[p]] for p in batch], codec)
 
 
-def _parts(group: Group, rows: Sequence[_Row], width: int) -> Iterator[Group]:
+def _parts(group: PrefixGroup, rows: Sequence[_Row], width: int) -> Iterator[PrefixGroup]:
     """Cut a group that is too large for a row; one that begins with more than half of it may be twice as long."""
     limit = max(width, 2 * group.prefix)
     some: list[int] = []
@@ -128,16 +124,16 @@ def _parts(group: Group, rows: Sequence[_Row], width: int) -> Iterator[Group]:
     for row in group.rows:
         rest = len(rows[row].ids) - group.prefix
         if some and tokens + rest > limit:
-            yield Group(group.prefix, some)
+            yield PrefixGroup(group.prefix, some)
             some, tokens = [], group.prefix
         some.append(row)
         tokens += rest
-    yield Group(group.prefix, some)
+    yield PrefixGroup(group.prefix, some)
 
 
-def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[Group]], codec: TokenIds) -> None:
+def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[PrefixGroup]], codec: TokenIds) -> None:
     """Fill in the log-probs of the groups of one pass, those of a pack in one row."""
-    laid, places, wanted = [Row() for _ in packs], [], []
+    laid, places, wanted = [TokenRow() for _ in packs], [], []
     for number, (pack, line) in enumerate(zip(packs, laid, strict=True)):
         for item, group in enumerate(pack):
             line.append(rows[group.rows[0]].ids[: group.prefix], 0, item, 0)
@@ -172,7 +168,7 @@ def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
     separate, shared = ([_Row((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
     for row in (*separate, *shared):
         row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
-    groups = [Group(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
+    groups = [PrefixGroup(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
     _score_plain(model, separate, codec)
     try:
         _score_packs(model, shared, [groups], codec)

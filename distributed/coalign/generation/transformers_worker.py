@@ -20,12 +20,11 @@ from coalign.generation.sampling import Sampling
 from coalign.generation.scoring import score
 from coalign.models.codec import Codec
 from coalign.models.model_folder import load_model, load_tokenizer, pick_device, pick_dtype
-from coalign.models.shape import Shape
+from coalign.models.shape import shape_of
 from coalign.models.worker_memory import TOKENS_ON_CPU, tokens_in_flight
+from coalign.records import Row
 
 __all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
-
-Row = dict[str, Any]
 
 
 class _Worker:
@@ -52,22 +51,6 @@ def _tokens_in_flight(model: Any, generation: GenerationTable) -> int:
     free, _ = torch.cuda.mem_get_info(model.device)
     part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0  # others load beside this one
     return tokens_in_flight(shape_of(model.config.get_text_config()), generation.dtype, part * free)
-
-
-def shape_of(config: Any) -> Shape:
-    """Return the widths of a model of any family, as far as the memory of a pass depends on them."""
-    heads = config.num_attention_heads
-    return Shape(
-        name=config.model_type,
-        num_layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", 0),
-    )
 
 
 class GenerateWorker(_Worker):

@@ -22,11 +22,12 @@ from coalign.errors import UserError
 from coalign.generation.sampling import Sampling
 from coalign.models.codec import Codec
 from coalign.models.model_folder import load_tokenizer, pick_device, pick_dtype
+from coalign.models.sizes import VLLM_GPU_SHARE
 from coalign.models.worker_memory import MOST_TOKENS, TOKENS_ON_CPU
+from coalign.records import Row
 
 __all__ = ["GenerateWorker", "ScoreWorker"]
 
-Row = dict[str, Any]
 Ids = tuple[int, ...]
 
 # Set where the user has not: the engine runs in this process, so that what is batched together doesn't depend on when a
@@ -35,7 +36,6 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"
 ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a model on several GPUs: a fork would share CUDA's state
 MAX_STEP_TOKENS = 16384  # tokens of one pass: more makes no GPU faster and takes memory from the cache
 MAX_ROWS = 256  # rows of one pass
-GPU_SHARE = 0.9  # of what a worker has of its GPU; log-probs of prompts come on top of what vLLM counts
 CPU_SHARE = 0.5  # of a machine's memory, over all workers; the cache itself is cut to batch_tokens there
 CPU_BLOCK = 32  # tokens a block: prompts share whole blocks, and the CPU build's own 128 is longer than many of them
 
@@ -80,7 +80,7 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
     }
     if device.type == "cuda":
         part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
-        options["gpu_memory_utilization"] = round(GPU_SHARE * part, 4)
+        options["gpu_memory_utilization"] = round(VLLM_GPU_SHARE * part, 4)
         return options | parallel_options(generation)
     num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return options | {
@@ -197,7 +197,7 @@ class GenerateWorker(_Worker):
 
 
 @dataclasses.dataclass
-class _Asked:
+class _Scoring:
     """One sequence of inputs: the last tokens whose log-probs are wanted, and whether earlier ones are too."""
 
     last: set[int] = dataclasses.field(default_factory=set)
@@ -214,10 +214,10 @@ class ScoreWorker(_Worker):
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with "logps": one float a continuation, in nats."""
-        asked: dict[Ids, _Asked] = {}
+        asked: dict[Ids, _Scoring] = {}
         for row in rows:
             for continuation in row["continuations"]:
-                entry = asked.setdefault((*row["prompt_ids"], *continuation[:-1]), _Asked())
+                entry = asked.setdefault((*row["prompt_ids"], *continuation[:-1]), _Scoring())
                 entry.last.add(continuation[-1])
                 entry.inside |= len(continuation) > 1
         outputs = self._run(list(asked), [self._params(entry) for entry in asked.values()])
@@ -228,7 +228,7 @@ class ScoreWorker(_Worker):
             for row in rows
         ]
 
-    def _params(self, entry: _Asked) -> Any:
+    def _params(self, entry: _Scoring) -> Any:
         return self.vllm.SamplingParams(
             max_tokens=1,
             temperature=0.0,

@@ -5,14 +5,13 @@ Used by the recipes, which hand these functions to pool.py; they run where the s
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from coalign.config import GenerationTable, ModelTable
 from coalign.generation.sampling import Sampling
+from coalign.records import Row
 
 __all__ = ["Sampling", "make_generate_worker", "make_score_worker"]
-
-Row = dict[str, Any]
 
 
 class Worker(Protocol):

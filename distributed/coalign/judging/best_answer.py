@@ -12,11 +12,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coalign.config import RankTable
 from coalign.process import derive_seed
-from coalign.records import Example, Finish, Response, Verdict, Wording
+from coalign.records import Example, ExampleKey, Finish, Response, Verdict, Wording
 from coalign.text import normalise_answer, unit_hash
 from coalign.wordings.wordings import GENERATED
 
-ExampleKey = tuple[str, str]  # (task, example)
 VerdictKey = tuple[str, str, str, Finish]  # (task, example, canonical text, finish)
 
 

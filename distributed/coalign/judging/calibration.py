@@ -18,8 +18,10 @@ from coalign.text import normalise_answer, unit_hash
 MIN_ROWS_TO_FIT = 8
 _CALLED = {"type": "the type question", "correct": "the correctness question"}
 
-Scores = Callable[[str], float | None]  # prompt -> log P(yes) - log P(no), None for a prompt that is too long
-Samples = dict[tuple[str, str], tuple[list[float], list[float]]]  # (question, part) -> scores whose truth is yes, no
+ScoreOf = Callable[[str], float | None]  # prompt -> log P(yes) - log P(no), None for a prompt that is too long
+ScoresByTruth = dict[
+    tuple[str, str], tuple[list[float], list[float]]
+]  # (question, part) -> scores whose truth is yes, no
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def measure(yes: Sequence[float], no: Sequence[float], threshold: float) -> dict
     }
 
 
-def lowest_score(prompts: Iterable[str], scores: Scores) -> float | None:
+def lowest_score(prompts: Iterable[str], scores: ScoreOf) -> float | None:
     """Return the score of a question that is asked of each item of an answer: one wrong item makes it wrong.
 
     None when one of the prompts is too long.
@@ -189,12 +191,12 @@ def lowest_score(prompts: Iterable[str], scores: Scores) -> float | None:
     return min(known) if len(known) == len(found) else None
 
 
-def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str]]]], scores: Scores) -> Samples:
+def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str]]]], scores: ScoreOf) -> ScoresByTruth:
     """Sort the scores of known answers by question, part and truth; prompts that are too long are passed over.
 
     A question that the model is not asked, since the number of items decides it, tells nothing about the model.
     """
-    samples: Samples = defaultdict(lambda: ([], []))
+    samples: ScoresByTruth = defaultdict(lambda: ([], []))
     for answer, asked in known:
         for question, prompts in asked.items():
             truth, score = answer.truth(question), lowest_score(prompts, scores)
@@ -203,7 +205,7 @@ def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str
     return samples
 
 
-def calibrate(samples: Samples, with_type: bool) -> dict[str, Any]:
+def calibrate(samples: ScoresByTruth, with_type: bool) -> dict[str, Any]:
     """Return {question: threshold, how many rows fitted it, quality on rows it has not seen} for the manifest."""
     result: dict[str, Any] = {}
     for question in ("type", "correct") if with_type else ("correct",):

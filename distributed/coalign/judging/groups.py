@@ -13,8 +13,8 @@ from typing import Any
 
 from coalign.config import RankTable
 from coalign.errors import UserError
-from coalign.judging.best_answer import ExampleKey, Pooled, find_astray, merge, pool, rank_input
-from coalign.records import ASTRAY, Candidate, Example, Group, Response, Verdict, Wording
+from coalign.judging.best_answer import Pooled, find_astray, merge, pool, rank_input
+from coalign.records import ASTRAY, Candidate, Example, ExampleKey, Group, Response, Verdict, Wording
 from coalign.text import normalise_answer, unit_hash
 from coalign.wordings.wordings import canonical_answer, expected_answer, render_prompt
 

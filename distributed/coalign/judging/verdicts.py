@@ -15,18 +15,17 @@ from typing import Any, TypeVar
 
 from coalign.config import JudgeTable
 from coalign.errors import UserError
-from coalign.judging.calibration import KnownAnswer, Scores, lowest_score
+from coalign.judging.calibration import KnownAnswer, ScoreOf, lowest_score
 from coalign.prompts import correct_question, type_question
-from coalign.records import Example, Finish, Response, Task, Verdict
+from coalign.records import Example, ExampleKey, Finish, Response, Task, Verdict
 from coalign.text import normalise_answer
 
-ExampleKey = tuple[str, str]  # (task, example)
-Item = TypeVar("Item", "Answer", KnownAnswer)
-Asked = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one for each item of a list
+AnyAnswer = TypeVar("AnyAnswer", "DistinctAnswer", KnownAnswer)
+PromptsByQuestion = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one for each item of a list
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Answer:
+class DistinctAnswer:
     """A distinct response to one input, in canonical words."""
 
     task: str
@@ -38,24 +37,24 @@ class Answer:
 # What needs a verdict
 
 
-def distinct_answers(responses: Iterable[Response]) -> tuple[list[Answer], list[dict[str, Any]]]:
+def distinct_answers(responses: Iterable[Response]) -> tuple[list[DistinctAnswer], list[dict[str, Any]]]:
     """Return the distinct (input, canonical text, finish) in order of appearance, and what can't be compared."""
-    answers: dict[Answer, None] = {}
+    answers: dict[DistinctAnswer, None] = {}
     dropped = []
     for r in responses:
         if r.canonical is None:
             row = {"task": r.task, "example": r.example, "wording": r.wording, "sample": r.sample, "text": r.text}
             dropped.append({"reason": "foreign_vocabulary", **row})
         else:
-            answers[Answer(r.task, r.example, r.canonical, r.finish)] = None
+            answers[DistinctAnswer(r.task, r.example, r.canonical, r.finish)] = None
     return list(answers), dropped
 
 
 def decide_by_rules(
-    answers: Iterable[Answer], examples: Mapping[ExampleKey, Example], gold: bool
-) -> tuple[dict[Answer, Verdict], list[Answer]]:
+    answers: Iterable[DistinctAnswer], examples: Mapping[ExampleKey, Example], gold: bool
+) -> tuple[dict[DistinctAnswer, Verdict], list[DistinctAnswer]]:
     """Return the verdicts that need no model, and the answers that do; without `gold` no match with gold is a rule."""
-    decided: dict[Answer, Verdict] = {}
+    decided: dict[DistinctAnswer, Verdict] = {}
     undecided = []
     for answer in answers:
         verdict = decide_by_rule(answer, examples[answer.task, answer.example].outputs if gold else ())
@@ -66,7 +65,7 @@ def decide_by_rules(
     return decided, undecided
 
 
-def decide_by_rule(answer: Answer, golds: Sequence[str]) -> Verdict | None:
+def decide_by_rule(answer: DistinctAnswer, golds: Sequence[str]) -> Verdict | None:
     """Return the verdict where no model is needed: empty, cut off, or an exact match (`golds` empty: no such rule)."""
     if not answer.text.strip():
         return _verdict(answer, 0, "empty")
@@ -77,7 +76,7 @@ def decide_by_rule(answer: Answer, golds: Sequence[str]) -> Verdict | None:
     return None
 
 
-def decide_by_scores(answer: Answer, scores: Mapping[str, float]) -> Verdict:
+def decide_by_scores(answer: DistinctAnswer, scores: Mapping[str, float]) -> Verdict:
     """Return the verdict from scores above thresholds: type below 0 gives 0, else correct gives 1 or 2.
 
     Without a score for correct the answer has another number of items than the gold answer: 1 at most.
@@ -91,12 +90,12 @@ def decide_by_scores(answer: Answer, scores: Mapping[str, float]) -> Verdict:
 
 
 def _verdict(
-    answer: Answer, reward: int, rule: str, type_score: float | None = None, correct_score: float | None = None
+    answer: DistinctAnswer, reward: int, rule: str, type_score: float | None = None, correct_score: float | None = None
 ) -> Verdict:
     return Verdict(answer.example, answer.task, answer.text, answer.finish, reward, rule, type_score, correct_score)
 
 
-def questions(task: Task, example: Example, text: str, table: JudgeTable) -> Asked:
+def questions(task: Task, example: Example, text: str, table: JudgeTable) -> PromptsByQuestion:
     """Return {question: prompts} for one answer; without gold the task's original wording stands in all of them.
 
     With gold and `item_separator` the answer is compared with the gold one item by item. Another number of items is
@@ -122,17 +121,17 @@ def split_items(text: str, separator: str) -> list[str]:
 
 
 def with_questions(
-    items: Iterable[Item], tasks: Mapping[str, Task], examples: Mapping[ExampleKey, Example], table: JudgeTable
-) -> list[tuple[Item, Asked]]:
+    items: Iterable[AnyAnswer], tasks: Mapping[str, Task], examples: Mapping[ExampleKey, Example], table: JudgeTable
+) -> list[tuple[AnyAnswer, PromptsByQuestion]]:
     """Return each answer with the prompts to ask about it."""
     return [(item, questions(tasks[item.task], examples[item.task, item.example], item.text, table)) for item in items]
 
 
 def decide_by_judge(
-    asked: Iterable[tuple[Answer, Asked]], scores: Scores, thresholds: Mapping[str, float]
-) -> tuple[dict[Answer, Verdict], list[dict[str, Any]]]:
+    asked: Iterable[tuple[DistinctAnswer, PromptsByQuestion]], scores: ScoreOf, thresholds: Mapping[str, float]
+) -> tuple[dict[DistinctAnswer, Verdict], list[dict[str, Any]]]:
     """Return the verdicts from the judge's scores, and rows of the answers with a prompt that was too long."""
-    decided: dict[Answer, Verdict] = {}
+    decided: dict[DistinctAnswer, Verdict] = {}
     dropped = []
     for answer, by_question in asked:
         above = {}
@@ -180,12 +179,14 @@ def plan_requests(
     return requests
 
 
-def all_prompts(by_question: Asked) -> Iterable[str]:
+def all_prompts(by_question: PromptsByQuestion) -> Iterable[str]:
     """Return the prompts of all questions about one answer."""
     return itertools.chain.from_iterable(by_question.values())
 
 
-def require_short(asked: Iterable[tuple[Item, Asked]], places: Mapping[str, str | None], max_tokens: int) -> None:
+def require_short(
+    asked: Iterable[tuple[AnyAnswer, PromptsByQuestion]], places: Mapping[str, str | None], max_tokens: int
+) -> None:
     """Raise UserError for the first answer with a prompt that does not fit (model.too_long = "error")."""
     for item, by_question in asked:
         if any(places[prompt] is None for prompt in all_prompts(by_question)):
@@ -217,8 +218,8 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, Any]:
 
 def count_judging(
     responses: Sequence[Response],
-    asked: Sequence[tuple[Answer, Asked]],
-    decided: Mapping[Answer, Verdict],
+    asked: Sequence[tuple[DistinctAnswer, PromptsByQuestion]],
+    decided: Mapping[DistinctAnswer, Verdict],
     dropped: Iterable[Mapping[str, Any]],
     num_questions: int,
     num_requests: int,

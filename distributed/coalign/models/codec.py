@@ -191,7 +191,7 @@ def check_lengths(lengths: Iterable[tuple[str, int]], max_tokens: int, policy: s
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class GeneratedIds:
     """Generated ids without the stop token; `finished` is False when the limit cut them off."""
 
     ids: list[int]

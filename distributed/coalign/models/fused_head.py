@@ -16,14 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-logger = logging.getLogger("coalign")
+from coalign.models.sizes import BLOCK_LOGITS_CPU, BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU, MIN_COLUMNS
 
-# Logits of a block: they stay in a CPU's cache; a GPU wants large products.
-BLOCK_LOGITS_CPU = 2**20
-BLOCK_LOGITS_GPU = 2**26
-# Logits that a GPU keeps for the backward pass, which computes the others again: there memory costs less than products.
-KEPT_LOGITS_GPU = 2**27
-MIN_COLUMNS = 64
+logger = logging.getLogger("coalign")
 
 
 def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from coalign.models.logprobs import Batch
 
 
 @dataclasses.dataclass
-class Row:
+class TokenRow:
     """A row of a batch while it is laid out: token ids, their positions, items and segments (see RowLayout)."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -32,7 +32,7 @@ class Row:
 
 
 def to_batch(
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     places: Sequence[tuple[int, int, int]],
     owner: Sequence[int],
     pad_id: int,
@@ -43,7 +43,7 @@ def to_batch(
     distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
     kept = int(distance_N.max())
 
-    def padded(values: Callable[[Row], list[int]], fill: int) -> Tensor:
+    def padded(values: Callable[[TokenRow], list[int]], fill: int) -> Tensor:
         return torch.tensor([[fill] * (width - len(row.ids)) + values(row) for row in rows])
 
     segments_BT, positions_BT = padded(lambda row: row.segments, -1), padded(lambda row: row.positions, 0)

@@ -282,3 +282,19 @@ def count_lora_parameters(shape: Shape, table: LoraTable) -> int:
         )
     wanted = {name.rpartition(".")[2] for name in table.target_modules} or names
     return shape.num_layers * sum(table.rank * (inputs + outputs) for name, inputs, outputs in layers if name in wanted)
+
+
+def shape_of(config: Any) -> Shape:
+    """Return the widths of a model of any family, as far as the memory of a pass depends on them."""
+    heads = config.num_attention_heads
+    return Shape(
+        name=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", 0),
+    )

@@ -10,12 +10,18 @@ import dataclasses
 
 from coalign.config import GenerationTable
 from coalign.models.shape import Shape, count_parameters
-from coalign.models.sizes import padded_slots
+from coalign.models.sizes import (
+    BLOCK_LOGITS_GPU,
+    PREFILL_TOKENS_GPU,
+    ROW_TOKENS_GPU,
+    VLLM_GPU_SHARE,
+    padded_slots,
+)
 
-PREFILL_TOKENS = 8192  # decoding.PREFILL_TOKENS_GPU
-SHARED_TOKENS = 1024  # likelihoods.ROW_TOKENS_GPU
-LOGITS = 2**26  # fused_head.BLOCK_LOGITS_GPU
-VLLM_SHARE = 0.9  # of a GPU, or of its part, that a vLLM worker takes
+GB = 10**9
+CONTEXT_BYTES = 1 * GB  # an assumption: CUDA's context, NCCL, kernels
+FRAGMENTATION = 0.1  # an assumption: what the allocator can't use, as a share of all but weights and states
+
 TOKENS_ON_CPU, LEAST_TOKENS, MOST_TOKENS = 16384, 4096, 65536  # in flight, where generation.batch_tokens is 0
 PROMPT_TOKENS, NEW_TOKENS = 96, 32  # of a row, assumed for it: the shorter rows are, the more of them need a choice
 
@@ -41,7 +47,7 @@ def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int
     rows = max(1, generation.batch_tokens // width)
     padded_rows, columns = padded_slots(rows, width + max(32, width // 4))
     slots = padded_rows * columns
-    entering = max(PREFILL_TOKENS, prompt_tokens)
+    entering = max(PREFILL_TOKENS_GPU, prompt_tokens)
     choice = (46 * rows + 2 * e * padded_rows) * shape.vocabulary
     per_token = forward_bytes(shape, e, width) + kv_bytes(shape, e)
     return slots * kv_bytes(shape, e) + entering * per_token + choice
@@ -50,12 +56,12 @@ def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int
 def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
     """Return what judging takes beside the weights: batch_tokens in rows that prompts share (likelihoods.py).
 
-    A row has SHARED_TOKENS, so the mask has as many entries a token. Logits exist in blocks of LOGITS (fused_head.py),
-    in e and in float32.
+    A row has ROW_TOKENS_GPU, so the mask has as many entries a token. Logits exist in blocks of
+    BLOCK_LOGITS_GPU (fused_head.py), in e and in float32.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
     tokens = max(generation.batch_tokens, width)
-    return tokens * forward_bytes(shape, e, max(width, SHARED_TOKENS)) + LOGITS * (e + 4)
+    return tokens * forward_bytes(shape, e, max(width, ROW_TOKENS_GPU)) + BLOCK_LOGITS_GPU * (e + 4)
 
 
 def tokens_in_flight(shape: Shape, dtype: str, free_bytes: float) -> int:
@@ -76,11 +82,13 @@ def generation_memory(
     e = element_bytes(generation.dtype)
     weights = Part("weights", e * count_parameters(shape), f"{e} bytes")
     if generation.engine == "vllm":
-        rest = VLLM_SHARE * gpu_bytes - CONTEXT_BYTES - weights.num_bytes
+        rest = VLLM_GPU_SHARE * gpu_bytes - CONTEXT_BYTES - weights.num_bytes
         least = float(kv_bytes(shape, e) * (prompt_tokens + new_tokens))  # without room for one row vLLM does not start
-        cache = Part("vLLM's cache", max(rest, least), f"what is left of {VLLM_SHARE:.0%} of the GPU")
+        cache = Part("vLLM's cache", max(rest, least), f"what is left of {VLLM_GPU_SHARE:.0%} of the GPU")
         free = Part(
-            "margin", CONTEXT_BYTES + (1 - VLLM_SHARE) * gpu_bytes, f"1 GB CUDA + {1 - VLLM_SHARE:.0%} left free"
+            "margin",
+            CONTEXT_BYTES + (1 - VLLM_GPU_SHARE) * gpu_bytes,
+            f"1 GB CUDA + {1 - VLLM_GPU_SHARE:.0%} left free",
         )
         return Memory((weights, cache, free))
     parts = [
@@ -99,15 +107,6 @@ def generation_memory(
         ),
     ]
     return Memory((*parts, margin(parts, ("weights",))))
-
-
-GB = 10**9
-
-
-CONTEXT_BYTES = 1 * GB  # an assumption: CUDA's context, NCCL, kernels
-
-
-FRAGMENTATION = 0.1  # an assumption: what the allocator can't use, as a share of all but weights and states
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def _option(default: Any, meaning: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Options:
+class MachineOptions:
     """What the words of the command say beside the config: the machine, the model's shape, what is assumed."""
 
     gpus: int = _option(0, f"GPUs there are (0: what [slurm] asks for, else train.ray_ranks, else {GPUS})")
@@ -54,15 +54,15 @@ def usage() -> str:
     lines = ["usage: python launch/plan.py [CONFIG.toml] [key=value ...] [--option value ...]", ""]
     lines += ["Prints what a run needs, from formulas: memory of a GPU, disk, tokens, FLOPs, hours. Runs nothing."]
     lines += ["Exit code 2 when it can't fit, with the smallest change that makes it fit.", "", "Options:"]
-    for field in dataclasses.fields(Options):
+    for field in dataclasses.fields(MachineOptions):
         default = "" if field.default in (0, "", False) else f" (default {field.default})"
         lines.append(f"  --{field.name.replace('_', '-'):17} {field.metadata['meaning']}{default}")
     return "\n".join([*lines, "", "Without a config: configs/default.toml. Keys: see the --help of the steps."])
 
 
-def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+def read_options(argv: Sequence[str]) -> tuple[MachineOptions, list[str]]:
     """Return the options and the words that are left. Raises UserError."""
-    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(Options)}
+    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(MachineOptions)}
     found: dict[str, Any] = {}
     words, rest = [], list(argv)
     while rest:
@@ -78,7 +78,7 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
             if not equals and not rest:
                 raise UserError(f"{name} needs a value, such as {name} {fields[name].default or 8}")
             found[fields[name].name] = _value(name, fields[name].default, value if equals else rest.pop(0))
-    options = Options(**{**({"gpus": found["ranks"]} if found.get("ranks") else {}), **found})
+    options = MachineOptions(**{**({"gpus": found["ranks"]} if found.get("ranks") else {}), **found})
     for name, share in (("--mfu", options.mfu), ("--generation-mfu", options.generation_mfu)):
         if share > 1:
             raise UserError(f"{name} {share:g} is a share of the GPU's peak; use 0.35 say")
@@ -87,7 +87,7 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     return options, words
 
 
-def find_gpus(options: Options, slurm: SlurmTable, train: TrainTable) -> tuple[Options, str]:
+def find_gpus(options: MachineOptions, slurm: SlurmTable, train: TrainTable) -> tuple[MachineOptions, str]:
     """Return the options with GPUs and ranks, and where their number is from: "" where it was given.
 
     Raises UserError when [slurm] asks for more ranks than GPUs.
@@ -112,7 +112,7 @@ def find_gpus(options: Options, slurm: SlurmTable, train: TrainTable) -> tuple[O
     return dataclasses.replace(options, gpus=gpus, ranks=ranks), f"{gpus} GPUs, {ranks} ranks (--gpus): {source}"
 
 
-def find_model(model: ModelTable, options: Options) -> tuple[Shape, str]:
+def find_model(model: ModelTable, options: MachineOptions) -> tuple[Shape, str]:
     """Return the model's shape and where it was found. Raises UserError where options contradict one another."""
     numbers = dataclasses.asdict(options)
     if not options.shape:

@@ -13,7 +13,7 @@ from typing import Any
 from coalign.models.shape import Shape, count_lora_parameters, count_parameters
 from coalign.models.worker_memory import CONTEXT_BYTES, GB, Memory, element_bytes, generation_memory, tokens_in_flight
 from coalign.planning.data_counts import Assumed, Counts, make_counts
-from coalign.planning.machine import Options, find_gpus, find_model
+from coalign.planning.machine import MachineOptions, find_gpus, find_model
 from coalign.planning.training_memory import Training, training_memory
 from coalign.planning.workload import Tables, row_widths
 from coalign.runs.run_folder import RunFolder
@@ -33,7 +33,7 @@ class Plan:
     shape: Shape
     source: str
     counts: Counts
-    options: Options
+    options: MachineOptions
     gpus_source: str = ""
     automatic_tokens: bool = False  # generation.batch_tokens is what a worker would take
 
@@ -54,7 +54,7 @@ class Plan:
         return wanted if wanted > 0 else 1.0
 
 
-def make_plan(tables: Tables, options: Options) -> Plan:
+def make_plan(tables: Tables, options: MachineOptions) -> Plan:
     """Return the plan of a configuration. Raises UserError when the model's shape can't be found, or contradicted."""
     model = tables.model
     shape, source = find_model(model, options)
@@ -221,7 +221,7 @@ def _needed(plan: Plan, changes: Changes) -> Changes:
     return changes
 
 
-def complaint(plan: Plan) -> str | None:
+def complaint_of_plan(plan: Plan) -> str | None:
     """Return why the plan can't be carried out and the smallest changes with which it can, or None."""
     said = []
     if not training_fits(plan):

@@ -113,7 +113,7 @@ def _assumptions(plan: Plan) -> list[str]:
     return ["assumed:", *(f"  - {line}" for line in lines)]
 
 
-def table_lines() -> list[str]:
+def sizing_lines() -> list[str]:
     """Return the sizing table as Markdown: the fewest GPUs that a training step fits, and the GB it takes of each."""
     lines = ["| model | method | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |", "|---|---|---|---|---|---|"]
     for name in TABLE_MODELS:

@@ -12,12 +12,11 @@ import dataclasses
 
 from coalign.config import ModelTable, TrainTable
 from coalign.models.shape import Shape, count_lora_parameters, count_parameters
+from coalign.models.sizes import BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU, MIN_COLUMNS
 from coalign.models.worker_memory import Memory, Part, element_bytes, margin
 
 BUCKET_ELEMENTS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters and sub_group_size
-BLOCK_LOGITS, KEPT_LOGITS = 2**26, 2**27  # fused_head.BLOCK_LOGITS_GPU, KEPT_LOGITS_GPU
-MIN_COLUMNS = 64  # fused_head.MIN_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,8 +170,8 @@ def head_bytes(plan: Training) -> float:
     trained = 0 if plan.model.lora.enabled else e * shape.vocabulary * shape.hidden
     if not shape.plain_head:
         return 2.0 * (e + 4) * positions * shape.vocabulary + trained
-    columns = min(shape.vocabulary, max(BLOCK_LOGITS // positions, MIN_COLUMNS))
-    kept = e * min(KEPT_LOGITS, positions * shape.vocabulary)
+    columns = min(shape.vocabulary, max(BLOCK_LOGITS_GPU // positions, MIN_COLUMNS))
+    kept = e * min(KEPT_LOGITS_GPU, positions * shape.vocabulary)
     return (2 * e + 4) * shape.hidden * positions + (2 * e + 4) * positions * columns + kept + trained
 
 

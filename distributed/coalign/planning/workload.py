@@ -24,12 +24,12 @@ from coalign.config import (
     TrainTable,
 )
 from coalign.models.shape import Shape, count_lora_parameters, count_parameters
+from coalign.models.sizes import PACK_ON_CPU
 from coalign.models.worker_memory import element_bytes
 from coalign.planning.data_counts import CHARACTERS_A_TOKEN, ROW_BYTES, Counts
 from coalign.prompts import NUM_VARIANTS
 from coalign.tables import SlurmTable
 
-PACK_TOKENS = 256  # what a token sees of a packed row, at most, where blocks are passed over (layouts.PACK_ON_CPU too)
 QUESTION_TOKENS = 60  # an assumption: a question to the judge, or for a rewrite, without what is asked about
 
 
@@ -73,9 +73,10 @@ def group_size(tables: Tables) -> int:
 def pack_width(train: TrainTable) -> int:
     """Return the tokens whose attention is computed in a row that items share.
 
-    Where the device decides, a GPU passes over the blocks in which nobody sees anybody: PACK_TOKENS are near the truth.
+    Where the device decides, a GPU skips the blocks in which no token sees another: PACK_ON_CPU tokens are near the
+    truth.
     """
-    return min(PACK_TOKENS if train.pack_tokens < 0 else train.pack_tokens, train.micro_batch_tokens)
+    return min(PACK_ON_CPU if train.pack_tokens < 0 else train.pack_tokens, train.micro_batch_tokens)
 
 
 def row_widths(tables: Tables, counts: Counts) -> dict[str, int]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coalign.report.terminal import shorten
+from coalign.report.formatting import shorten
 
 MAX_WORDING = 240  # characters
 MAX_ROWS, MIN_ROWS = 60, 20  # wordings of an input, on a page of all inputs and of few

@@ -17,13 +17,13 @@ import numpy as np
 from coalign.evaluation.grids import EXTREMES
 from coalign.evaluation.intervals import MIN_TASKS_BOOTSTRAP, TaskSample, estimate, two_level_bootstrap
 from coalign.evaluation.metrics import FloatArray
-from coalign.experiment.results import CONSISTENCY, TaskScores, read_scores, seed_values
+from coalign.evaluation.scores import CR_METRICS, TaskScores, read_scores, seed_values
 from coalign.process import derive_seed
 from coalign.report import charts, run_history
 from coalign.report.charts import Dot
 from coalign.report.figures import Figure, describe
+from coalign.report.formatting import label
 from coalign.report.page import environment
-from coalign.report.terminal import label
 from coalign.runs.atomic_files import write_atomic
 from coalign.steps import STEP_TABLES
 
@@ -125,7 +125,7 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _unknown_tables(steps: Sequence[run_history.Step], missing: Sequence[str]) -> set[str]:
+def _unknown_tables(steps: Sequence[run_history.StepRecord], missing: Sequence[str]) -> set[str]:
     """Return the tables that only steps have had whose folders are gone."""
     gone = {line.partition(":")[0].rpartition("/")[2] for line in missing}
     known = {table for step in ("eval", *(step.name for step in steps)) for table in STEP_TABLES[step]}
@@ -188,7 +188,7 @@ def resampled_differences(
     if [task.num_inputs for task in tasks] != sizes:
         return {}, f"{by_t}: the inputs in both scores.jsonl are not the same"
     drawn: dict[tuple[str, str, str], FloatArray] = {}
-    for group in (CONSISTENCY, tuple(key for key in ROWS if key not in (*CONSISTENCY, *EXTREMES))):
+    for group in (CR_METRICS, tuple(key for key in ROWS if key not in (*CR_METRICS, *EXTREMES))):
         columns = [(one, other, key) for one, other in names for key in group]
         samples = [sample for task in tasks if (sample := _difference_sample(task, columns)).num_inputs]
         if len(samples) >= MIN_TASKS_BOOTSTRAP:
@@ -202,7 +202,7 @@ def resampled_differences(
 
 def _difference_sample(task: TaskScores, columns: Sequence[tuple[str, str, str]]) -> TaskSample:
     """Return the differences (model, model, metric) of a task as a statistic of the weights of its inputs."""
-    consistent = columns[0][2] in CONSISTENCY
+    consistent = columns[0][2] in CR_METRICS
     chosen = np.flatnonzero(task.in_cr() if consistent else np.ones(task.num_inputs, bool))
 
     def statistic(weights_BJ: FloatArray) -> FloatArray:

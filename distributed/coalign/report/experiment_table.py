@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coalign.records import Row
+
 HEADS = {
     "accuracy": "accuracy",
     "cr": "CR",
@@ -21,8 +23,6 @@ SETS = {"all": "all tasks", "seen": "seen tasks", "unseen": "unseen tasks"}
 DRAWN = ("accuracy", "cr")
 # Okabe and Ito's colours, which also differ in lightness; a seed is told from a mean by its shape as well.
 MEAN, SEED, LINE = "#0072B2", "#D55E00", "#999999"
-
-Row = dict[str, Any]
 
 
 def number(value: float | None, signed: bool = False) -> str:

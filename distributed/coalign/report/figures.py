@@ -13,7 +13,7 @@ from typing import Any
 from coalign.experiment.arms import ARMS, COMPARISONS
 from coalign.report import charts, run_history
 from coalign.report.charts import GREY, MAX_DOTS, MAX_ROWS, SERIES, Arrow, Curve, Dot
-from coalign.report.terminal import MORE, label, number
+from coalign.report.formatting import MORE, label, number
 
 Metrics = Mapping[str, Any]
 OUTCOME_PARTS = {"always_right": SERIES[0], "always_wrong_alike": SERIES[1], "inconsistent": GREY, "mixed": SERIES[3]}
@@ -264,7 +264,7 @@ _BOTH = [
 ]  # fmt: skip
 
 
-def training_figures(step: run_history.Step) -> list[Figure]:
+def training_figures(step: run_history.StepRecord) -> list[Figure]:
     """Return the curves of a training stage: those of the quantities that were logged."""
     logged = run_history.training_curves(step)
     found = []

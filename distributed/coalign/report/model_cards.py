@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from coalign.commandline import toml_value
-from coalign.config import differing_values
+from coalign.config_values import differing_values
 from coalign.experiment.arms import ARMS
 from coalign.process import world_size
 from coalign.runs.atomic_files import write_atomic

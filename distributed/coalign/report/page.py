@@ -17,26 +17,25 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from coalign.evaluation.metrics_file import METRICS_FILE
 from coalign.records import ASTRAY
 from coalign.report import charts, figures, run_history
 from coalign.report.case_tables import MAX_WORDING, OUTCOME_NAMES, case_values, chosen_words, scaled_cases
-from coalign.report.run_history import Step
-from coalign.report.terminal import (
+from coalign.report.formatting import (
     HEADLINE,
-    METRICS,
     MORE,
     REPORT,
     SETS,
-    constant_sentence,
     differences_of,
     estimates_of,
     label,
     number,
     shorten,
     task_sets,
-    text_report,
     with_interval,
 )
+from coalign.report.run_history import StepRecord
+from coalign.report.terminal import constant_sentence, text_report
 from coalign.runs.atomic_files import write_atomic, write_json
 from coalign.steps import TRAINING_STEPS
 
@@ -51,7 +50,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 def write_results(folder: Path, metrics: dict[str, Any]) -> list[str]:
     """Write metrics.json and the page into an eval folder and return everything that eval prints."""
-    write_json(folder / METRICS, metrics)
+    write_json(folder / METRICS_FILE, metrics)
     return [*text_report(metrics), "", f"report: {write_page(folder, metrics)}"]
 
 
@@ -64,7 +63,10 @@ def write_page(folder: Path, metrics: dict[str, Any]) -> Path:
 
 
 def render_page(
-    metrics: dict[str, Any], steps: Sequence[Step] = (), missing: Sequence[str] = (), own: Step | None = None
+    metrics: dict[str, Any],
+    steps: Sequence[StepRecord] = (),
+    missing: Sequence[str] = (),
+    own: StepRecord | None = None,
 ) -> str:
     """Return the page: one file of at most MAX_BYTES, no network, every text escaped; `own` is eval's own step.
 
@@ -127,7 +129,7 @@ def css_string(text: str) -> Markup:
 
 
 def page_values(
-    metrics: dict[str, Any], steps: Sequence[Step], missing: Sequence[str], own: Step | None
+    metrics: dict[str, Any], steps: Sequence[StepRecord], missing: Sequence[str], own: StepRecord | None
 ) -> dict[str, Any]:
     """Return everything that the template shows, pictures drawn."""
     settings = run_history.changed_settings(steps, metrics)
@@ -287,7 +289,7 @@ def extreme_wordings(metrics: Metrics) -> list[dict[str, Any]]:
 # How the data fared
 
 
-def step_title(step: Step) -> str:
+def step_title(step: StepRecord) -> str:
     """Return a heading for a step: its stage, and its round beyond the first."""
     names = {
         "sft": "Stage 1: fine-tuning on paraphrases",
@@ -299,7 +301,7 @@ def step_title(step: Step) -> str:
     return names[step.name] + (f", {part.replace('round', 'round ')}" if part else "")
 
 
-def data_stories(steps: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
+def data_stories(steps: Sequence[StepRecord]) -> dict[str, list[dict[str, Any]]]:
     """Return for each step before training what became of the data, a list of rounds."""
     return {
         "prepare": [

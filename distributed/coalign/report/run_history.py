@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from coalign.commandline import toml_value
-from coalign.config import default_values
-from coalign.records import read_rows
+from coalign.config_values import default_values
+from coalign.records import Row, read_rows
 from coalign.runs.digests import digest_outputs
 from coalign.runs.step_folder import label_of, read_manifest
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
@@ -27,11 +27,9 @@ MAX_POINTS = 150  # of a curve; more updates are averaged in as many bins
 JUDGED = ("correct", "item_count", "type")  # rules by which the model itself has decided, see judging.py
 _PLACES = ("run.folder", "run.name", "run.inputs", "run.round", "eval.folder")
 
-Row = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class StepRecord:
     """A complete step: its label (sft, round2/align), where it lies and its manifest."""
 
     label: str
@@ -50,7 +48,7 @@ class Step:
         return counts
 
 
-def find_steps(folder: Path, metrics: Mapping[str, Any]) -> tuple[list[Step], list[str]]:
+def find_steps(folder: Path, metrics: Mapping[str, Any]) -> tuple[list[StepRecord], list[str]]:
     """Return the steps that the results in an eval folder were made from, and what is missing, a line each.
 
     They are looked for beside the eval folder and where eval has found them. Without the digests of an older
@@ -68,7 +66,7 @@ def find_steps(folder: Path, metrics: Mapping[str, Any]) -> tuple[list[Step], li
         manifests = [(place, _manifest(place)) for place in there]
         whole = [(place, manifest) for place, manifest in manifests if manifest and manifest.get("digest") == digest]
         if whole:
-            found.append(Step(label, *whole[0]))
+            found.append(StepRecord(label, *whole[0]))
         elif there:
             missing.append(f"{label}: what lies in {there[0]} is not what these results were made from")
         else:
@@ -83,7 +81,7 @@ def _manifest(folder: Path) -> Row | None:
         return None
 
 
-def own_step(folder: Path) -> Step | None:
+def own_step(folder: Path) -> StepRecord | None:
     """Return eval's own step; while it isn't complete, with what it has read and written so far."""
     manifest = _manifest(folder)
     if manifest is None:
@@ -92,7 +90,7 @@ def own_step(folder: Path) -> Step | None:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         manifest = {"inputs": inputs, "outputs": digest_outputs(folder), "counts": {}}
-    return Step("eval", folder, manifest)
+    return StepRecord("eval", folder, manifest)
 
 
 def _order(label: str) -> tuple[str, int]:
@@ -107,12 +105,12 @@ def made_elsewhere(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in paths.items() if Path(value).name in TRAINING_STEPS}
 
 
-def of_step(steps: Sequence[Step], name: str) -> list[Step]:
+def of_step(steps: Sequence[StepRecord], name: str) -> list[StepRecord]:
     """Return the steps of one name, of every round."""
     return [step for step in steps if step.name == name]
 
 
-def dropped_by_reason(step: Step) -> list[Row]:
+def dropped_by_reason(step: StepRecord) -> list[Row]:
     """Return for each reason how much was dropped, with a few examples: {reason, count, examples}."""
     counts: dict[str, int] = defaultdict(int)
     examples: dict[str, list[Row]] = defaultdict(list)
@@ -128,7 +126,7 @@ def dropped_by_reason(step: Step) -> list[Row]:
     ]
 
 
-def kept_wordings(step: Step) -> list[Row]:
+def kept_wordings(step: StepRecord) -> list[Row]:
     """Return a few of the wordings that the model wrote and that were kept, in hash order and of other tasks each."""
     path = step.folder / "wordings.jsonl"
     rows = [row for _, row in read_rows(path)] if path.is_file() else []
@@ -139,7 +137,7 @@ def kept_wordings(step: Step) -> list[Row]:
     return list(first_of.values())[:NUM_EXAMPLES]
 
 
-def own_answers(step: Step) -> Row | None:
+def own_answers(step: StepRecord) -> Row | None:
     """Return how many of the model's own answers that equal no gold answer were judged, and how many got reward 2.
 
     None without gold answers: which ones equal them is then not known.
@@ -151,7 +149,7 @@ def own_answers(step: Step) -> Row | None:
     return {"judged": judged, "correct": rewards["2"] - rules.get("exact_match", 0)}
 
 
-def training_curves(step: Step) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def training_curves(step: StepRecord) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return {"train" | "dev": {quantity: [(update, value), ...]}}, long curves averaged in MAX_POINTS bins."""
     path = step.folder / "metrics.jsonl"
     found: dict[str, dict[str, list[tuple[float, float]]]] = {"train": defaultdict(list), "dev": defaultdict(list)}
@@ -183,7 +181,7 @@ class Setting:
         return json.loads(max(self.values, key=lambda text: len(self.values[text])))
 
 
-def changed_settings(steps: Sequence[Step], metrics: Mapping[str, Any]) -> list[Setting]:
+def changed_settings(steps: Sequence[StepRecord], metrics: Mapping[str, Any]) -> list[Setting]:
     """Return the settings of all steps that differ from the built-in defaults, with those of eval.
 
     Manifests hold the keys that decide a result; eval's own metrics the others of its tables as well.
@@ -218,7 +216,7 @@ def config_file(settings: Sequence[Setting]) -> str:
     return "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items())
 
 
-def commands(steps: Sequence[Step], settings: Sequence[Setting], metrics: Mapping[str, Any]) -> list[str]:
+def commands(steps: Sequence[StepRecord], settings: Sequence[Setting], metrics: Mapping[str, Any]) -> list[str]:
     """Return the command of every step, to be given the settings as run.toml; steps of other runs are named."""
     borrowed = metrics["settings"].get("run.inputs", {})
     last_round = metrics["settings"].get("run.round", 1)
@@ -242,7 +240,7 @@ def commands(steps: Sequence[Step], settings: Sequence[Setting], metrics: Mappin
     return lines
 
 
-def times(steps: Sequence[Step], metrics: Mapping[str, Any], own: Step | None = None) -> list[Row]:
+def times(steps: Sequence[StepRecord], metrics: Mapping[str, Any], own: StepRecord | None = None) -> list[Row]:
     """Return what each step has used, as eval wrote it down, with when it was finished where its folder is here.
 
     Eval's own row is from metrics.json, of older ones from its manifest, `own`.
@@ -263,7 +261,7 @@ def times(steps: Sequence[Step], metrics: Mapping[str, Any], own: Step | None = 
     return rows
 
 
-def digests(steps: Sequence[Step]) -> list[Row]:
+def digests(steps: Sequence[StepRecord]) -> list[Row]:
     """Return what each step has read from outside the run and what it wrote, by SHA-256: {step, file, digest}."""
     names = set(STEP_TABLES) | {"policy"}
     rows = []

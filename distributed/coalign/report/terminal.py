@@ -5,95 +5,27 @@ Used by page.py, comparison.py and launch/report.py. Knows no model and computes
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from coalign.errors import UserError
+from coalign.report.formatting import (
+    HEADLINE,
+    MORE,
+    SETS,
+    aligned,
+    differences_of,
+    estimates_of,
+    label,
+    number,
+    shorten,
+    task_sets,
+    with_interval,
+)
 
-METRICS = "metrics.json"
-REPORT = "report.html"
-HEADLINE = {
-    "cr": "CR",
-    "corrected_cr": "corrected CR",
-    "mcr": "MCR",
-    "accuracy": "accuracy",
-    "rouge_l": "ROUGE-L",
-    "worst_wording": "worst wording",
-}
-MORE = {
-    "expected_cr": "expected CR",
-    "always_right": "always right",
-    "always_wrong_alike": "always wrong alike",
-    "inconsistent": "inconsistent",
-    "mixed": "mixed",
-    "rouge_1": "ROUGE-1",
-    "spread": "spread",
-}
-SETS = {"": "all tasks", "seen": "seen tasks", "unseen": "unseen tasks"}
 NUM_PRINTED = 5  # inconsistent inputs on the terminal; the page shows all
-_SHORT = 70
-
-
-def number(value: float | None, *, signed: bool = False) -> str:
-    """Return a share with three digits, a dash for null."""
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
-
-
-def with_interval(estimate: dict[str, Any] | None, *, signed: bool = False) -> str:
-    """Return "mean [low, high]", without the bracket where there is no interval."""
-    if estimate is None:
-        return "–"
-    text = number(estimate["mean"], signed=signed)
-    if estimate["low"] is None:
-        return text
-    return f"{text} [{number(estimate['low'], signed=signed)}, {number(estimate['high'], signed=signed)}]"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows as lines of columns, the first left and the others right aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def label(metrics: dict[str, Any], name: str) -> str:
-    """Return what to call a model: the paper's name of a stage of the run, the name in eval.models of any other."""
-    labels: dict[str, str] = metrics.get("labels", {})
-    return labels.get(name, name)
 
 
 def _difference(metrics: dict[str, Any], row: dict[str, Any]) -> str:
     return f"{label(metrics, row['b'])} - {label(metrics, row['a'])}"
-
-
-def task_sets(metrics: dict[str, Any]) -> list[str]:
-    """Return the keys of SETS to show: seen and unseen apart only where there are both."""
-    both = 0 < metrics["num_seen_tasks"] < metrics["num_tasks"]
-    return list(SETS) if both else [""]
-
-
-def estimates_of(metrics: dict[str, Any], name: str, which: str) -> dict[str, Any]:
-    """Return a model's estimates over one of SETS."""
-    model: dict[str, Any] = metrics["models"][name]
-    chosen: dict[str, Any] = model[which] if which else model
-    return chosen
-
-
-def differences_of(metrics: dict[str, Any], which: str) -> list[dict[str, Any]]:
-    """Return the paired differences over one of SETS, a row a pair of models: {a, b, metric: estimate, ...}."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in metrics[f"differences_{which}" if which else "differences"]:
-        rows.setdefault((row["a"], row["b"]), {"a": row["a"], "b": row["b"]})[row["metric"]] = row
-    return list(rows.values())
 
 
 def headline_lines(metrics: dict[str, Any]) -> list[str]:
@@ -185,12 +117,6 @@ def cost_lines(metrics: dict[str, Any]) -> list[str]:
     return ["", *aligned(rows)] if metrics["cost"] else []
 
 
-def shorten(text: str, limit: int = _SHORT) -> str:
-    """Return a text on one line, cut with an ellipsis."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def inconsistent_lines(metrics: dict[str, Any], limit: int = NUM_PRINTED) -> list[str]:
     """Return the most inconsistent inputs with their distinct answers, shortened."""
     rows = metrics["most_inconsistent"]
@@ -211,40 +137,6 @@ def inconsistent_lines(metrics: dict[str, Any], limit: int = NUM_PRINTED) -> lis
 def text_report(metrics: dict[str, Any]) -> list[str]:
     """Return everything that eval prints."""
     return [*headline_lines(metrics), *more_lines(metrics), *cost_lines(metrics), *inconsistent_lines(metrics)]
-
-
-def read_metrics(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the eval folder of a run (or the folder itself) and its metrics. Raises UserError when there are none."""
-    for place in (folder / "eval", folder):
-        path = place / METRICS
-        if path.is_file():
-            try:
-                metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: malformed JSON ({error}); run eval again") from error
-            if not isinstance(metrics, dict) or "models" not in metrics:
-                raise UserError(f"{path} was not written by eval; name a run whose eval step is complete")
-            return place, metrics
-    if together := _evaluated_together(folder.resolve()):
-        raise UserError(
-            f"{folder} has no eval of its own; this arm was evaluated together with the others:"
-            f" {shlex.join(['python', 'launch/report.py', str(together)])}"
-        )
-    raise UserError(
-        f"{folder} holds neither eval/{METRICS} nor {METRICS}; run its eval step first: python launch/eval.py"
-    )
-
-
-def _evaluated_together(folder: Path) -> Path | None:
-    """Return the eval folder beside a run that has a model of the run's name, the smallest name first."""
-    for path in sorted(folder.parent.glob(f"eval*/{METRICS}")):
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(metrics, dict) and folder.name in metrics.get("models", ()):
-            return path.parent
-    return None
 
 
 def compare_lines(runs: dict[str, dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coalign.process import SCRIPT, run_command
+from coalign.recipe import SCRIPT, run_command
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
 from coalign.steps import ENCODE

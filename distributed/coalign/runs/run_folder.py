@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from coalign.config import RunTable
+from coalign.config import ModelTable, RunTable
 from coalign.errors import UserError
 from coalign.process import rank
 from coalign.runs.step_folder import StepFolder, read_manifest, require_complete
@@ -83,3 +83,14 @@ class RunFolder:
             logger.info("%s is complete in %s; nothing to do", name, step.path)
             return None
         return step
+
+
+def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
+    """Return the folder or hub name of the model that everything starts from."""
+    if model.init == "random":
+        return str(prepare_folder / "model")
+    if not model.path:
+        raise UserError(
+            'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'
+        )
+    return model.path

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import coalign
-from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.runs.atomic_files import write_json, write_rows
 from coalign.runs.digests import digest_folder, digest_outputs, digest_value
@@ -77,17 +76,6 @@ def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
                     f" remove {folder} and run its step again, or use another run.name"
                 )
     return {label: digest for label, (digest, _) in found.items()}
-
-
-def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
-    """Return the folder or hub name of the model that everything starts from."""
-    if model.init == "random":
-        return str(prepare_folder / "model")
-    if not model.path:
-        raise UserError(
-            'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'
-        )
-    return model.path
 
 
 class StepFolder:

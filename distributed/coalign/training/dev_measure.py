@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from coalign.config import TrainTable
-from coalign.models.codec import Answer, Codec
+from coalign.models.codec import Codec, GeneratedIds
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
 from coalign.models.rows import TokenIds, left_pad
 from coalign.process import rank, world_size
 from coalign.records import Example, Wording
 from coalign.text import normalise_answer, unit_hash
-from coalign.training.layout_checks import Engine
+from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, collate
 from coalign.training.training_rows import Encoder
 from coalign.wordings.wordings import canonical_answer
@@ -151,7 +151,7 @@ def greedy_in_step(
     max_new_tokens: int,
     codec: TokenIds,
     any_rank: Callable[[bool], bool],
-) -> list[Answer]:
+) -> list[GeneratedIds]:
     """Return greedy answers without a cache, every rank making the same number of forward passes.
 
     For the dev measurement inside training, where the model may be sharded over the ranks: `any_rank(flag)` tells
@@ -168,4 +168,4 @@ def greedy_in_step(
                 rows[index].append(token)
         if not any_rank(not all(finished)):
             break
-    return [Answer(row[len(p) :], done) for row, p, done in zip(rows, prompts, finished, strict=True)]
+    return [GeneratedIds(row[len(p) :], done) for row, p, done in zip(rows, prompts, finished, strict=True)]

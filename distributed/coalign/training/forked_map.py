@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from coalign.process import exit_with_parent, progress_bar
+from coalign.recipe import exit_with_parent, progress_bar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

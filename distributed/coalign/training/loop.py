@@ -7,10 +7,8 @@ a stage is its items and its objective.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,20 +21,18 @@ from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.logprobs import token_logps
 from coalign.process import Preemption, rank, world_size
-from coalign.runs.digests import digest_file
-from coalign.training.layout_checks import Engine, batch_of, pack_budget
-from coalign.training.micro_batches import Item, micro_batches
+from coalign.training.checkpoints import _resume, _rotate
+from coalign.training.engine import Engine
+from coalign.training.micro_batches import Item, batch_of, micro_batches, pack_budget
 from coalign.training.objectives import Objective
 from coalign.training.token_files import as_rows
 from coalign.training.training_log import TrainingLog
 
 logger = logging.getLogger("coalign")
 
-CHECKPOINT_META = "checkpoint.json"
-
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A whole training run: items in the order they are consumed, `batch_items` an update."""
 
     items: Sequence[Item]
@@ -69,7 +65,7 @@ def learning_rate_at(step: int, num_steps: int, highest: float, settings: TrainT
 
 def train(
     engine: Engine,
-    plan: Plan,
+    plan: TrainingPlan,
     objective: Objective,
     settings: TrainTable,
     log: LogTable,
@@ -204,45 +200,3 @@ def _watch_best(seen: list[float], now: float | None) -> list[float]:
     if latest < first - 1.0 <= seen[1]:
         logger.warning("warning: the log-prob of best responses fell from %.3f to %.3f a token", first, latest)
     return [first, latest]
-
-
-def _resume(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Load the newest checkpoint whose files are all whole and return its state; say which were passed over."""
-    for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
-        complaint = _complaint(checkpoint)
-        if engine.mean([float(complaint is not None)])[0] > 0:
-            logger.warning("checkpoint %s is passed over: %s", checkpoint, complaint or "not whole on another rank")
-            continue
-        state = engine.restore(checkpoint)
-        logger.info("resuming after update %d from %s", state["step"], checkpoint)
-        return state
-    return {"step": 0, "tokens": 0.0, "first_measure": None, "p_best": []}
-
-
-def _complaint(checkpoint: Path) -> str | None:
-    try:
-        meta = json.loads((checkpoint / CHECKPOINT_META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{CHECKPOINT_META} is missing or cut short"
-    if rank() != 0:
-        return None  # one reader is enough to digest the files
-    for name, digest in meta["files"].items():
-        path = checkpoint / name
-        if not path.exists():
-            return f"{name} is missing"
-        if digest_file(path) != digest:
-            return f"{name} is damaged"
-    return None
-
-
-def _rotate(newest: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints; called after `newest` was written and digested.
-
-    What lies beyond it was passed over as damaged, and is removed too.
-    """
-    if rank() == 0:
-        found = sorted(newest.parent.glob("step_*"))
-        kept = [path for path in found if path.name <= newest.name][-keep_last:]
-        for old in found:
-            if old not in kept:
-                shutil.rmtree(old, ignore_errors=True)

@@ -13,8 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from coalign.models.logprobs import Batch
-from coalign.models.rows import Row, best_fit, to_batch
+from coalign.config import TrainTable
+from coalign.models.attention import uses_blocks
+from coalign.models.logprobs import Batch, to_device
+from coalign.models.rows import TokenRow, best_fit, to_batch
+from coalign.models.sizes import PACK_ON_CPU, PACK_UNDER_MASK
+from coalign.process import world_size
+from coalign.training.engine import Engine
+
+# Padding of a micro-batch, in tokens or as a share of it: what one micro-batch more would cost.
+PADDING_ON_CPU, PADDING_SHARE_ON_GPU = 64, 1 / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +65,14 @@ def collate(
     positions restarting after the prompt; without it every response is an item with a prompt of its own.
     `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
     """
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     places: list[tuple[int, int, int]] = []  # row, place in it, target
     owner: list[int] = []
     parts = [(i.prompt, rs) for i in items for rs in ([i.responses] if shared_prefix else [(r,) for r in i.responses])]
     row_starts = set(itertools.accumulate(items_per_row or [1] * len(parts), initial=0))
     for index, (prompt, responses) in enumerate(parts):
         if index in row_starts:
-            rows.append(Row())
+            rows.append(TokenRow())
         row = rows[-1]
         row.append(prompt, 0, index, 0)
         last = len(row.ids) - 1  # the prompt's last token predicts every response's first
@@ -184,3 +192,28 @@ def permutations(num_items: int, seed: int) -> Iterator[int]:
     """Yield indices without end: one seeded permutation of all items after another."""
     for epoch in itertools.count():
         yield from np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_items).tolist()
+
+
+def pack_budget(engine: Engine, settings: TrainTable) -> tuple[int, int]:
+    """Return how many tokens of a row items may share, and how many of a micro-batch may be padding.
+
+    Blocks make a row of a whole micro-batch as cheap as its items alone; under a dense mask rows stay narrow.
+    """
+    whole = settings.micro_batch_tokens
+    if engine.device.type == "cpu":
+        widest, padding = PACK_ON_CPU, PADDING_ON_CPU * world_size()
+    else:
+        widest, padding = PACK_UNDER_MASK, round(whole * PADDING_SHARE_ON_GPU)
+    if settings.pack_tokens >= 0:
+        widest = settings.pack_tokens
+    if settings.pack_tokens and uses_blocks(engine.model):
+        widest = whole
+    return min(widest, whole), padding
+
+
+def batch_of(
+    engine: Engine, part: MicroBatch, filler: Item, pad_id: int, shared_prefix: bool
+) -> tuple[Batch, tuple[Item, ...]]:
+    """Return a micro-batch on the device and its items; where nothing is left, `filler` for the collectives' sake."""
+    items = part.items or (filler,)
+    return to_device(collate(items, pad_id, shared_prefix, part.items_per_row), engine.device), items

@@ -28,8 +28,8 @@ from coalign.wordings.wordings import expected_answer, render_prompt
 
 logger = logging.getLogger("coalign")
 
-Dropped = dict[str, str | int]
-Reported = dict[tuple[str, str], Dropped]
+DroppedRow = dict[str, str | int]
+Reported = dict[tuple[str, str], DroppedRow]
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ class Encoder:
         for key, row in dropped.items():
             self.dropped.setdefault(key, row)
 
-    def report(self) -> list[Dropped]:
+    def report(self) -> list[DroppedRow]:
         """Log and return what was left out."""
         for reason in sorted({reason for _, reason in self.dropped}):
             logger.info("%d rows left out: %s", sum(r == reason for _, r in self.dropped), reason)

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 from coalign.config import ParaphraseTable
 from coalign.errors import UserError
-from coalign.prompts import parse_paraphrase
 from coalign.records import Task, Wording
 from coalign.text import normalise_input
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
-from coalign.wordings.rewrites import Reason, check_rewrite
+from coalign.wordings.rewrites import Reason, check_rewrite, parse_paraphrase
 from coalign.wordings.wording_files import WordingFiles
 from coalign.wordings.wordings import (
     FILE_PREFIX,

@@ -13,6 +13,20 @@ from coalign.config import ParaphraseTable
 from coalign.text import normalise_answer, normalise_input, words
 from coalign.wordings.near_repeats import NearRepeats, repeats
 
+# An opening must speak of the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
+_POLITENESS = r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b\s*[,.!:]*\s*)"
+_ABOUT = r"\b(?:rewrit\w*|paraphras\w*|reword\w*|rephras\w*|(?:new|another|alternative|different) \w+)\b"
+_HERE = rf"here(?:['’]s|\s+(?:is|are))\b[^\n:]{{0,60}}?(?:{_ABOUT}[^\n:]{{0,60}})|here (?:it is|is it|you go)"
+_CAPTION = (
+    r"(?:the |my |a |one |possible )?(?:rewritten|paraphrased|reworded|rephrased|new)"
+    r" (?:instruction|version|text|wording)[^\n:]{0,30}|(?:instruction|paraphrase|rewrite|rewritten)\s*(?:\d{1,2})?"
+)
+_OPENING_INLINE = re.compile(rf"^{_POLITENESS}?(?:{_HERE}|{_CAPTION})\s*:\s*", re.IGNORECASE)
+_POLITE = re.compile(r"^(?:sure|certainly|of course|absolutely|okay|ok)\s*[!.,]*$", re.IGNORECASE)
+_NUMBERING = re.compile(r"^(?:\(?\d{1,2}[.):]|[-*•])\s+")
+_EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>.+)\1$")
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
+
 Reason = Literal[
     "empty",
     "cut_off",
@@ -131,3 +145,33 @@ def _names(text: str, label: str) -> bool:
     pattern = r"\s+".join(map(re.escape, words_of_label))
     flags = 0 if len(label.strip()) == 1 else re.IGNORECASE
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, flags) is not None
+
+
+def parse_paraphrase(text: str) -> str:
+    """Return the first proper line of an answer to `paraphrase_prompt`, "" if there is none.
+
+    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are taken off.
+    """
+    for raw in text.splitlines():
+        line = raw.strip()
+        if not line or line.startswith("```") or _POLITE.match(line):
+            continue
+        parsed = _bare(line)
+        if parsed:
+            return parsed
+    return ""
+
+
+def _bare(line: str) -> str:
+    """Strip what stands around a rewrite until nothing more comes off."""
+    while True:
+        before = line
+        line = _NUMBERING.sub("", line, count=1).strip()
+        line = _OPENING_INLINE.sub("", line, count=1).strip()
+        if emphasis := _EMPHASIS.match(line):
+            line = emphasis["inner"].strip()
+        # Only a pair that encloses the whole line: 'Say "yes" or "no"' keeps its quotation marks.
+        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
+            line = line[1:-1].strip()
+        if line == before:
+            return line

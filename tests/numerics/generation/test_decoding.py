@@ -24,9 +24,10 @@ from coalign.generation.kv_cache import SlotCache, has_plain_cache
 from coalign.generation.sampling import Sampling, pick_tokens
 from coalign.generation.transformers_worker import GenerateWorker, ScoreWorker
 from coalign.models import worker_memory
-from coalign.models.codec import Answer
+from coalign.models.codec import GeneratedIds
 from coalign.models.random_model import make_random_model
 from coalign.models.rows import left_pad
+from coalign.models.shape import shape_of
 from coalign.process import derive_seed
 from coalign.training.dev_measure import greedy_in_step
 from numerics.tiny import FAMILIES, network, random_ids
@@ -144,7 +145,7 @@ def test_samples_that_share_a_prompt_equal_samples_that_copy_it(
     seeds = [[derive_seed("share", n, k) for k in range(count)] for n, count in enumerate(counts)]
     assert cascades_exactly(model, codec)
 
-    def answers() -> list[list[Answer]]:
+    def answers() -> list[list[GeneratedIds]]:
         return decode(model, prompts, seeds, Sampling(12, 1.5), codec, max_tokens)
 
     shared = answers()
@@ -519,7 +520,7 @@ def test_a_score_worker_keeps_order_and_keys(folder: str) -> None:
 def test_a_gpu_holds_as_many_tokens_as_fit_half_of_what_is_free(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widths that decide are read from the config of any family; a part of a GPU counts as a part."""
     model = network(family, torch.float32)
-    shape = transformers_worker.shape_of(model.config.get_text_config())
+    shape = shape_of(model.config.get_text_config())
     keys = model.config.num_hidden_layers, shape.kv_width
     cache = DynamicCache()
     model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)

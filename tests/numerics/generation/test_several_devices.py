@@ -23,7 +23,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     table = RandomTable(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, context=64)
     make_random_model(folder / "tokenizer", ["some words to learn from"], table, 1)
     script = Path(__file__).parents[1].joinpath("several_devices.py")
-    sources = os.pathsep.join([str(script.parents[1]), str(Path(coalign.__file__).parents[2])])
+    sources = os.pathsep.join([str(script.parents[1]), str(Path(coalign.__file__).parents[1])])
     # transformers loads by threads otherwise, to which a dispatch mode of torch does not reach.
     environment = os.environ | {"PYTHONPATH": sources, "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     command = [sys.executable, str(script), str(folder / "tokenizer"), str(folder)]

@@ -79,7 +79,7 @@ def launch(cases: list[Case], num_ranks: int, folder: Path) -> str:
     launcher = ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(port), "--log_level", "warning"]
     command = launcher if num_ranks > 1 else [sys.executable]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    sources = os.pathsep.join([str(script.parents[1]), str(Path(coalign.__file__).parents[2])])
+    sources = os.pathsep.join([str(script.parents[1]), str(Path(coalign.__file__).parents[1])])
     done = subprocess.run(
         [*command, str(script), str(spec)],
         capture_output=True,

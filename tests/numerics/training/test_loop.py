@@ -20,7 +20,7 @@ import torch
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.logprobs import token_logps
-from coalign.training.loop import Plan, learning_rate_at, train
+from coalign.training.loop import TrainingPlan, learning_rate_at, train
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item, collate
 from coalign.training.objectives import Objective, align_objective, sft_objective
@@ -60,7 +60,9 @@ def run(
     """Train twelve updates of three rows, or resume."""
     engine = engine or new_engine(table)
     folder.mkdir(exist_ok=True)
-    train(engine, Plan(items or rows(), 3, 5e-3, 0), objective or sft_objective(), table, QUIET, folder, measure)
+    train(
+        engine, TrainingPlan(items or rows(), 3, 5e-3, 0), objective or sft_objective(), table, QUIET, folder, measure
+    )
     return engine
 
 
@@ -399,8 +401,8 @@ def test_worst_responses_are_those_of_the_lowest_reward(tmp_path: Path) -> None:
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     """An event file beside metrics.jsonl, when log.tensorboard asks for it."""
     table = settings()
-    train(new_engine(table), Plan(rows(6), 3, 1e-3, 0), sft_objective(), table, LogTable(), tmp_path)
+    train(new_engine(table), TrainingPlan(rows(6), 3, 1e-3, 0), sft_objective(), table, LogTable(), tmp_path)
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     shutil.rmtree(tmp_path / "tensorboard")
-    train(new_engine(table), Plan(rows(6), 3, 1e-3, 0), sft_objective(), table, QUIET, tmp_path)
+    train(new_engine(table), TrainingPlan(rows(6), 3, 1e-3, 0), sft_objective(), table, QUIET, tmp_path)
     assert not (tmp_path / "tensorboard").exists()

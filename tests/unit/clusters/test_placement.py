@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 
 from coalign.clusters.placement import (
-    Asked,
+    Demand,
     Node,
     asked_ranks,
     asked_workers,
-    complaint,
+    complaint_of_demand,
+    demand_lines,
     fill,
     room_on,
     spread,
-    table_lines,
 )
 from coalign.clusters.placement import waiting_words as waiting
 from coalign.config import GenerationTable
@@ -25,8 +25,8 @@ BETA = Node("b", "beta", cpus=8, gpus=2, free_cpus=8, free_gpus=2)
 PLAIN = Node("c", "plain", cpus=4, gpus=0, free_cpus=1, free_gpus=0)
 
 
-def asked(count: int, gpus: float, cpus: float = 1.0) -> Asked:
-    return Asked("workers", f"generation.workers={count}", count, cpus, gpus)
+def asked(count: int, gpus: float, cpus: float = 1.0) -> Demand:
+    return Demand("workers", f"generation.workers={count}", count, cpus, gpus)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_as_few_nodes_as_possible() -> None:
 
 def test_a_request_that_never_fits_says_what_there_is_and_what_to_do() -> None:
     """GPUs on different nodes don't add up for one worker, which the numbers in all would hide."""
-    assert complaint([ALPHA, BETA], asked(3, 2)) == ""
-    assert complaint([ALPHA, BETA], asked(2, 3)) == (
+    assert complaint_of_demand([ALPHA, BETA], asked(3, 2)) == ""
+    assert complaint_of_demand([ALPHA, BETA], asked(2, 3)) == (
         "generation.workers=2 asks for 2 x 3 GPUs, each on one node, the cluster has 6 on 2 nodes with at most 4; use 1"
         " workers or fewer, or start more nodes"
     )
-    assert "asks for 9 GPUs, the cluster has 4; use fewer GPUs each" in complaint([ALPHA], asked(1, 9))
-    assert "asks for 5 CPUs, the cluster has 4; use 4 workers or fewer" in complaint([PLAIN], asked(5, 0))
+    assert "asks for 9 GPUs, the cluster has 4; use fewer GPUs each" in complaint_of_demand([ALPHA], asked(1, 9))
+    assert "asks for 5 CPUs, the cluster has 4; use 4 workers or fewer" in complaint_of_demand([PLAIN], asked(5, 0))
 
 
 def test_what_is_short_is_named() -> None:
@@ -69,16 +69,16 @@ def test_what_is_short_is_named() -> None:
     nodes = [Node(name, name, cpus=3, gpus=gpus, free_cpus=3, free_gpus=gpus) for name, gpus in (("a", 4), ("b", 4))]
     plain = [dataclasses.replace(node, gpus=0) for node in nodes]
     assert "asks for 3 x 2 CPUs, each on one node, the cluster has 6 on 2 nodes with at most 3; use 2 workers" in (
-        complaint(plain, asked(3, 0, cpus=2))
+        complaint_of_demand(plain, asked(3, 0, cpus=2))
     )
-    assert "asks for 3 x 2 CPUs, each on one node beside the GPUs, the cluster has 6" in complaint(
+    assert "asks for 3 x 2 CPUs, each on one node beside the GPUs, the cluster has 6" in complaint_of_demand(
         nodes, asked(3, 1, cpus=2)
     )
-    assert "asks for 9 GPUs, the cluster has 8" in complaint(nodes, asked(9, 1, cpus=0.1))
+    assert "asks for 9 GPUs, the cluster has 8" in complaint_of_demand(nodes, asked(9, 1, cpus=0.1))
 
 
 def test_the_table_shows_asked_and_free() -> None:
-    lines = table_lines([BETA, ALPHA], asked(2, 2))
+    lines = demand_lines([BETA, ALPHA], asked(2, 2))
     assert lines[0] == "asked: 2 workers, each with 2 GPU and 1 CPU on one node (generation.workers=2)"
     assert [line.split()[0] for line in lines[1:]] == ["node", "alpha", "beta"]
     assert "1 of 4" in lines[2] and lines[2].split()[-2:] == ["0", "2"]

@@ -62,7 +62,7 @@ def test_processes_of_a_dead_cluster_end_and_others_stay(place: Path) -> None:
 HOLDER = """
 import os, sys
 from pathlib import Path
-from coalign import private_cluster as cluster
+from coalign.clusters import private_ray as cluster
 
 ends, tried = sys.argv[1].split(","), Path(sys.argv[2])
 

@@ -10,7 +10,7 @@ import pytest
 
 from coalign.clusters import slurm_flags, slurm_jobs, slurm_node
 from coalign.clusters.slurm_flags import check_time, parse_seconds
-from coalign.clusters.slurm_jobs import QueuedJob, Step, plan, read_words
+from coalign.clusters.slurm_jobs import JobStep, QueuedJob, list_jobs, read_words
 from coalign.clusters.slurm_node import count_start, free_port
 from coalign.errors import UserError
 from coalign.tables import SlurmTable
@@ -22,8 +22,8 @@ def table(**values: Any) -> SlurmTable:
     return SlurmTable.model_validate(values)
 
 
-def steps(folder: Path) -> list[Step]:
-    return [Step(name, folder / name, slurm_jobs.script_of(name, 2)) for name in STEPS]
+def steps(folder: Path) -> list[JobStep]:
+    return [JobStep(name, folder / name, slurm_jobs.script_of(name, 2)) for name in STEPS]
 
 
 def job(folder: Path, name: str, state: str = "PENDING", reason: str = "Dependency") -> QueuedJob:
@@ -59,22 +59,22 @@ def test_a_job_waits_for_the_one_before_it_and_the_users_flags_come_last(tmp_pat
 
 
 def test_only_missing_steps_are_submitted(tmp_path: Path) -> None:
-    missing, kept, orphans = plan(steps(tmp_path), ["prepare"], [job(tmp_path, "paraphrase", "RUNNING")])
+    missing, kept, orphans = list_jobs(steps(tmp_path), ["prepare"], [job(tmp_path, "paraphrase", "RUNNING")])
     assert [step.name for step in missing] == ["sft", "sample"]
     assert [*kept] == ["paraphrase"] and not orphans
 
 
 def test_a_job_that_waits_for_what_is_gone_is_replaced(tmp_path: Path) -> None:
     waiting = job(tmp_path, "sample")
-    missing, kept, orphans = plan(steps(tmp_path), ["prepare", "paraphrase"], [waiting])
+    missing, kept, orphans = list_jobs(steps(tmp_path), ["prepare", "paraphrase"], [waiting])
     assert [step.name for step in missing] == ["sft", "sample"]
     assert orphans == [waiting] and not kept
     dead = job(tmp_path, "sft", reason=slurm_jobs.GONE)
-    assert plan(steps(tmp_path), ["prepare", "paraphrase"], [dead])[2] == [dead]
+    assert list_jobs(steps(tmp_path), ["prepare", "paraphrase"], [dead])[2] == [dead]
     running = job(tmp_path, "sample", "RUNNING")
-    assert plan(steps(tmp_path), ["prepare", "paraphrase"], [running])[1] == {"sample": running}
+    assert list_jobs(steps(tmp_path), ["prepare", "paraphrase"], [running])[1] == {"sample": running}
     elsewhere = job(tmp_path / "other", "sft", reason=slurm_jobs.GONE)
-    assert plan(steps(tmp_path), [], [elsewhere])[2] == []
+    assert list_jobs(steps(tmp_path), [], [elsewhere])[2] == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_settings_that_contradict_each_other_are_refused(
 
 def test_the_words_are_sorted() -> None:
     request = read_words(["c.toml", "a=b", "--only", "sft", "--partition=x", "--dry-run", "--exclusive"], STEPS)
-    assert request == slurm_jobs.Request("sft", True, False, ("--partition=x", "--exclusive"), ("c.toml", "a=b"))
+    assert request == slurm_jobs.SubmitRequest("sft", True, False, ("--partition=x", "--exclusive"), ("c.toml", "a=b"))
     for words, found in ((["--only", "sfx"], "sfx"), (["--time", "3"], "--time"), (["-p", "x"], "-p")):
         with pytest.raises(UserError, match=found):
             read_words(words, STEPS)

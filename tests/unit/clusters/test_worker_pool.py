@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coalign.clusters import worker_pool
-from coalign.clusters.placement import Asked, Node
+from coalign.clusters.placement import Demand, Node
 from coalign.errors import UserError
 
 
@@ -79,7 +79,7 @@ class FakePool:
 
     def __init__(self, actors: list[FakeActor], spare: list[FakeActor], wait_seconds: float = 30.0) -> None:
         self.calls, self.spare, self.wait_seconds = 1, spare, wait_seconds
-        self.asked = Asked("workers", "generation.workers=2", 2, 1.0, 0.0)
+        self.asked = Demand("workers", "generation.workers=2", 2, 1.0, 0.0)
         nodes = [Node("a", "alpha", 4, 0, 0, 0)]
         self.cluster = SimpleNamespace(nodes=lambda: nodes)
         self.ray = SimpleNamespace(exceptions=ERRORS, get=self.get, wait=self.wait)

@@ -16,15 +16,15 @@ import pytest
 from coalign.config import DataTable, SourceTable
 from coalign.data import sources as data
 from coalign.data import splits
-from coalign.data.instances import Dropped, FreeNames, Instance, distinct_answers, parse_row
+from coalign.data.instances import DroppedInstance, FreeNames, Instance, distinct_answers, parse_row
 from coalign.data.inventory import Inventory, count_words
 from coalign.data.sources import Collection, digest_sources, find_format, instruction_slug, read_sources
 from coalign.data.splits import (
     SPLITS,
     Prepared,
-    choose_split,
     find_labels,
     mark_unseen,
+    split_index,
     split_instances,
     tokenizer_texts,
 )
@@ -33,6 +33,11 @@ from coalign.records import Example, Task
 from coalign.text import normalise_answer, normalise_input, unit_hash
 
 SNI_MINI = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "sni-mini"
+
+
+def choose_split(text: str, table: DataTable) -> str:
+    """Return the split of an input text."""
+    return SPLITS[split_index(normalise_input(text), table)]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -144,7 +149,7 @@ def chat(*turns: tuple[str, str]) -> dict[str, Any]:
 def test_chat_messages(row: dict[str, Any], expected: tuple[str, str, tuple[str, ...]] | None) -> None:
     found = parse_row(row, "file, line 1")
     if expected is None:
-        assert found == Dropped("multi_turn", "file, line 1")
+        assert found == DroppedInstance("multi_turn", "file, line 1")
     else:
         assert isinstance(found, Instance)
         assert (found.instruction, found.input, found.outputs) == expected
@@ -380,7 +385,9 @@ def test_ids_are_unique_and_do_not_depend_on_row_order() -> None:
     assert list(found.examples()) == list(found.examples())
 
 
-def deal_plainly(rows: list[Instance], table: DataTable, unseen: set[str]) -> tuple[list[Example], list[Dropped]]:
+def deal_plainly(
+    rows: list[Instance], table: DataTable, unseen: set[str]
+) -> tuple[list[Example], list[DroppedInstance]]:
     """Return examples and sorted dropped rows, everything held in memory: the slow twin of split_instances."""
     first: dict[tuple[str, str], Instance] = {}
     answers: dict[tuple[str, str], dict[str, str]] = {}
@@ -391,7 +398,7 @@ def deal_plainly(rows: list[Instance], table: DataTable, unseen: set[str]) -> tu
         if first.setdefault(key, row) is not row:
             kind = "same" if set(found) == set(map(normalise_answer, first[key].outputs)) else "other"
             detail = f"same input as {first[key].place}, {kind} references"
-            dropped.append(Dropped("merged_duplicate", row.place, row.id, detail))
+            dropped.append(DroppedInstance("merged_duplicate", row.place, row.id, detail))
         for answer, output in found.items():
             answers.setdefault(key, {}).setdefault(answer, output)
     ids = {key: row.id for key, row in first.items()}
@@ -404,7 +411,7 @@ def deal_plainly(rows: list[Instance], table: DataTable, unseen: set[str]) -> tu
     for key, row in first.items():
         split_name = choose_split(row.input if row.input.strip() else row.instruction, table)
         if key[0] in unseen and split_name != "test":
-            dropped.append(Dropped("unseen_task_not_test", row.place, ids[key]))
+            dropped.append(DroppedInstance("unseen_task_not_test", row.place, ids[key]))
         else:
             groups.setdefault((key[0], split_name), []).append(key)
     side: dict[tuple[str, str], Any] = {}
@@ -412,7 +419,7 @@ def deal_plainly(rows: list[Instance], table: DataTable, unseen: set[str]) -> tu
         limit = getattr(table, f"max_{split_name}_inputs") or len(keys)
         keys.sort(key=lambda key: unit_hash("inputs", key[1]))
         side.update(dict.fromkeys(keys[:limit], split_name))
-        dropped += [Dropped("over_limit", first[key].place, ids[key]) for key in keys[limit:]]
+        dropped += [DroppedInstance("over_limit", first[key].place, ids[key]) for key in keys[limit:]]
     examples = [
         Example(ids[key], row.task, row.input, tuple(answers[key].values()), side[key])
         for key, row in first.items()

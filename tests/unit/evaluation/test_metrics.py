@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coalign.errors import UserError
-from coalign.evaluation import intervals, metrics
+from coalign.evaluation import agreement, intervals, metrics
 from coalign.evaluation.metrics import ABSENT, SILENT
 
 A, B, C = 0, 1, 2
@@ -204,12 +204,12 @@ def test_rouge() -> None:
 
 
 def test_parse_agreement() -> None:
-    assert metrics.parse_agreement("exact").kind == "exact"
-    assert metrics.parse_agreement("rouge_l>=0.7") == metrics.Agreement("rouge_l", threshold=0.7)
-    assert metrics.parse_agreement("models/judge") == metrics.Agreement("judge", folder="models/judge")
+    assert agreement.parse_agreement("exact").kind == "exact"
+    assert agreement.parse_agreement("rouge_l>=0.7") == agreement.Agreement("rouge_l", threshold=0.7)
+    assert agreement.parse_agreement("models/judge") == agreement.Agreement("judge", folder="models/judge")
     for bad in ("rouge_l>=70", "rouge_l>=x", "rouge_l>0.7", "rouge_l", "rouge_l>=0", "rouge_l>=nan"):
         with pytest.raises(UserError, match=r"use rouge_l>=0\.7"):
-            metrics.parse_agreement(bad)
+            agreement.parse_agreement(bad)
 
 
 # Student's t, 97.5 %: printed in every statistics book.

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from coalign import text
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.requests import Pair
 from coalign.records import Example, Wording, dump_line
 from coalign.wordings import wordings
+from coalign.wordings.asking import Pair
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "lm_eval"
 ANSWERS = st.one_of(st.sampled_from(["yes", "Yes.", " NO", "good", "bad!", "", ".5", "5", ":)", "¼", "ﬁne"]), st.text())

@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 
 from coalign.commandline import ROOT, parse_command_line
-from coalign.config import Config, table_values
+from coalign.config import Config
+from coalign.config_values import table_values
 from coalign.errors import UserError
-from coalign.experiment import arms
-from coalign.experiment.arms import ARMS, PIPELINE, UPDATES, Ladder, Options, StepRun
+from coalign.experiment.arms import ARMS
+from coalign.experiment.ladder import (
+    PIPELINE,
+    UPDATES,
+    Ladder,
+    LadderOptions,
+    StepRun,
+    is_current,
+    make_ladder,
+    read_options,
+    remaining_seconds,
+)
 from coalign.runs.atomic_files import write_json
 from coalign.runs.run_folder import RunFolder
 from coalign.steps import STEP_TABLES
@@ -24,7 +35,7 @@ CONFIG = str(ROOT / "configs" / "quickstart.toml")
 
 def ladder(*words: str, **options: Any) -> Ladder:
     config = parse_command_line("ladder", [CONFIG, *words])
-    return arms.make_ladder(table_values(config, tuple(Config.model_fields)), Options(**options))
+    return make_ladder(table_values(config, tuple(Config.model_fields)), LadderOptions(**options))
 
 
 def steps_of(plan: Ladder, arm: str, seed: int = 0) -> dict[str, StepRun]:
@@ -171,12 +182,12 @@ def test_a_choice_of_arms_runs_what_they_need_and_is_evaluated_apart() -> None:
 )
 def test_mistaken_options(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        arms.read_options(words)
+        read_options(words)
 
 
 def test_options_are_taken_out_of_the_words() -> None:
-    options, words = arms.read_options(["a.toml", "--arms", "cat,sft", "--seeds=2,0", "x.y=1=2", "--dry-run", "--odd"])
-    assert options == Options(("sft", "cat"), (2, 0), True)
+    options, words = read_options(["a.toml", "--arms", "cat,sft", "--seeds=2,0", "x.y=1=2", "--dry-run", "--odd"])
+    assert options == LadderOptions(("sft", "cat"), (2, 0), True)
     assert words == ["a.toml", "x.y=1=2", "--odd"]
 
 
@@ -201,7 +212,7 @@ def test_a_step_is_passed_over_only_with_the_same_settings_and_inputs(tmp_path: 
     run = RunFolder(config.run, words)
 
     def current(values: dict[str, Any] = settings) -> bool:
-        return arms.is_current(run.step("rank"), values, run, {"sft.replay": "as it is now"}, {})
+        return is_current(run.step("rank"), values, run, {"sft.replay": "as it is now"}, {})
 
     assert not current()
     complete(run.step("judge"))
@@ -219,5 +230,5 @@ def test_a_step_is_passed_over_only_with_the_same_settings_and_inputs(tmp_path: 
 
 
 def test_the_time_left_goes_by_steps_of_the_same_name() -> None:
-    assert arms.remaining_seconds([], ["sft"]) is None
-    assert arms.remaining_seconds([("sft", 10.0), ("sft", 20.0), ("rank", 3.0)], ["sft", "rank", "eval"]) == 15 + 3 + 11
+    assert remaining_seconds([], ["sft"]) is None
+    assert remaining_seconds([("sft", 10.0), ("sft", 20.0), ("rank", 3.0)], ["sft", "rank", "eval"]) == 15 + 3 + 11

@@ -14,7 +14,8 @@ from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.evaluation import models_under_test, summary
 from coalign.evaluation.intervals import t_quantile
-from coalign.experiment import arms, results
+from coalign.evaluation.scores import read_scores
+from coalign.experiment import arms, ladder, results
 from coalign.report import experiment_table
 from coalign.runs.atomic_files import write_json, write_rows
 from unit.worlds import by_rule, half_right, table, world
@@ -38,7 +39,7 @@ def write(folder: Path, rows: list[Row]) -> Path:
 
 
 def aggregate(folders: list[Path], names: tuple[str, ...] = ("a", "b")) -> tuple[Row, dict[str, list[Row]], list[str]]:
-    tasks, left_out = results.read_scores(folders)
+    tasks, left_out = read_scores(folders)
     return *results.aggregate(tasks, names, [("b", "a", "why")], 300, 0), left_out
 
 
@@ -143,12 +144,12 @@ def test_one_seed_gives_evals_own_numbers(num_tasks: int, tmp_path: Path) -> Non
 
 def test_a_folder_from_before_scores_were_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no scores\.jsonl; remove it"):
-        results.read_scores([tmp_path])
+        read_scores([tmp_path])
 
 
-def made_ladder(home: Path) -> arms.Ladder:
+def made_ladder(home: Path) -> ladder.Ladder:
     """Return a ladder of three arms and two seeds whose every step is complete; each costs 36 s on 2 cores."""
-    plan = arms.Ladder(home, ("base", "sft_ia", "cat"), (0, 1), 0, 40, 16)
+    plan = ladder.Ladder(home, ("base", "sft_ia", "cat"), (0, 1), 0, 40, 16)
     for run in plan.steps():
         run.folder.mkdir(parents=True)
         counts: Row = {"cores": 2}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from coalign.config import Config, JudgeTable, table_values
+from coalign.config import Config, JudgeTable
+from coalign.config_values import table_values
 from coalign.errors import UserError
 from coalign.judging import calibration
 from coalign.judging import verdicts as judging
-from coalign.judging.verdicts import Answer
+from coalign.judging.verdicts import DistinctAnswer
 from coalign.records import Example, Response, Task, Verdict
 from coalign.text import normalise_answer
 
@@ -50,10 +51,10 @@ def test_distinct_answers_counts_text_and_finish_and_drops_foreign_words() -> No
     ]
     answers, dropped = judging.distinct_answers(responses)
     assert answers == [
-        Answer("mood", "e1", "positive", "stop"),
-        Answer("mood", "e1", "positive", "length"),
-        Answer("mood", "e1", "Positive", "stop"),
-        Answer("mood", "e2", "positive", "stop"),
+        DistinctAnswer("mood", "e1", "positive", "stop"),
+        DistinctAnswer("mood", "e1", "positive", "length"),
+        DistinctAnswer("mood", "e1", "Positive", "stop"),
+        DistinctAnswer("mood", "e2", "positive", "stop"),
     ]
     assert [(row["reason"], row["text"]) for row in dropped] == [("foreign_vocabulary", "yes")]
 
@@ -70,7 +71,7 @@ def test_distinct_answers_counts_text_and_finish_and_drops_foreign_words() -> No
     ],
 )
 def test_rules(text: str, finish: str, golds: tuple[str, ...], expected: tuple[int, str] | None) -> None:
-    verdict = judging.decide_by_rule(Answer("mood", "e1", text, finish), golds)  # type: ignore[arg-type]
+    verdict = judging.decide_by_rule(DistinctAnswer("mood", "e1", text, finish), golds)  # type: ignore[arg-type]
     assert (verdict and (verdict.reward, verdict.rule)) == expected
 
 
@@ -85,7 +86,7 @@ def test_rules(text: str, finish: str, golds: tuple[str, ...], expected: tuple[i
     ],
 )
 def test_scores_to_reward(scores: dict[str, float], expected: tuple[int, str]) -> None:
-    verdict = judging.decide_by_scores(Answer("mood", "e1", "x", "stop"), scores)
+    verdict = judging.decide_by_scores(DistinctAnswer("mood", "e1", "x", "stop"), scores)
     assert (verdict.reward, verdict.rule) == expected
     assert verdict.type_score == scores.get("type")
     assert verdict.correct_score == scores["correct"]
@@ -93,10 +94,10 @@ def test_scores_to_reward(scores: dict[str, float], expected: tuple[int, str]) -
 
 def test_no_gold_appears_anywhere_without_gold() -> None:
     examples = {("mood", "e1"): Example("e1", "mood", "Nice film", ("GOLDWORD",), "align")}
-    answer = Answer("mood", "e1", "GOLDWORD", "stop")
+    answer = DistinctAnswer("mood", "e1", "GOLDWORD", "stop")
     assert judging.decide_by_rules([answer], examples, gold=False) == ({}, [answer])
     table = JudgeTable(gold=False)
-    other = Answer("mood", "e1", "bad", "stop")
+    other = DistinctAnswer("mood", "e1", "bad", "stop")
     ((_, prompts),) = judging.with_questions([other], TASKS, examples, table)
     assert set(prompts) == {"type", "correct"}
     assert not any("GOLDWORD" in prompt for prompt in judging.all_prompts(prompts))
@@ -127,7 +128,7 @@ FRUIT = {("title", "e1"): Example("e1", "title", "Which?", ("fig, plum",), "alig
 )
 def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], reward: int, rule: str) -> None:
     """`scores` are those below 1, by what stands in the prompt."""
-    asked = judging.with_questions([Answer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
+    asked = judging.with_questions([DistinctAnswer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
 
     def score(prompt: str) -> float:
         return next((value for part, value in scores.items() if part in prompt), 1.0)
@@ -140,7 +141,7 @@ def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], rewa
 
 def test_without_gold_there_is_nothing_to_compare_item_by_item() -> None:
     table = LISTS.model_copy(update={"gold": False})
-    ((_, by_question),) = judging.with_questions([Answer("title", "e1", "fig", "stop")], TASKS, FRUIT, table)
+    ((_, by_question),) = judging.with_questions([DistinctAnswer("title", "e1", "fig", "stop")], TASKS, FRUIT, table)
     assert [len(prompts) for prompts in by_question.values()] == [1, 1]
     assert "Response: fig" in by_question["correct"][0]
 
@@ -324,7 +325,7 @@ def test_requests_hold_each_prompt_once_over_several_calls() -> None:
 
 
 def test_too_long_prompts_leave_the_response_out_or_stop() -> None:
-    answers = [Answer("mood", "e1", "fine", "stop"), Answer("mood", "e2", "long", "stop")]
+    answers = [DistinctAnswer("mood", "e1", "fine", "stop"), DistinctAnswer("mood", "e2", "long", "stop")]
     asked = [(a, {"type": (f"type {a.text}",), "correct": (f"correct {a.text}",)}) for a in answers]
     scores = {"type fine": 3.0, "correct fine": 1.0, "type long": 1.0, "correct long": None}
     decided, dropped = judging.decide_by_judge(asked, scores.__getitem__, {"type": 1.0, "correct": 2.0})

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from coalign.config import Config, EvalTable, RunTable, table_values
-from coalign.experiment import arms
+from coalign.config import Config, EvalTable, RunTable
+from coalign.config_values import table_values
+from coalign.experiment import ladder
 from coalign.report import model_card_results, model_cards
 from coalign.runs.atomic_files import write_json
 from coalign.runs.digests import CARD, digest_folder, digest_weights
@@ -218,13 +219,13 @@ def test_a_ladder_fills_the_cards_of_trained_models_alone(tmp_path: Path, monkey
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    planned = arms.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2)
+    planned = ladder.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2)
     planned.eval_folder(3).mkdir(parents=True)
     write_json(planned.eval_folder(3) / "metrics.json", {})
     filled: list[Path] = []
     monkeypatch.setattr(recipe, "fill_card", lambda card, metrics, name: filled.append(card))
-    monkeypatch.setattr(recipe.experiment, "make_result", lambda *_: {})
-    monkeypatch.setattr(recipe, "exhibits", SimpleNamespace(table_lines=lambda _: [], draw=lambda *_: []))
+    monkeypatch.setattr(recipe.results, "make_result", lambda *_: {})
+    monkeypatch.setattr(recipe, "experiment_table", SimpleNamespace(table_lines=lambda _: [], draw=lambda *_: []))
     recipe.show(planned, [], Config())
     assert filled == [tmp_path / "seed3" / arm / "model" / CARD for arm in ("sft_ia/sft", "cat/align")]
 

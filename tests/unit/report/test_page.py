@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from coalign.errors import UserError
-from coalign.evaluation import cases, summary
+from coalign.evaluation import cases, metrics_file, summary
 from coalign.evaluation.requests import ModelOutput
 from coalign.experiment.arms import ARMS
 from coalign.records import Example, Response, Task
@@ -513,7 +513,7 @@ def test_own_answers_are_those_that_equal_no_gold_answer(tmp_path: Path) -> None
     counts["rewards"] = {"0": 6, "1": 3, "2": 11}
     for gold, expected in ((True, {"judged": 10, "correct": 4}), (False, None)):
         manifest = {"config": {"judge.gold": gold}, "counts": counts}
-        assert run_history.own_answers(run_history.Step("judge", tmp_path, manifest)) == expected
+        assert run_history.own_answers(run_history.StepRecord("judge", tmp_path, manifest)) == expected
 
 
 def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
     make_step(tmp_path, "paraphrase")
     rows = [{"source": "model", "text": f"{task} {i}", "task": task} for task in "abcde" for i in range(9)]
     write_rows(tmp_path / "paraphrase" / "wordings.jsonl", [{"source": "original", "text": "x", "task": "z"}, *rows])
-    step = run_history.Step("paraphrase", tmp_path / "paraphrase", {})
+    step = run_history.StepRecord("paraphrase", tmp_path / "paraphrase", {})
     kept = run_history.kept_wordings(step)
     assert len({row["task"] for row in kept}) == run_history.NUM_EXAMPLES == len(kept)
     assert kept == run_history.kept_wordings(step) and [row["text"] for row in kept] != ["a 0", "b 0", "c 0"]
@@ -604,10 +604,10 @@ def test_an_arm_names_the_eval_that_it_is_part_of(tmp_path: Path) -> None:
         (tmp_path / name / "metrics.json").write_text(content, "utf-8")
     command = f"evaluated together with the others: python launch/report.py {tmp_path / 'eval_base-cat'}"
     with pytest.raises(UserError, match=re.escape(command)):
-        terminal.read_metrics(tmp_path / "cat")
+        metrics_file.read_metrics(tmp_path / "cat")
     (tmp_path / "sft").mkdir()
     with pytest.raises(UserError, match="run its eval step first"):
-        terminal.read_metrics(tmp_path / "sft")
+        metrics_file.read_metrics(tmp_path / "sft")
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from coalign.evaluation import requests as evaluation
 from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Task, Wording
 from coalign.report import terminal
+from coalign.runs import costs
 from coalign.steps import STEP_TABLES
+from coalign.wordings import asking
 from unit.worlds import by_rule, example, finish_metrics, half_right, response, results, table, wordings, world
 
 
@@ -166,7 +168,7 @@ def test_plan_drops_what_does_not_fit() -> None:
     }
     row = {"task": "t", "example": "fits", "wording": "x", "repeat": 0}
     answer = {"text": "True", "finish": "stop", "num_tokens": 2}
-    (found,) = evaluation.read_responses([row | {"answers": [answer]}], {pair.key: pair for pair in pairs})
+    (found,) = asking.read_responses([row | {"answers": [answer]}], {pair.key: pair for pair in pairs})
     assert (found.text, found.canonical) == ("True", "yes")
     with pytest.raises(UserError, match="nothing to ask"):
         evaluation.plan_pairs(tasks, examples, [], table())
@@ -185,16 +187,16 @@ class WordCodec:
 
 def test_long_prompts_are_counted_or_refused() -> None:
     _, pairs = world(1)  # prompts of 7 words
-    assert [len(rows) for rows in evaluation.build_requests(pairs, WordCodec(), "drop", 1)] == [12, 0]
-    requests, dropped = evaluation.build_requests(pairs, WordCodec(), "drop", 2)
+    assert [len(rows) for rows in asking.build_requests(pairs, WordCodec(), "drop", 1)] == [12, 0]
+    requests, dropped = asking.build_requests(pairs, WordCodec(), "drop", 2)
     assert not requests and {row["reason"] for row in dropped} == {"too_long"}
     with pytest.raises(UserError, match="context of 8"):
-        evaluation.build_requests(pairs, WordCodec(), "error", 2)
+        asking.build_requests(pairs, WordCodec(), "error", 2)
 
 
 def test_noise_requests() -> None:
     _, pairs = world(3)
-    requests, _ = evaluation.build_requests(pairs, WordCodec(), "drop", 1)
+    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
     few = evaluation.noise_requests(requests, 5)
     assert len({(row["task"], row["example"]) for row in few}) == 5
     samples = evaluation.seeded_samples(few, 4, seed=0)
@@ -204,7 +206,7 @@ def test_noise_requests() -> None:
 def test_no_two_repeats_of_a_request_share_a_shard_and_each_has_other_neighbours() -> None:
     """A repeat is one shard: every chosen request once, among others that differ from repeat to repeat."""
     _, pairs = world(3)
-    requests, _ = evaluation.build_requests(pairs, WordCodec(), "drop", 1)
+    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
     few = evaluation.noise_requests(requests, 5)
     rows, size = evaluation.repeats_among_others(few, requests, 4, seed=0)
     assert size == 10 and len(rows) == 40
@@ -231,7 +233,7 @@ def test_no_two_repeats_of_a_request_share_a_shard_and_each_has_other_neighbours
 
 def test_collect_answers_asks_for_both_floors_and_the_other_mode() -> None:
     _, pairs = world(2)
-    requests, _ = evaluation.build_requests(pairs, WordCodec(), "drop", 1)
+    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
     calls: list[tuple[Any, ...]] = []
 
     def generate(what: str, rows: list[dict[str, Any]], *how: Any) -> list[dict[str, Any]]:
@@ -348,7 +350,7 @@ def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     manifest = {"counts": {"updates": 30, "tokens_trained": 12000, "cores": 2}, "wall_seconds": 1800.0}
     (tmp_path / "sft" / "manifest.json").write_text(json.dumps(manifest))
-    rows = models_under_test.cost_rows({"sft": tmp_path / "sft", "align": tmp_path / "align"})
+    rows = costs.cost_rows({"sft": tmp_path / "sft", "align": tmp_path / "align"})
     assert [(row["step"], row["updates"], row["core_hours"]) for row in rows] == [("sft", 30, 1.0)]
     lines = terminal.cost_lines(results() | {"cost": rows})
     assert lines[-1].split() == ["sft", "30", "12,000", "–", "1,800.0", "1.000"]
@@ -356,9 +358,9 @@ def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
 
 def test_a_later_round_lists_the_steps_of_earlier_rounds() -> None:
     """The cost of a second round holds what the first one has used."""
-    first = models_under_test.steps_so_far(RunTable(folder="runs", name="r"), [])
+    first = costs.steps_so_far(RunTable(folder="runs", name="r"), [])
     assert first == {name: Path("runs/r") / name for name in STEP_TABLES if name != "eval"}
-    later = models_under_test.steps_so_far(RunTable(folder="runs", name="r", round=2), [])
+    later = costs.steps_so_far(RunTable(folder="runs", name="r", round=2), [])
     assert later["sft"] == Path("runs/r/sft")
     assert later["align, round 1"] == Path("runs/r/align")
     assert later["align, round 2"] == Path("runs/r/round2/align")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, parse_paraphrase, type_question
+from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
+from coalign.wordings.rewrites import parse_paraphrase
 
 
 def test_paraphrase_prompt_holds_instruction_and_labels() -> None:

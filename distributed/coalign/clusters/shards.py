@@ -1,0 +1,49 @@
+"""A step's requests in shards on disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from coalign.clusters.worker_pool import map_shards, require_shared
+from coalign.config import GenerationTable
+from coalign.recipe import progress_bar
+from coalign.records import Row, Worker, read_rows
+from coalign.runs.atomic_files import write_rows
+from coalign.runs.step_folder import StepFolder
+
+logger = logging.getLogger("coalign")
+
+
+def run_shards(
+    step: StepFolder,
+    requests: Sequence[Row],
+    make_worker: Callable[[], Worker],
+    settings: GenerationTable,
+    title: str,
+    name: str = "",
+) -> Iterator[Row]:
+    """Yield every request's result row in order, computing only the shards that are not on disk yet.
+
+    Shards lie in the step's folder under `name`; the driver writes them, each atomically.
+    """
+    size = settings.shard_size
+    folder = step.path / "shards"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}{'-' if name else ''}{i:05d}.jsonl" for i in range(math.ceil(len(requests) / size))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    if len(missing) < len(paths):
+        logger.info("%s: %d of %d shards are done already", title, len(paths) - len(missing), len(paths))
+    shards = [(i, list(requests[i * size : (i + 1) * size])) for i in missing]
+    if shards and settings.workers:
+        require_shared(settings, step.path)
+    done = len(requests) - sum(len(rows) for _, rows in shards)
+    with progress_bar(title, "prompt", len(requests), done, bool(shards)) as bar:
+        for index, results in map_shards(make_worker, shards, settings, title):
+            assert len(results) == len(requests[index * size : (index + 1) * size])
+            write_rows(paths[index], results)
+            bar.update(len(results))
+    for path in paths:
+        for _, row in read_rows(path):
+            yield row

@@ -1,0 +1,54 @@
+"""Values of a Config as flat keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coalign.config import Config
+from coalign.tables import Table as Table
+
+
+def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool = True) -> dict[str, Any]:
+    """Return {"table.key": value} of the tables, flat; without the neutral keys if asked."""
+    flat: dict[str, Any] = {}
+    for name in tables:
+        _collect(getattr(config, name), name, flat, with_neutral)
+    return flat
+
+
+def changed_values(config: Config, tables: tuple[str, ...]) -> dict[str, Any]:
+    """Return the flat keys of the tables whose value differs from the built-in default."""
+    defaults = table_values(Config(), tables)
+    return {key: value for key, value in table_values(config, tables).items() if defaults[key] != value}
+
+
+def default_values() -> dict[str, Any]:
+    """Return {"table.key": value} of the built-in defaults, flat."""
+    return table_values(Config(), tuple(Config.model_fields))
+
+
+def differing_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of flat values, from a manifest say, that differ from the built-in default."""
+    defaults = default_values()
+    return {key: value for key, value in values.items() if defaults.get(key) != value}
+
+
+def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool) -> None:
+    for key, field in type(table).model_fields.items():
+        value = getattr(table, key)
+        extra = field.json_schema_extra
+        if isinstance(value, Table):
+            _collect(value, f"{prefix}.{key}", flat, with_neutral)
+        elif with_neutral or not (isinstance(extra, dict) and extra.get("neutral")):
+            flat[f"{prefix}.{key}"] = (
+                [v.model_dump() if isinstance(v, Table) else v for v in value] if isinstance(value, list) else value
+            )
+
+
+def known_keys() -> list[str]:
+    """Return every key, flat, tables included."""
+    flat: dict[str, Any] = {}
+    config = Config()
+    for name in Config.model_fields:
+        _collect(getattr(config, name), name, flat, with_neutral=True)
+    return [*flat, *Config.model_fields, "model.lora", "model.random"]

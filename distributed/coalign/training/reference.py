@@ -1,0 +1,54 @@
+"""The reference model's log-probs, for DPO."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coalign.config import TrainTable
+from coalign.models.logprobs import evaluation_mode, sum_by_response, token_logps
+from coalign.process import rank, world_size
+from coalign.records import read_rows
+from coalign.runs.atomic_files import write_rows
+from coalign.training.engine import Engine
+from coalign.training.micro_batches import Item, batch_of, micro_batches, pack_budget
+from coalign.training.token_files import TokenRows, as_rows
+
+
+def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> TokenRows:
+    """Return the items with the starting model's summed log-probs as DPO's reference, stored in `path`.
+
+    Called by every rank before the first update; a stored file is read instead.
+    """
+    if not path.exists():
+        found = _all_logps(engine, items, pad_id, settings)
+        if rank() == 0:
+            rows = ({"name": item.name, "logps": list(logps)} for item, logps in zip(items, found, strict=True))
+            write_rows(path, rows)
+        engine.mean([0.0])  # the others wait until the file is there
+    stored = {row["name"]: row["logps"] for _, row in read_rows(path)}
+    flat = [logp for item in items for logp in stored[item.name]]
+    return as_rows(items).with_reference(np.array(flat, np.float64))
+
+
+def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable) -> list[tuple[float, ...]]:
+    offsets = [0, *as_rows(items).sizes.responses.cumsum().tolist()]
+    flat = [0.0] * offsets[-1]
+    shared, budget = settings.shared_prefix, pack_budget(engine, settings)
+    for start in range(0, len(items), 256):  # some at a time: micro-batches of like length, all ranks in step
+        some = items[start : start + 256]
+        position = {item.name: offset for item, offset in zip(some, offsets[start:], strict=False)}
+        for part in micro_batches(some, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]:
+            batch, _ = batch_of(engine, part, some[0], pad_id, shared)
+            with torch.no_grad(), evaluation_mode(engine.model):
+                logp_R = sum_by_response(token_logps(engine.model, batch), batch).tolist()
+            values = iter(logp_R)
+            for item in part.items:
+                for k in range(len(item.responses)):
+                    flat[position[item.name] + k] = next(values)
+    total = [v * world_size() for v in engine.mean(flat)]
+    return [tuple(total[a:b]) for a, b in itertools.pairwise(offsets)]
