@@ -20,7 +20,7 @@ Queues prepare, paraphrase, sft, sample, judge, rank, align and eval, each to st
 succeeded. A step that is complete or in the queue already is passed over, so the same command goes on after a failure.
 A step that fails cancels those that wait for it.
 
-What each job asks for comes from the table [slurm] of the config (configs/default.toml explains every key). Other words
+What each job asks for comes from the table [slurm] of the config (docs/config.md explains every key). Other words
 that begin with -- are given to sbatch as they stand, for every job, and win: --partition=long --account=me.
 
   --only STEP   queue this step alone
