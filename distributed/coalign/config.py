@@ -166,7 +166,7 @@ class GenerationTable(Table):
     shard_size: Positive = _field(64, "prompts per shard, the unit of work, retry and resume")
     batch_tokens: NonNegative = _field(
         0,
-        "tokens in flight per batch, prompt and new ones of all rows (0: 16384 on a CPU, what half of a GPU's memory holds)",
+        "tokens in flight per batch, prompt and new ones of all rows (0: 16384 on a CPU, half of a GPU's memory)",
     )
     repetition_penalty: Annotated[float, Field(ge=1)] = _field(
         1.0, "makes tokens of the prompt and of the answer so far less likely, such as 1.1 (1: off)"
