@@ -7,11 +7,13 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
 INSTALLED := $(VENV)/.installed
+# Fails at any warning: a link or an anchor that leads nowhere, a page that is not in the navigation.
+SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 # Without compiled files beside the packages every command would compile torch anew, which takes longer than all the rest
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart test test-slow test-peers test-vllm bench bench-peers bench-gpu check format clean
+.PHONY: help setup base quickstart docs test test-slow test-peers test-vllm bench bench-peers bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +26,8 @@ help:
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
 	@echo "make bench-peers  speed against TRL and vLLM, installed in .venv-trl and .venv-vllm (on request only)"
 	@echo "make bench-gpu    speed, MFU and memory on a CUDA device (BENCH_ARGS='--shapes 0.5B')"
-	@echo "make check        ruff, ruff format, mypy, shellcheck"
+	@echo "make check        ruff, ruff format, mypy, shellcheck, the docs site with its links"
+	@echo "make docs         write the reference pages from the code, build the site in site/"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
 
@@ -74,11 +77,16 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run
+	$(SITE)
+
+docs: $(INSTALLED)
+	$(VENV)/bin/python docs/write_reference.py
+	$(SITE)
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist distributed/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site distributed/*.egg-info
 	find configs distributed launch tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

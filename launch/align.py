@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from coalign.commandline import parse_command_line
-from coalign.config_values import changed_values, table_values
 from coalign.process import rank, world_size
-from coalign.recipe import announce, exit_with_launcher, run_step, set_up_logging
-from coalign.records import Example, Group, Wording, read_records, read_rows
+from coalign.recipe import run_step
+from coalign.records import Example, Group, Wording, read_rows
 from coalign.report.model_cards import write_card
-from coalign.runs.run_folder import RunFolder
-from coalign.steps import ENCODE, STEP_TABLES
+from coalign.runs.open_step import open_step
+from coalign.steps import ENCODE
 
 
 def main(argv: list[str]) -> None:
     """Run the step on every rank."""
-    config = parse_command_line("align", argv)
-    set_up_logging(config.log.level)
-    exit_with_launcher()
-    run, table = RunFolder(config.run, argv), config.align
-    needs = {name: run.step(name) for name in ("prepare", "paraphrase", "rank")} | {"policy": run.policy()}
-    step = run.begin("align", table_values(config, STEP_TABLES["align"], with_neutral=False), needs)
+    step = open_step("align", argv, ("prepare", "paraphrase", "rank", "policy"))
     if step is None:
         return
 
     import torch
 
-    from coalign.models.codec import Codec
-    from coalign.models.model_folder import load_tokenizer
+    from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
     from coalign.training.export import export
@@ -38,42 +30,42 @@ def main(argv: list[str]) -> None:
     from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
     from coalign.training.training_rows import Encoder, group_stream, write_groups
 
+    config, table, output = step.config, step.config.align, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    source = str(needs["policy"] / "model")
-    codec = Codec(load_tokenizer(source, config.model), config.model)
-    examples, rows = needs["prepare"] / "examples.jsonl", step.path / "shards" / "rows"
-    wordings = read_records(Wording, needs["paraphrase"] / "wordings.jsonl")
+    source = str(step.needs["policy"] / "model")
+    codec = load_codec(source, config.model)
+    wordings, rows = step.read(Wording), output.path / "shards" / "rows"
 
     def encode(writer: TokenWriter) -> None:
-        groups = read_records(Group, needs["rank"] / "groups.jsonl")
-        by_id = {e.id: e for e in read_records(Example, examples)}
+        by_id = {e.id: e for e in step.read(Example)}
         by_name = {(w.task, w.id): w for w in wordings}
-        write_groups(writer, groups, by_id, by_name, Encoder(codec, config.model.too_long))
+        write_groups(writer, step.read(Group), by_id, by_name, Encoder(codec, config.model.too_long))
 
     device = None if ENCODE in argv else init_ranks()
-    run_on_rank_zero(lambda: prepare_rows(rows, step.digest(codec.digest()), encode))
+    run_on_rank_zero(lambda: prepare_rows(rows, output.digest(codec.digest()), encode))
     if device is None:
         return
     items, found = open_rows(rows), read_meta(rows)["counts"]
-    engine = DeepSpeedEngine(source, config.model, config.train, device, step.path / "deepspeed.json")
+    engine = DeepSpeedEngine(source, config.model, config.train, device, output.path / "deepspeed.json")
     if config.train.shared_prefix:
         check_shared_prefix(engine, items, codec.pad_id)
     if table.loss == "dpo":
-        items = reference_logps(engine, items, codec.pad_id, config.train, step.path / "reference.jsonl")
+        items = reference_logps(engine, items, codec.pad_id, config.train, output.path / "reference.jsonl")
     stream = group_stream(items, table, config.run.seed)
     plan = TrainingPlan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
-    words = f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
-    announce("align", changed_values(config, STEP_TABLES["align"]), words)
-    measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)
+    step.announce(
+        f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
+    )
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
     form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
     objective = align_objective(form, config.train.shared_prefix)
-    totals = train(engine, plan, objective, config.train, config.log, step.path, measure)
-    export(engine, step.path / "model", codec, stream)
+    totals = train(engine, plan, objective, config.train, config.log, output.path, measure)
+    export(engine, output.path / "model", codec, stream)
     if rank() == 0:
-        step.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
+        output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
         counts = totals | found
-        write_card(step, run, counts, codec.end_of_turn)
-        step.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
+        write_card(output, step.run, counts, codec.end_of_turn)
+        output.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 
 if __name__ == "__main__":

@@ -89,22 +89,26 @@ def ask_model(
 ) -> tuple[evaluation.ModelOutput, list[Row]]:
     """Return everything that one model said, and the rows too long for its context."""
     from coalign.generation import workers
-    from coalign.models import codec as encoding
     from coalign.models import model_folder
 
     table, settings = config.eval, config.generation
     model = models_under_test.model_table(table.models[name.partition("-")[2]], config.model)
-    codec = encoding.Codec(model_folder.load_tokenizer(folder, model), model)
-    requests, too_long = asking.build_requests(pairs, codec, model.too_long, table.max_new_tokens)
+    codec = model_folder.load_codec(folder, model)
+    requests, left_out = asking.build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
+    too_long = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
 
-    def generate(what: str, rows: list[Row], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
+    def generate(
+        what: str, asked: list[asking.Request], mode: str, temperature: float, shard_size: int
+    ) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
         sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
         shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
+        return run_shards(
+            step, [r.to_row() for r in asked], worker, used, f"eval {name.partition('-')[2]} {what}", shards
+        )
 
-    return evaluation.collect_answers(requests, pairs, table, settings, config.run.seed, generate), too_long
+    return evaluation.collect_answers(requests, table, settings, config.run.seed, generate), too_long
 
 
 def ask_judge(
@@ -112,11 +116,10 @@ def ask_judge(
 ) -> list[bool]:
     """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
     from coalign.generation import workers
-    from coalign.models import codec as encoding
     from coalign.models import model_folder
 
     model = table_for_other_model(config.model)
-    codec = encoding.Codec(model_folder.load_tokenizer(folder, model), model)
+    codec = model_folder.load_codec(folder, model)
     requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shlex
-import socket
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from coalign.experiment.ladder import (
     remaining_seconds,
     usage,
 )
-from coalign.process import derive_seed
+from coalign.process import derive_seed, free_port
 from coalign.recipe import run_command, run_step
 from coalign.report import experiment_table
 from coalign.report.model_card_results import fill_card
@@ -62,9 +61,7 @@ def main(argv: list[str]) -> None:
 def command(step: str, words: list[str]) -> list[str]:
     """Return a step's command; training starts with the words of TRAIN_LAUNCHER, without it on one rank."""
     launcher = shlex.split(os.environ.get("TRAIN_LAUNCHER", "")) if step in TRAINING_STEPS else []
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = ["--master_port", str(probe.getsockname()[1])] if launcher else []
+    port = ["--master_port", str(free_port())] if launcher else []
     return [*(launcher or [sys.executable]), *port, os.path.relpath(Path(__file__).with_name(f"{step}.py")), *words]
 
 

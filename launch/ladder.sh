@@ -15,31 +15,7 @@ python -c 'import coalign' 2>/dev/null || {
 export TRAIN_LAUNCHER=""
 [ "${#train_launcher[@]}" -eq 0 ] || printf -v TRAIN_LAUNCHER '%q ' "${train_launcher[@]}"
 # The workers of a private cluster, 0 when none is needed; a mistake in the words is for ladder.py to explain.
-workers="$(python - "$@" <<'PYTHON'
-import os
-import sys
-
-from coalign import arms
-from coalign.runs.step_folder import read_manifest
-from coalign.commandline import parse_command_line
-from coalign.config import Config, table_values
-from coalign.errors import UserError
-
-workers = 0
-try:
-    if {"-h", "--help"} & {*sys.argv}:
-        raise UserError("ladder.py prints its help")
-    options, words = arms.read_options(sys.argv[1:])
-    config = parse_command_line("ladder", words)
-    ladder = arms.make_ladder(table_values(config, tuple(Config.model_fields)), options)
-    left = any(read_manifest(run.folder) is None for run in ladder.steps())
-    if left and not options.dry_run and not (config.generation.ray_address or os.environ.get("RAY_ADDRESS")):
-        workers = config.generation.workers
-except UserError:
-    pass
-print(workers)
-PYTHON
-)" || workers=0
+workers="$(python "$launch/remaining.py" ladder "$@")" || workers=0
 # shellcheck source=launch/cluster.sh
 . "$launch/cluster.sh"
 if [ "$workers" -gt 0 ]; then

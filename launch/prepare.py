@@ -3,68 +3,65 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalign.commandline import parse_command_line
-from coalign.config_values import changed_values, table_values
 from coalign.data.instances import DroppedInstance
 from coalign.data.inventory import Inventory, describe_inventory
 from coalign.data.sources import digest_sources, read_sources
 from coalign.data.splits import split_instances, tokenizer_texts
 from coalign.errors import UserError
-from coalign.process import logger
-from coalign.recipe import announce, run_step, set_up_logging
+from coalign.recipe import run_step
 from coalign.records import to_row
-from coalign.runs.run_folder import RunFolder
+from coalign.runs.open_step import StepCommand
 from coalign.runs.step_folder import read_manifest
-from coalign.steps import STEP_TABLES
 
-
-def folder_for_rows(step: Path) -> Path | None:
-    """Return where rows lie until they are written: where the run lies, if we may, since /tmp may be in memory."""
-    folder = next(folder for folder in step.absolute().parents if folder.is_dir())
-    return folder if os.access(folder, os.W_OK) else None
+logger = logging.getLogger("coalign")
 
 
 def main(argv: list[str]) -> None:
     """Run the step."""
-    config = parse_command_line("prepare", argv)
-    set_up_logging(config.log.level)
-    run = RunFolder(config.run, argv)
+    command = StepCommand("prepare", argv)
+    config, folder = command.config, command.run.step("prepare")
     digest = digest_sources(config.data)
     left_out: Sequence[DroppedInstance] = ()
     prepared = None
-    if read_manifest(run.step("prepare")) is None:
+    if read_manifest(folder) is None:
         # Before the step's folder is made: data with a mistake in it leaves nothing behind.
         sources = config.data.path or ", ".join(source.path for source in config.data.sources)
-        announce("prepare", changed_values(config, STEP_TABLES["prepare"]), f"read and split {sources}", False)
-        read = read_sources(config.data, folder_for_rows(run.step("prepare")))
+        command.announce(f"read and split {sources}", with_model=False)
+        read = read_sources(config.data, folder_for_rows(folder))
         prepared, left_out = split_instances(read.tasks, read.instances, config.data), read.dropped
         if not prepared.tasks:
             raise UserError("no inputs are left after the split; use more data, or other shares in [data]")
-    settings = table_values(config, STEP_TABLES["prepare"], with_neutral=False)
-    step = run.begin("prepare", settings, {}, files={"data": digest})
+    step = command.begin(files={"data": digest})
     if step is None:
         return
     assert prepared is not None, "the step was complete when it was looked at first"
-    inventory = Inventory(prepared)
-    step.write_output("tasks.jsonl", map(to_row, prepared.tasks))
-    step.write_output("examples.jsonl", map(to_row, inventory.examples()))
-    step.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
+    output, inventory = step.output, Inventory(prepared)
+    output.write_output("tasks.jsonl", map(to_row, prepared.tasks))
+    output.write_output("examples.jsonl", map(to_row, inventory.examples()))
+    output.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
     counts = inventory.counts(left_out)
     for line in describe_inventory(counts).splitlines():
         logger.info("%s", line)
     for split, number in counts["inputs"].items():
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
-    if config.model.init == "random" and not (step.path / "model").exists():
+    if config.model.init == "random" and not (output.path / "model").exists():
         from coalign.models.random_model import make_random_model
 
         texts = tokenizer_texts(prepared.tasks, prepared.examples())
-        make_random_model(step.path / "model", texts, config.model.random, config.run.seed)
-    step.commit(counts | {"cores": 1})
+        make_random_model(output.path / "model", texts, config.model.random, config.run.seed)
+    output.commit(counts | {"cores": 1})
+
+
+def folder_for_rows(step: Path) -> Path | None:
+    """Return where rows lie until they are written: where the run lies, if we may, since /tmp may be in memory."""
+    folder = next(folder for folder in step.absolute().parents if folder.is_dir())
+    return folder if os.access(folder, os.W_OK) else None
 
 
 if __name__ == "__main__":

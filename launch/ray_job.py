@@ -10,43 +10,42 @@ import sys
 import time
 from pathlib import Path
 
-from coalign.clusters.ray_connection import Cluster
+from coalign.clusters.ray_connection import Cluster, ray_address
 from coalign.clusters.training_ranks import RankRequest, require_ranks, run_ranks
 from coalign.clusters.worker_pool import require_workers
 from coalign.commandline import parse_command_line
 from coalign.config import Config
 from coalign.errors import UserError
 from coalign.recipe import run_command, run_step, set_up_logging
-from coalign.runs.run_folder import RunFolder
+from coalign.runs.run_folder import RunFolder, incomplete
 from coalign.runs.step_folder import read_manifest
-from coalign.steps import STEP_TABLES, TRAINING_STEPS
+from coalign.steps import TRAINING_STEPS
 
 
 def main(argv: list[str]) -> None:
     """Run every step that is not complete; leave with the exit code of the first that fails."""
     config = parse_command_line("ray_job", argv)
     set_up_logging(config.log.level)
-    address = config.generation.ray_address or os.environ.get("RAY_ADDRESS", "")
+    address = ray_address(config.generation)
     if not address:
         raise UserError(
             "no Ray cluster is named; submit this with ray job submit (docs/running.md), or set RAY_ADDRESS or"
             " generation.ray_address; without a cluster use launch/local.sh"
         )
     os.environ["RAY_ADDRESS"] = address  # for the steps
-    steps = [step for step in STEP_TABLES if step not in config.run.inputs]
-    folders = {step: RunFolder(config.run, []).step(step) for step in steps}
+    folders = RunFolder(config.run, []).own_steps(config.eval.folder)
 
     cluster = Cluster(address, 0)
     cluster.require_shared(Path(config.run.folder))
-    left = {step for step in steps if read_manifest(folders[step]) is None}
-    if left.intersection(TRAINING_STEPS):
+    left = incomplete(folders)
+    if {*left} & {*TRAINING_STEPS}:
         require_ranks(cluster, _request("align", argv, config))
     if left and config.generation.workers:
         require_workers(cluster, config.generation)
-    for step in steps:
+    for step, folder in folders.items():
         print(f"== {step}", flush=True)
         started = time.monotonic()
-        if step in TRAINING_STEPS and read_manifest(folders[step]) is None:
+        if step in TRAINING_STEPS and read_manifest(folder) is None:
             code = run_ranks(cluster, _request(step, argv, config), step)
         else:  # a complete step says so itself, or why it is stale
             code = run_command([sys.executable, _script(step), *argv])

@@ -20,8 +20,8 @@ Queues prepare, paraphrase, sft, sample, judge, rank, align and eval. Each start
 Steps that are complete or in the queue are skipped, so the same command continues after a failure. When a step fails,
 those that wait for it are cancelled.
 
-The table [slurm] of the config says what each job asks for (configs/default.toml explains every key). Other words that
-begin with -- go to sbatch unchanged, for every job, and win: --partition=long --account=me.
+The table [slurm] of the config says what each job asks for (docs/config.md explains every key). Other words that begin
+with -- go to sbatch unchanged, for every job, and win: --partition=long --account=me.
 
   --only STEP   queue this step alone
   --dry-run     print sbatch's commands and queue nothing

@@ -21,7 +21,7 @@ from coalign.errors import UserError
 from coalign.steps import ENCODE, STEP_TABLES, TRAINING_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_CONFIG = ROOT / "configs" / "default.toml"
+DEFAULT_CONFIG = ROOT / "configs" / "tiny.toml"
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -92,7 +92,7 @@ def help_text(step: str) -> str:
         lines.append(f"       deepspeed [options] launch/{step}.py [CONFIG.toml] [key=value ...]")
         lines.append(f"       python launch/{step}.py {ENCODE} [CONFIG.toml] [key=value ...]")
         lines += ["", f"{ENCODE} writes the token ids that training reads, which needs no GPU, and stops."]
-    lines += ["", f"Without a config: configs/default.toml. Keys of {step}:", ""]
+    lines += ["", f"Without a config: configs/tiny.toml. Keys of {step}:", ""]
     for table in STEP_TABLES.get(step, tuple(Config.model_fields)):
         model = Config.model_fields[table].annotation
         lines.append(f"[{table}]  {_first_line(model)}")
@@ -153,19 +153,33 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def _field_of(key: str) -> tuple[FieldInfo | None, str]:
+    """Return the field that a flat key names, None when there is none, and the rest of the key inside it."""
+    table: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        field: FieldInfo | None = table.model_fields.get(part)
+        rest = ".".join(parts[depth:])
+        if (
+            field is None
+            or not rest
+            or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table))
+        ):
+            return field, rest
+        table = field.annotation
+    return None, ""
+
+
 def _is_text(key: str) -> bool:
     """Return whether a key takes a text and nothing else."""
-    table: Any = Config
-    *tables, last = key.split(".")
-    for part in tables:
-        field = table.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table)):
-            return False
-        table = field.annotation
-    return last in table.model_fields and table.model_fields[last].annotation is str
+    field, rest = _field_of(key)
+    return field is not None and not rest and field.annotation is str
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    field, rest = _field_of(key)
+    if field is not None and rest and getattr(field.annotation, "__origin__", None) is not dict:
+        raise UserError(f"unknown key {key!r}: {key.removesuffix('.' + rest)!r} is a value, not a table")
     *tables, last = key.split(".")
     for part in tables:
         values = values.setdefault(part, {})

@@ -1,7 +1,6 @@
 """The configuration: one frozen pydantic model per TOML table, unknown keys refused, every field with its unit.
 
-Used by commandline, launch/* (the only place that sees the whole Config) and, table by table, by the functions below
-them. Knows neither files nor torch nor an engine.
+Recipes see the whole Config; functions are given the tables or values that they need. Knows neither files nor torch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class RunTable(Table):
     inputs: dict[str, str] = _field({}, 'complete steps to take from other runs, e.g. {sft = "runs/A"}', neutral=True)
     round: Positive = _field(1, "round n samples and judges with the model aligned in round n - 1", neutral=True)
     threads: NonNegative = _field(
-        1, "CPU threads a rank or worker (0: torch's own choice; another number may move last digits)", neutral=True
+        1, "CPU threads per rank or worker (0: torch chooses; another number may change last digits)", neutral=True
     )
 
     @model_validator(mode="after")
@@ -115,10 +114,10 @@ class DataTable(Table):
     unseen_tasks: list[str] = _field([], "tasks kept out of training, beside the source's own test split")
     only_tasks: list[str] = _field([], "tasks to take, by name (empty: all)")
     max_tasks: NonNegative = _field(0, "tasks to take, in hash order (0: all)")
-    max_sft_inputs: NonNegative = _field(0, "stage-1 inputs a task (0: all)")
-    max_align_inputs: NonNegative = _field(0, "stage-2 inputs a task (0: all)")
-    max_dev_inputs: NonNegative = _field(0, "dev inputs a task (0: all)")
-    max_test_inputs: NonNegative = _field(0, "test inputs a task (0: all)")
+    max_sft_inputs: NonNegative = _field(0, "stage-1 inputs per task (0: all)")
+    max_align_inputs: NonNegative = _field(0, "stage-2 inputs per task (0: all)")
+    max_dev_inputs: NonNegative = _field(0, "dev inputs per task (0: all)")
+    max_test_inputs: NonNegative = _field(0, "test inputs per task (0: all)")
     max_labels: NonNegative = _field(20, "a task with at most this many different answers is a label task")
 
     @model_validator(mode="after")
@@ -136,14 +135,14 @@ class DataTable(Table):
 class ParaphraseTable(Table):
     """[paraphrase]: wordings of every instruction."""
 
-    num_wordings: NonNegative = _field(10, "training wordings asked from the model a task (0: only files)")
-    num_dev: NonNegative = _field(2, "dev wordings a task, files first")
-    num_test: NonNegative = _field(6, "test wordings a task, files first (4 are needed to report CR)")
+    num_wordings: NonNegative = _field(10, "training wordings per task to ask the model for (0: only files)")
+    num_dev: NonNegative = _field(2, "dev wordings per task, files first")
+    num_test: NonNegative = _field(6, "test wordings per task, files first (4 are needed to report CR)")
     files: list[str] = _field([], "JSONL files of wordings written by people")
-    max_attempts: Positive = _field(3, "rewrites asked from the model for each wording wanted")
+    max_attempts: Positive = _field(3, "rewrites to ask the model for per wording wanted")
     temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = _field(0.95, "nucleus sampling mass")
-    max_new_tokens: Positive = _field(256, "tokens a rewrite")
+    max_new_tokens: Positive = _field(256, "tokens per rewrite, at most")
     min_length_ratio: Share = _field(0.3, "a rewrite under this share of the original's words is too short")
     max_length_ratio: Annotated[float, Field(ge=1)] = _field(3.0, "a rewrite over this multiple is too long")
     max_similarity: Share = _field(0.9, "word 3-gram overlap (Jaccard) from which two wordings nearly repeat")
@@ -160,22 +159,26 @@ class GenerationTable(Table):
     )
     workers: NonNegative = _field(2, "Ray actors (0: in this process, without Ray)", neutral=True)
     gpus_per_worker: Annotated[float, Field(ge=0)] = _field(
-        -1.0, "GPUs each worker asks Ray for; 2 and more share a model too large for one (-1: one if any)", neutral=True
+        -1.0,
+        "GPUs per worker, asked of Ray; with 2 or more a model is spread over them (-1: one if there is any)",
+        neutral=True,
     )
-    shard_size: Positive = _field(64, "prompts a shard: the unit of work, retry and resume")
+    shard_size: Positive = _field(64, "prompts per shard, the unit of work, retry and resume")
     batch_tokens: NonNegative = _field(
         0,
-        "tokens in flight a batch: prompt + new, all rows (0: 16384 on a CPU, on a GPU what half of its memory holds)",
+        "tokens in flight per batch, prompt and new ones of all rows (0: 16384 on a CPU, half of a GPU's memory)",
     )
     repetition_penalty: Annotated[float, Field(ge=1)] = _field(
-        1.0, "makes tokens of the prompt and of the answer so far less likely, by 1.1 say (1: off)"
+        1.0, "makes tokens of the prompt and of the answer so far less likely, such as 1.1 (1: off)"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
     ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
     ray_wait_seconds: Annotated[float, Field(gt=0)] = _field(
-        600.0, "how long CPUs and GPUs are waited for that others hold, for ranks too", neutral=True
+        600.0, "how long to wait for CPUs and GPUs that others hold, for training ranks too", neutral=True
     )
-    ray_grows: bool = _field(False, "the cluster adds nodes when asked: wait for what it has not now", neutral=True)
+    ray_grows: bool = _field(
+        False, "the cluster is autoscaling: wait for nodes that it does not have yet", neutral=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -216,25 +219,27 @@ class TrainTable(Table):
     warmup_share: Share = _field(0.05, "share of the updates with rising learning rate")
     final_lr_share: Share = _field(0.1, "share of the highest learning rate that linear and cosine fall towards")
     micro_batch_tokens: Positive = _field(
-        8192, "padded tokens a rank computes at once; a step accumulates as many as its batch needs", neutral=True
+        8192,
+        "padded tokens that a rank computes at once; an update accumulates as many micro-batches as it needs",
+        neutral=True,
     )
     pack_tokens: Annotated[int, Field(ge=-1)] = _field(
         -1,
-        "tokens of a row that several items share without seeing one another (0: none does; -1: by device)",
+        "tokens per row that several items share without attending to one another (0: no packing; -1: by device)",
         neutral=True,
     )
     eval_every: NonNegative = _field(50, "updates between dev measurements (0: never)", neutral=True)
     dev_inputs: NonNegative = _field(32, "dev inputs of the small consistency measure", neutral=True)
     dev_wordings: Annotated[int, Field(ge=2)] = _field(4, "dev wordings of the small consistency measure", neutral=True)
-    dev_max_new_tokens: Positive = _field(32, "tokens an answer of the small consistency measure", neutral=True)
+    dev_max_new_tokens: Positive = _field(32, "tokens per answer of the small consistency measure", neutral=True)
     checkpoint_every: NonNegative = _field(
         100, "updates between checkpoints (0: only when asked to stop)", neutral=True
     )
     keep_last: Positive = _field(2, "checkpoints to keep", neutral=True)
     ray_ranks: NonNegative = _field(
-        0, "ranks that launch/ray_job.py places on a cluster (0: one a GPU; without GPUs one a node)", neutral=True
+        0, "ranks that launch/ray_job.py places on a cluster (0: one per GPU; without GPUs one per node)", neutral=True
     )
-    ray_cpus_per_rank: Positive = _field(1, "CPUs that Ray keeps for each of them", neutral=True)
+    ray_cpus_per_rank: Positive = _field(1, "CPUs that Ray reserves per rank", neutral=True)
 
     @model_validator(mode="after")
     def _check(self) -> TrainTable:
@@ -277,10 +282,12 @@ class StageTable(Table):
 class SftTable(StageTable):
     """[sft]: stage 1, fine-tuning on paraphrased instructions."""
 
-    wordings: Literal["original", "augmented"] = _field("augmented", "original: the plain SFT arm, as many updates")
+    wordings: Literal["original", "augmented"] = _field(
+        "augmented", "original: the plain SFT arm, with as many updates"
+    )
     split: Literal["sft", "align"] = _field("sft", "whose gold answers are trained on (align: a control arm)")
     epochs: Annotated[float, Field(ge=0)] = _field(3.0, "passes over the inputs (0: max_steps counts)")
-    batch_rows: Positive = _field(32, "rows an update, over all ranks")
+    batch_rows: Positive = _field(32, "rows per update, over all ranks")
     replay: str = _field("", "JSONL (instruction, input, output) of other skills to mix in")
     replay_share: Share = _field(0.0, "share of every update's rows that come from sft.replay")
 
@@ -296,24 +303,29 @@ class SftTable(StageTable):
 class SampleTable(Table):
     """[sample]: the model answers each align input under several wordings."""
 
-    wordings_per_input: Positive = _field(4, "training wordings drawn for each input (W)")
-    samples: Positive = _field(4, "responses for each wording (K)")
+    wordings_per_input: Positive = _field(4, "training wordings drawn per input (W)")
+    samples: Positive = _field(4, "responses per wording (K)")
     temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = _field(1.0, "nucleus sampling mass")
     top_k: NonNegative = _field(0, "most likely tokens to draw from (0: all)")
-    max_new_tokens: Positive = _field(64, "tokens a response")
+    max_new_tokens: Positive = _field(64, "tokens per response, at most")
 
 
 class JudgeTable(Table):
     """[judge]: self-reward."""
 
     model: str = _field("sft", '"sft", "base" or a model folder')
-    gold: bool = _field(True, "false: align inputs are unlabelled; the judge and the agreement over wordings decide")
-    item_separator: str = _field("", "what parts the items of list answers, judged one by one with gold (empty: whole)")
+    gold: bool = _field(True, "false: no gold answers are used; the judge and the agreement over wordings decide")
+    item_separator: str = _field(
+        "",
+        "what separates the items of list answers, judged one by one with gold (empty: answers are judged whole)",
+    )
     type_question: bool = _field(True, "ask whether the response is of the right type (false: a control arm)")
-    allow_weak: bool = _field(False, "go on when balanced accuracy or AUC is below judge.min_quality", neutral=True)
+    allow_weak: bool = _field(False, "continue when balanced accuracy or AUC is below judge.min_quality", neutral=True)
     min_quality: Share = _field(0.65, "balanced accuracy and AUC below which the step stops", neutral=True)
-    audit_share: Share = _field(0.1, "share of exact matches and known-wrong answers judged only to measure the judge")
+    audit_share: Share = _field(
+        0.1, "share of exact matches and known-wrong answers that are judged only to measure the judge"
+    )
     max_dev_inputs: Positive = _field(100, "dev inputs on which the thresholds are fitted")
 
 
@@ -329,10 +341,12 @@ class RankTable(Table):
     )
     min_agreement: Share = _field(0.5, "without gold: share of an input's wordings that must have said the best answer")
     min_wording_agreement: Share = _field(
-        0.0, "drop a generated wording whose responses are right less than this often, relative to its task"
+        0.0, "drop a generated wording whose share of right responses is below this part of its task's share (0: off)"
     )
-    max_candidates: Annotated[int, Field(ge=2)] = _field(8, "responses a group, best and gold kept, then by reward")
-    wordings_per_input: NonNegative = _field(0, "groups an input (0: every wording it was sampled under)")
+    max_candidates: Annotated[int, Field(ge=2)] = _field(
+        8, "responses per group; the best and the gold answer are kept, then by reward"
+    )
+    wordings_per_input: NonNegative = _field(0, "groups per input (0: one per wording it was sampled under)")
 
 
 class AlignTable(StageTable):
@@ -340,10 +354,10 @@ class AlignTable(StageTable):
 
     epochs: Annotated[float, Field(ge=0)] = _field(1.0, "passes over the groups (0: max_steps counts)")
     learning_rate: Annotated[float, Field(gt=0)] = _field(1e-5, "highest learning rate")
-    batch_groups: Positive = _field(16, "groups an update, over all ranks")
+    batch_groups: Positive = _field(16, "groups per update, over all ranks")
     loss: Literal["hinge", "logistic", "dpo"] = _field("hinge", "form of the ranking term")
     rank_weight: Annotated[float, Field(ge=0)] = _field(1.0, "lambda, weight of the ranking term")
-    margin: Annotated[float, Field(ge=0)] = _field(0.0, "margin of the hinge, nats a token")
+    margin: Annotated[float, Field(ge=0)] = _field(0.0, "margin of the hinge, in nats per token")
     beta: Annotated[float, Field(gt=0)] = _field(1.0, "sharpness of logistic and dpo")
 
 
@@ -357,11 +371,11 @@ class EvalTable(Table):
     agreement: str = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
     wordings_file: str = _field("", "JSONL of wordings to use instead of the run's held-out ones")
     folder: str = _field("", "where to write (empty: the run's eval folder)", neutral=True)
-    max_inputs: NonNegative = _field(0, "inputs a task (0: all)")
-    max_wordings: NonNegative = _field(0, "wordings a task (0: all)")
-    max_new_tokens: Positive = _field(64, "tokens an answer")
-    noise_inputs: NonNegative = _field(50, "inputs for each noise floor (0: none)")
-    noise_samples: Annotated[int, Field(ge=2)] = _field(8, "repeats of one wording for each noise floor")
+    max_inputs: NonNegative = _field(0, "inputs per task (0: all)")
+    max_wordings: NonNegative = _field(0, "wordings per task (0: all)")
+    max_new_tokens: Positive = _field(64, "tokens per answer, at most")
+    noise_inputs: NonNegative = _field(50, "inputs per noise floor (0: none)")
+    noise_samples: Annotated[int, Field(ge=2)] = _field(8, "repeats of one wording per noise floor")
     num_bootstrap: Positive = _field(2000, "resamples of the two-level bootstrap")
 
     @model_validator(mode="before")

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 
 NODES = "COALIGN_NODES"  # names of the job's nodes, in the order of the ranks; slurm/job.sh sets both
@@ -32,6 +33,13 @@ def world_size() -> int:
 def local_rank() -> int:
     """Return this process's rank on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on the loopback interface now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def derive_seed(*parts: str | int) -> int:

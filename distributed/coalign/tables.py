@@ -1,6 +1,6 @@
 """What a table of the configuration is made of, and the table that only Slurm reads.
 
-Used by config.py, which holds the other tables, and submission.py. Knows neither files nor steps.
+config.py holds the other tables. Knows neither files nor steps.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ class SlurmTable(Table):
 
     partition: str = key("", "partition (empty: the cluster's default)", neutral=True)
     account: str = key("", "account that is charged (empty: your default)", neutral=True)
-    nodes: Positive = key(1, "nodes of a step with a model; prepare and rank take one without GPUs", neutral=True)
-    gpus_per_node: NonNegative = key(0, "GPUs a node (0: train and generate on CPUs)", neutral=True)
-    ranks_per_node: NonNegative = key(
-        0, "training processes a node (0: one a GPU, and one where there are no GPUs)", neutral=True
+    nodes: Positive = key(
+        1, "nodes per job of a step with a model; prepare and rank take one node without GPUs", neutral=True
     )
-    cpus_per_rank: Positive = key(4, "CPU cores a rank; Ray's workers get all cores of a node's ranks", neutral=True)
+    gpus_per_node: NonNegative = key(0, "GPUs per node (0: train and generate on CPUs)", neutral=True)
+    ranks_per_node: NonNegative = key(
+        0, "training processes per node (0: one per GPU, and one where there are no GPUs)", neutral=True
+    )
+    cpus_per_rank: Positive = key(
+        4, "CPU cores per rank; Ray's workers get the cores of all ranks of a node", neutral=True
+    )
     memory: str = key(
-        "", "memory a node, as sbatch --mem takes it: 200G (empty: the partition's default)", neutral=True
+        "", "memory per node, as sbatch --mem takes it: 200G (empty: the partition's default)", neutral=True
     )
     time: str = key("24:00:00", "time limit of each job, [days-]hours:minutes:seconds", neutral=True)
     warn_seconds: Positive = key(
         120, "seconds before the limit at which a job saves its work and queues itself again", neutral=True
     )
     start_seconds: Positive = key(
-        300, "seconds that a job waits for all of its nodes and ranks before it names the missing ones", neutral=True
+        300, "seconds that a job waits for all its nodes and ranks before it names the missing ones", neutral=True
     )
     free_gib: NonNegative = key(10, "GiB that must be free on the disk of run.folder when a job starts", neutral=True)
     modules: list[str] = key([], "environment modules that a job loads first", neutral=True)
@@ -58,4 +62,4 @@ class SlurmTable(Table):
         "command that runs another in a container, e.g. apptainer exec --nv coalign.sif; venv is inside",
         neutral=True,
     )
-    options: list[str] = key([], "more flags of sbatch for every job, e.g. --constraint=a100", neutral=True)
+    options: list[str] = key([], "further flags of sbatch for every job, e.g. --constraint=a100", neutral=True)

@@ -140,12 +140,11 @@ def read_generation(options: argparse.Namespace, run: Path, pairs: Sequence[Pair
     settings: dict[str, Any] = {"do_sample": False, "until": [], "max_gen_toks": max_new_tokens}
     if options.model == "any":
         return Generation(settings)
-    from coalign.models.codec import Codec
-    from coalign.models.model_folder import load_tokenizer
+    from coalign.models.model_folder import load_codec
 
     folder = options.model or str(run / "sft" / "model")
     table = ModelTable(end_of_turn=options.end_of_turn)
-    codec = Codec(load_tokenizer(folder, table), table)
+    codec = load_codec(folder, table)
     _, dropped = asking.build_requests(pairs, codec, "drop", max_new_tokens)
     settings["eos_token_id"] = codec.stop_ids
     mark = cut_off_token(codec.tokenizer)

@@ -21,7 +21,8 @@ from make_world import ANSWERS, draw_input, read_wordings
 
 from coalign.config import GenerationTable, JudgeTable, ModelTable, ParaphraseTable
 from coalign.generation.transformers_worker import GenerateWorker, Sampling, ScoreWorker
-from coalign.judging.verdicts import all_prompts, decide_by_judge, distinct_answers, questions, with_questions
+from coalign.judging.judge_model import all_prompts
+from coalign.judging.verdicts import decide_by_judge, distinct_answers, questions, with_questions
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
 from coalign.records import Example, Response, Task, read_records
 from coalign.text import normalise_answer, normalise_input

@@ -25,7 +25,7 @@ from coalign.config import DataTable, ModelTable, RandomTable
 from coalign.data.sources import read_sources
 from coalign.data.splits import Prepared, split_instances, tokenizer_texts
 from coalign.models.codec import Codec
-from coalign.models.model_folder import load_tokenizer
+from coalign.models.model_folder import load_codec
 from coalign.models.random_model import make_random_model
 from coalign.prompts import correct_question, type_question
 from coalign.records import Example, Task, Wording, read_rows
@@ -42,7 +42,7 @@ def make_codec(prepared: Prepared) -> Codec:
     with tempfile.TemporaryDirectory() as folder:
         texts = tokenizer_texts(prepared.tasks, prepared.examples())
         make_random_model(Path(folder) / "model", texts, table, seed=0)
-        return Codec(load_tokenizer(str(Path(folder) / "model"), ModelTable()), ModelTable())
+        return load_codec(str(Path(folder) / "model"), ModelTable())
 
 
 def histogram(lengths: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ from benchmarks.rows import Row, Side, peak_mebibytes
 from benchmarks.workloads import equal_items, even_groups, real_groups, sft_items, token_ratio
 from coalign.config import TrainTable
 from coalign.models.logprobs import to_device, token_logps
-from coalign.training import layout_checks
+from coalign.training import micro_batches
 from coalign.training.loop import _update
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item, collate, row_tokens
@@ -95,7 +95,7 @@ def at_once(side: Side) -> Side:
     """Return the side with micro-batches that padding does not end."""
 
     def work() -> Update:
-        with mock.patch.multiple(layout_checks, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
+        with mock.patch.multiple(micro_batches, PADDING_ON_CPU=LIMIT, PADDING_SHARE_ON_GPU=1.0):
             return side.work()
 
     return Side(work)

@@ -15,8 +15,7 @@ from commands import STEPS, Clusters, Run, assert_same_files, until
 from huggingface_hub import ModelCard
 
 from coalign.config import ModelTable
-from coalign.models.codec import Codec
-from coalign.models.model_folder import load_tokenizer
+from coalign.models.model_folder import load_codec
 from coalign.runs.digests import digest_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
@@ -69,7 +68,7 @@ def test_model_cards_hold_the_results_and_their_code_runs(finished: Run) -> None
     code += "\nprint(prompt['input_ids'][0].tolist())\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
-    codec = Codec(load_tokenizer(str(folder), ModelTable()), ModelTable())
+    codec = load_codec(str(folder), ModelTable())
     assert json.loads(done.stdout.splitlines()[-1]) == codec.encode_prompt("the instruction\n\nthe input")
 
 

@@ -123,7 +123,7 @@ def test_the_step_before_encodes_many_rows(run: World, monkeypatch: pytest.Monke
         "the rows were not encoded (exit code 2); sft will do it itself" in must(run.run("paraphrase", *words)).stdout
     )
     (error,) = must(run.run("sft", *words), 2).errors
-    assert "the context is 16" in error
+    assert "the context of the model is 16" in error
 
 
 def test_plain_fine_tuning_makes_as_many_updates(run: World) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = """
 import sys
-from coalign.process import run_command, run_step
+from coalign.recipe import run_command, run_step
 run_step(lambda words: sys.exit(run_command([sys.executable, "-uc", words[0]])))
 """
 TIDY = """
@@ -49,7 +49,7 @@ def test_a_signal_to_stop_reaches_the_command_first() -> None:
 @pytest.mark.parametrize(("rank", "code"), [({"RANK": "0"}, 0), ({}, -signal.SIGABRT)])
 def test_a_rank_leaves_at_once(rank: dict[str, str], code: int) -> None:
     """What ends with the interpreter, such as a process group, can't make a finished rank a failed one."""
-    program = "import atexit, os; from coalign.process import run_step; atexit.register(os.abort); run_step(print)"
+    program = "import atexit, os; from coalign.recipe import run_step; atexit.register(os.abort); run_step(print)"
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", program, "done"], env=own | rank, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (code, b"['done']\n")

@@ -42,6 +42,17 @@ def world(num_tasks: int, num_inputs: int = 3, num_wordings: int = 4) -> tuple[l
     return tasks, pairs
 
 
+class WordCodec:
+    """Encodes a prompt as one id per word."""
+
+    max_tokens = 8
+
+    def encode_prompt(self, user_text: str) -> list[int]:
+        return list(range(len(user_text.split())))
+
+    encode_plain = encode_prompt
+
+
 def by_rule(pairs: list[Pair], answer: Any) -> ModelOutput:
     answers = [response(pair, answer(pair)) for pair in pairs]
     repeats = [response(pair, answer(pair), sample=i) for pair in pairs[:1] for i in range(3)]

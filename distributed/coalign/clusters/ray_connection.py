@@ -27,6 +27,11 @@ LOOK_SECONDS = 2.0  # between two looks at which nodes are alive
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, which it removes with the job
 
 
+def ray_address(generation: GenerationTable) -> str:
+    """Return the Ray cluster to use: generation.ray_address, else RAY_ADDRESS, else "" for a private one."""
+    return generation.ray_address or os.environ.get("RAY_ADDRESS", "")
+
+
 class Cluster:
     """A connection to the cluster at an address, or to a private one that ends with it. `ray` is the module.
 
@@ -161,11 +166,6 @@ class Cluster:
             self._holder.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._holder.wait(2 * END_SECONDS)
-
-
-def ray_address(generation: GenerationTable) -> str:
-    """Return the address of the Ray cluster to use: generation.ray_address, else RAY_ADDRESS, else ""."""
-    return generation.ray_address or os.environ.get("RAY_ADDRESS", "")
 
 
 def node_resource(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from coalign.errors import UserError
 from coalign.evaluation.metrics import Decide, rouge_l_agrees
 from coalign.prompts import NO, YES, same_answer_question
-from coalign.wordings.asking import PromptCodec
+from coalign.wordings.asking import PromptCodec, fits
 
 _ROUGE_L = re.compile(r"rouge_l\s*>=\s*(\S+)")
 
@@ -36,14 +36,9 @@ def judge_requests(
     dropped: list[dict[str, Any]] = []
     for index, pair in enumerate(pairs):
         ids = codec.encode_prompt(same_answer_question(*pair))
-        if len(ids) <= room:
+        what = f"eval.agreement: the question whether {pair[0][:40]!r} and {pair[1][:40]!r} mean the same"
+        if fits(len(ids), room, too_long, what, "count such pairs as not agreeing", "judge"):
             requests.append({"pair": index, "prompt_ids": ids, "continuations": verdicts})
-        elif too_long == "error":
-            raise UserError(
-                f"eval.agreement: the question whether {pair[0][:40]!r} and {pair[1][:40]!r} mean the same has"
-                f" {len(ids)} tokens, which exceed the judge's context of {codec.max_tokens}; set"
-                ' model.too_long="drop" to count such pairs as not agreeing, or use a judge with a longer context'
-            )
         else:
             dropped.append({"reason": "too_long_for_judge", "answers": list(pair), "num_tokens": len(ids)})
     if dropped:

@@ -15,10 +15,10 @@ from typing import Any
 from coalign.config import EvalTable, GenerationTable
 from coalign.errors import UserError
 from coalign.process import derive_seed
-from coalign.records import Example, Response, Task, Wording, read_records
+from coalign.records import Example, Response, Row, Task, Wording, read_records
 from coalign.runs.digests import digest_file
 from coalign.text import normalise_input, unit_hash
-from coalign.wordings.asking import Pair, read_responses
+from coalign.wordings.asking import Pair, Request, read_responses
 from coalign.wordings.wording_files import load_wordings
 from coalign.wordings.wordings import expected_answer, render_prompt
 
@@ -26,8 +26,8 @@ NOISE_TEMPERATURE = 0.7
 
 logger = logging.getLogger("coalign")
 
-# (what, requests, generation mode, temperature, rows a shard or 0 for what is configured) -> result rows in order
-Generate = Callable[[str, list[dict[str, Any]], str, float, int], Iterable[dict[str, Any]]]
+# (what, requests, generation mode, temperature, rows per shard or 0 for what is configured) -> result rows in order
+Generate = Callable[[str, list[Request], str, float, int], Iterable[Row]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,55 +93,52 @@ def _render(example: Example, wording: Wording) -> tuple[str, str]:
     return prompt, ""
 
 
-def noise_requests(requests: Sequence[dict[str, Any]], num_inputs: int) -> list[dict[str, Any]]:
+def too_long_row(pair: Pair, num_tokens: int) -> Row:
+    """Return the row of dropped.jsonl for a pair whose prompt of `num_tokens` and answer exceed the context."""
+    task, example, wording = pair.key
+    return {"reason": "too_long", "task": task, "example": example, "wording": wording, "num_tokens": num_tokens}
+
+
+def noise_requests(requests: Sequence[Request], num_inputs: int) -> list[Request]:
     """Return one wording (the first) of `num_inputs` inputs, taken in hash order over all tasks."""
-    first: dict[tuple[str, str], dict[str, Any]] = {}
+    first: dict[tuple[str, str], Request] = {}
     for request in requests:
-        first.setdefault((request["task"], request["example"]), request)
-    ordered = sorted(first.values(), key=lambda request: unit_hash("noise", request["task"], request["example"]))
-    return ordered[:num_inputs]
+        first.setdefault(request.pair.key[:2], request)
+    ordered = sorted(first, key=lambda place: unit_hash("noise", *place))
+    return [first[place] for place in ordered[:num_inputs]]
 
 
 def repeats_among_others(
-    chosen: Sequence[dict[str, Any]], requests: Sequence[dict[str, Any]], repeats: int, seed: int
-) -> tuple[list[dict[str, Any]], int]:
+    chosen: Sequence[Request], requests: Sequence[Request], repeats: int, seed: int
+) -> tuple[list[Request], int]:
     """Return the chosen requests `repeats` times, each time among other requests, and how many rows a repeat has.
 
     A repeat is to be a shard of its own, so that no two copies of a request are ever computed together. It holds as
     many others ("filler") as chosen ones, but at most half of those that there are: each repeat draws its own by hash.
     """
 
-    def order(row: dict[str, Any], what: str, repeat: int) -> int:
-        return derive_seed(seed, "neighbours", what, repeat, *_place(row))
+    def order(request: Request, what: str, repeat: int) -> int:
+        return derive_seed(seed, "neighbours", what, repeat, *request.pair.key)
 
-    keys = {_place(request) for request in chosen}
-    others = [request for request in requests if _place(request) not in keys]
+    keys = {request.pair.key for request in chosen}
+    others = [request for request in requests if request.pair.key not in keys]
     num_others = min(len(chosen), (len(others) + 1) // 2)
     rows = []
     for repeat in range(repeats):
         drawn = sorted(others, key=lambda r: order(r, "filler", repeat))[:num_others]
-        together = [{**r, "repeat": repeat} for r in chosen]
-        together += [{**r, "repeat": repeat, "filler": True} for r in drawn]
+        together = [dataclasses.replace(r, repeat=repeat) for r in chosen]
+        together += [dataclasses.replace(r, repeat=repeat, filler=True) for r in drawn]
         rows += sorted(together, key=lambda r: order(r, "place", repeat))
     return rows, len(chosen) + num_others
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["task"], row["example"], row["wording"]
-
-
-def seeded_samples(requests: Sequence[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
+def seeded_samples(requests: Sequence[Request], samples: int, seed: int) -> list[Request]:
     """Return every request once, asking for several seeded samples."""
-    return [
-        {
-            **request,
-            "seeds": [
-                derive_seed(seed, "eval", request["task"], request["example"], request["wording"], sample)
-                for sample in range(samples)
-            ],
-        }
-        for request in requests
-    ]
+
+    def seeds(request: Request) -> list[int]:
+        return [derive_seed(seed, "eval", *request.pair.key, sample) for sample in range(samples)]
+
+    return [dataclasses.replace(request, seeds=seeds(request)) for request in requests]
 
 
 def held_out_wordings(
@@ -159,8 +156,7 @@ def held_out_wordings(
 
 
 def collect_answers(
-    requests: Sequence[dict[str, Any]],
-    pairs: Sequence[Pair],
+    requests: Sequence[Request],
     table: EvalTable,
     generation: GenerationTable,
     seed: int,
@@ -173,14 +169,13 @@ def collect_answers(
     mode, num_tokens = generation.mode, 0
 
     def ask(
-        what: str, rows: list[dict[str, Any]], mode: str, temperature: float = 0.0, shard_size: int = 0
+        what: str, asked: list[Request], mode: str, temperature: float = 0.0, shard_size: int = 0
     ) -> list[Response]:
         nonlocal num_tokens
-        answered = list(generate(what, rows, mode, temperature, shard_size))
-        num_tokens += sum(answer["num_tokens"] for row in answered for answer in row["answers"])
-        return read_responses((row for row in answered if not row.get("filler")), by_key)
+        rows = list(generate(what, asked, mode, temperature, shard_size))
+        num_tokens += sum(answer["num_tokens"] for row in rows for answer in row["answers"])
+        return read_responses(asked, rows)
 
-    by_key = {pair.key: pair for pair in pairs}
     few = noise_requests(requests, table.noise_inputs)
     answers = ask("answers", list(requests), mode)
     repeats, shard_size = repeats_among_others(few, requests, table.noise_samples, seed)

@@ -312,7 +312,7 @@ def usage() -> str:
 
 Runs the experiment of arms in runs/NAME (run.folder, run.name): every arm with every seed, steps that arms share once,
 and writes runs/NAME/ladder/: table.md, figure.svg, figure.png, metrics.json. A step that is complete is passed over;
-after an interruption the same command goes on where it stopped. Without a config: configs/default.toml. The settings
+after an interruption the same command goes on where it stopped. Without a config: configs/tiny.toml. The settings
 are those of the steps, and hold for every arm alike.
 
   --arms A,B        some arms only, and the steps they need (default: all)

@@ -18,8 +18,7 @@ from coalign.generation.decoding import decode
 from coalign.generation.kv_cache import has_plain_cache
 from coalign.generation.sampling import Sampling
 from coalign.generation.scoring import score
-from coalign.models.codec import Codec
-from coalign.models.model_folder import load_model, load_tokenizer, pick_device, pick_dtype
+from coalign.models.model_folder import load_codec, load_model, pick_device, pick_dtype
 from coalign.models.shape import shape_of
 from coalign.models.worker_memory import TOKENS_ON_CPU, tokens_in_flight
 from coalign.records import Row
@@ -34,7 +33,7 @@ class _Worker:
         if threads:
             torch.set_num_threads(threads)
         device = pick_device()
-        self.codec = Codec(load_tokenizer(folder, model), model)
+        self.codec = load_codec(folder, model)
         dtype, gpus = pick_dtype(generation.dtype, device), int(generation.gpus_per_worker)
         if device.type == "cuda" and gpus > 1:
             self.model = load_model(folder, model, dtype, gpus).eval()

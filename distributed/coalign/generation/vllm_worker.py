@@ -20,8 +20,7 @@ import torch
 from coalign.config import GenerationTable, ModelTable
 from coalign.errors import UserError
 from coalign.generation.sampling import Sampling
-from coalign.models.codec import Codec
-from coalign.models.model_folder import load_tokenizer, pick_device, pick_dtype
+from coalign.models.model_folder import load_codec, pick_device, pick_dtype
 from coalign.models.sizes import VLLM_GPU_SHARE
 from coalign.models.worker_memory import MOST_TOKENS, TOKENS_ON_CPU
 from coalign.records import Row
@@ -135,7 +134,7 @@ class _Worker:
         if threads:
             torch.set_num_threads(threads)
         self.vllm = _import_vllm()
-        self.codec = Codec(load_tokenizer(folder, model), model)
+        self.codec = load_codec(folder, model)
         self.engine = _engine(self.vllm, engine_options(folder, model, generation, self.codec.max_tokens))
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:

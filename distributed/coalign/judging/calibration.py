@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from coalign.records import Example, Task, Verdict
+from coalign.config import JudgeTable
+from coalign.records import Example, ExampleKey, Response, Task, Verdict
 from coalign.text import normalise_answer, unit_hash
+
+logger = logging.getLogger("coalign")
 
 MIN_ROWS_TO_FIT = 8
 _CALLED = {"type": "the type question", "correct": "the correctness question"}
@@ -42,6 +46,26 @@ class KnownAnswer:
 
 
 # Which answers
+
+
+def known_answers(
+    tasks: Mapping[str, Task],
+    examples: Mapping[ExampleKey, Example],
+    responses: Iterable[Response],
+    decided: Iterable[Verdict],
+    table: JudgeTable,
+    seed: int,
+) -> list[KnownAnswer]:
+    """Return the answers of known quality that the judge is measured on: of dev inputs, and with gold an audit.
+
+    The audit takes a share of the exact matches among `decided`, and wrong answers to a share of the sampled inputs.
+    """
+    dev = [example for example in examples.values() if example.split == "dev"]
+    known = calibration_answers(tasks, dev, table.max_dev_inputs, seed)
+    if table.gold:
+        sampled = [examples[key] for key in dict.fromkeys((r.task, r.example) for r in responses)]
+        known += audit_answers(tasks, sampled, decided, table.audit_share, seed)
+    return known
 
 
 def calibration_answers(
@@ -256,6 +280,22 @@ def _weakness(quality: Mapping[str, Any], min_quality: float) -> str | None:
         f"the judge is too weak, on {known} its balanced accuracy is {accuracy:.3f} and its AUC {area:.3f},"
         f" judge.min_quality={min_quality:g} is asked of both"
     )
+
+
+def measure_judge(
+    asked: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str]]]], scores: ScoreOf, table: JudgeTable
+) -> tuple[dict[str, Any], str | None]:
+    """Calibrate the judge on known answers that have been scored, and log how well it answers each question.
+
+    Returns the calibration (see `calibrate`) and what is wrong with the judge, None when it is good enough.
+    """
+    quality = calibrate(collect_samples(asked, scores), table.type_question)
+    for line in describe_calibration(quality):
+        logger.info("%s", line)
+    weak = weakness(quality, table.min_quality)
+    if weak and table.allow_weak:
+        logger.warning("going on with judge.allow_weak: %s", weak)
+    return quality, weak
 
 
 # What is printed

@@ -6,15 +6,11 @@ Used by launch/judge.py. Pure text and numbers: it makes prompts and reads log-o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coalign.config import JudgeTable
-from coalign.errors import UserError
 from coalign.judging.calibration import KnownAnswer, ScoreOf, lowest_score
 from coalign.prompts import correct_question, type_question
 from coalign.records import Example, ExampleKey, Finish, Response, Task, Verdict
@@ -146,57 +142,6 @@ def decide_by_judge(
     return decided, dropped
 
 
-# Requests: each distinct prompt is scored once
-
-
-def plan_requests(
-    prompts: Iterable[str],
-    encode: Callable[[str], list[int]],
-    continuations: list[list[int]],
-    max_tokens: int,
-    places: dict[str, str | None],
-) -> list[dict[str, Any]]:
-    """Return scoring requests for prompts whose token ids have not been asked for yet.
-
-    `places` remembers for each prompt the key of its request over several calls, None when it is longer than
-    `max_tokens` with its continuation.
-    """
-    asked = {key for key in places.values() if key is not None}
-    longest = max(len(ids) for ids in continuations)
-    requests = []
-    for prompt in prompts:
-        if prompt in places:
-            continue
-        ids = encode(prompt)
-        if len(ids) + longest > max_tokens:
-            places[prompt] = None
-            continue
-        key = hashlib.blake2b(json.dumps(ids).encode(), digest_size=16).hexdigest()
-        places[prompt] = key
-        if key not in asked:
-            asked.add(key)
-            requests.append({"key": key, "prompt_ids": ids, "continuations": continuations})
-    return requests
-
-
-def all_prompts(by_question: PromptsByQuestion) -> Iterable[str]:
-    """Return the prompts of all questions about one answer."""
-    return itertools.chain.from_iterable(by_question.values())
-
-
-def require_short(
-    asked: Iterable[tuple[AnyAnswer, PromptsByQuestion]], places: Mapping[str, str | None], max_tokens: int
-) -> None:
-    """Raise UserError for the first answer with a prompt that does not fit (model.too_long = "error")."""
-    for item, by_question in asked:
-        if any(places[prompt] is None for prompt in all_prompts(by_question)):
-            raise UserError(
-                f"task {item.task!r}, example {item.example!r}: the judge's prompt is longer than its context of"
-                f' {max_tokens} tokens; set model.too_long="drop" to leave such responses out, or use a judge with a'
-                " longer context"
-            )
-
-
 # What is counted and printed
 
 
@@ -230,7 +175,7 @@ def count_judging(
     question put to each of n items counts n times; prompts that are too long count among the duplicates' savings.
     Calls on known answers are not in here.
     """
-    num_prompts = sum(len(list(all_prompts(by_question))) for _, by_question in asked)
+    num_prompts = sum(sum(map(len, by_question.values())) for _, by_question in asked)
     num_open = sum(len(by_question) for _, by_question in asked)
     comparable = [r for r in responses if r.canonical is not None]
     distinct = len({(r.task, r.example, r.canonical, r.finish) for r in comparable})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jinja2
@@ -162,32 +161,6 @@ def _token_id(tokenizer: Any, token: str, key: str) -> int:
     if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise UserError(f"{key}={token!r} is no token of this tokenizer; use one of its special tokens")
     return int(index)
-
-
-def check_lengths(lengths: Iterable[tuple[str, int]], max_tokens: int, policy: str) -> set[str]:
-    """Return the names whose length in tokens exceeds the context.
-
-    Under the policy "error" the first of them raises UserError instead; nothing is ever cut.
-    """
-    too_long: set[str] = set()
-    worst = ("", 0)
-    for name, length in lengths:
-        if length > max_tokens:
-            too_long.add(name)
-            worst = max(worst, (name, length), key=lambda pair: pair[1])
-    if too_long and policy == "error":
-        raise UserError(
-            f"{len(too_long)} rows are longer than the context of {max_tokens} tokens, the longest is {worst[0]} with"
-            f' {worst[1]}; set model.too_long="drop" to leave them out, or use a model with a longer context'
-        )
-    if too_long:
-        logger.warning(
-            "%d rows dropped: longer than the context of %d tokens (longest: %s with %d)",
-            len(too_long),
-            max_tokens,
-            *worst,
-        )
-    return too_long
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
+from coalign.models.codec import Codec
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -87,6 +88,11 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     tokenizer.model_max_length = limit
     tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def load_codec(folder: str, table: ModelTable) -> Codec:
+    """Return the codec of a model folder: its tokenizer with the chat template and special tokens of [model]."""
+    return Codec(load_tokenizer(folder, table), table)
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:

@@ -60,7 +60,7 @@ def usage() -> str:
     for field in dataclasses.fields(MachineOptions):
         default = "" if field.default in (0, "", False) else f" (default {field.default})"
         lines.append(f"  --{field.name.replace('_', '-'):17} {field.metadata['meaning']}{default}")
-    return "\n".join([*lines, "", "Without a config: configs/default.toml. For the keys see --help of a step."])
+    return "\n".join([*lines, "", "Without a config: configs/tiny.toml. For the keys see --help of a step."])
 
 
 def read_options(argv: Sequence[str]) -> tuple[MachineOptions, list[str]]:

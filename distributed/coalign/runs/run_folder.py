@@ -14,7 +14,7 @@ from coalign.config import ModelTable, RunTable
 from coalign.errors import UserError
 from coalign.process import rank
 from coalign.runs.step_folder import StepFolder, read_manifest, require_complete
-from coalign.steps import ROUND_STEPS, TRAINING_STEPS
+from coalign.steps import ROUND_STEPS, STEPS, TRAINING_STEPS
 
 logger = logging.getLogger("coalign")
 
@@ -41,6 +41,16 @@ class RunFolder:
         if self.run.round == 1:
             return self.step("sft")
         return self._in_round(self.path, "align", self.run.round - 1)
+
+    def own_steps(self, eval_folder: str = "") -> dict[str, Path]:
+        """Return the folder of every step that this run makes itself, in order; those of run.inputs are left out.
+
+        `eval_folder` is eval.folder, which takes the place of the run's own.
+        """
+        folders = {name: self.step(name) for name in STEPS if name not in self.run.inputs}
+        if eval_folder:
+            folders["eval"] = Path(eval_folder)
+        return folders
 
     def command(self, step: str) -> str:
         """Return the command that makes a step of this run."""
@@ -83,6 +93,11 @@ class RunFolder:
             logger.info("%s is complete in %s; nothing to do", name, step.path)
             return None
         return step
+
+
+def incomplete(folders: dict[str, Path]) -> list[str]:
+    """Return the names of the steps that are not complete, in order."""
+    return [name for name, folder in folders.items() if read_manifest(folder) is None]
 
 
 def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:

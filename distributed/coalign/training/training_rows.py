@@ -24,6 +24,7 @@ from coalign.text import normalise_input, unit_hash
 from coalign.training.forked_map import chunks_of, forked_map
 from coalign.training.micro_batches import Item, permutations
 from coalign.training.token_files import Columns, TokenRows, TokenWriter, columns_of
+from coalign.wordings.asking import fits
 from coalign.wordings.wordings import expected_answer, render_prompt
 
 logger = logging.getLogger("coalign")
@@ -53,15 +54,10 @@ class Encoder:
 
     def fits(self, item: Item) -> bool:
         """Return whether an item fits the context; raise UserError under the policy "error" when it does not."""
-        if item.longest() <= self.codec.max_tokens:
-            return True
-        if self.policy == "error":
-            raise UserError(
-                f"{item.name} takes {item.longest()} tokens, the context is {self.codec.max_tokens}; set"
-                ' model.too_long="drop" to leave such rows out, or use a model with a longer context'
-            )
-        self.drop(item.name, "too_long", item.longest())
-        return False
+        fitting = fits(item.longest(), self.codec.max_tokens, self.policy, item.name)
+        if not fitting:
+            self.drop(item.name, "too_long", item.longest())
+        return fitting
 
     def drop(self, name: str, reason: str, tokens: int = 0) -> None:
         """Record a row that is left out."""

@@ -1,18 +1,26 @@
-"""Inputs under wordings as requests, and responses back."""
+"""Inputs under wordings become requests to a model, and what it generates becomes responses: for sample and eval alike.
+
+Also the one home of model.too_long: a text that exceeds the context of a model is dropped or refused, and never cut.
+Pure text and token ids; knows no model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from coalign.errors import UserError
-from coalign.records import Example, Response, Wording
-from coalign.wordings.wordings import canonical_answer
+from coalign.records import Example, Response, Row, Wording
+from coalign.text import unit_hash
+from coalign.wordings.wordings import canonical_answer, misfit, render_prompt
+
+logger = logging.getLogger("coalign")
 
 
 class PromptCodec(Protocol):
-    """What is asked of encoding.Codec here."""
+    """The part of models.codec.Codec that requests are built with."""
 
     max_tokens: int
 
@@ -25,7 +33,7 @@ class PromptCodec(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """One held-out input under one wording."""
+    """One input under one wording, with the user message that asks for it."""
 
     example: Example
     wording: Wording
@@ -37,48 +45,133 @@ class Pair:
         return self.example.task, self.example.id, self.wording.id
 
 
-def build_requests(
-    pairs: Sequence[Pair], codec: PromptCodec, too_long: str, max_new_tokens: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return a greedy request for each pair that fits the model's context, and the rows that don't.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """A pair as a worker is asked for it: one answer per seed.
 
-    Raises UserError for the first one that doesn't fit when `too_long` is "error".
+    `repeat` numbers requests of one pair. A `filler` is computed beside others, and its answers are not read.
     """
-    requests: list[dict[str, Any]] = []
-    dropped: list[dict[str, Any]] = []
-    for pair in pairs:
-        task, example, wording = pair.key
-        ids = codec.encode_prompt(pair.prompt)
-        where = {"task": task, "example": example, "wording": wording}
-        if len(ids) + max_new_tokens <= codec.max_tokens:
-            requests.append({**where, "repeat": 0, "prompt_ids": ids, "seeds": [0]})
-        elif too_long == "error":
-            raise UserError(
-                f"input {example} of {task} under wording {wording}: a prompt of {len(ids)} tokens and"
-                f" eval.max_new_tokens={max_new_tokens} exceed the context of {codec.max_tokens}; set"
-                ' model.too_long="drop" to leave such rows out, or use a model with a longer context'
-            )
-        else:
-            dropped.append({"reason": "too_long", **where, "num_tokens": len(ids)})
-    return requests, dropped
+
+    pair: Pair
+    prompt_ids: list[int]
+    seeds: list[int]
+    repeat: int = 0
+    filler: bool = False
+
+    def to_row(self) -> Row:
+        """Return what is sent to a worker; it passes on everything but the prompt and the seeds."""
+        task, example, wording = self.pair.key
+        where = {"task": task, "example": example, "wording": wording, "repeat": self.repeat}
+        return where | {"prompt_ids": self.prompt_ids, "seeds": self.seeds}
 
 
-def read_responses(rows: Iterable[dict[str, Any]], pairs: dict[tuple[str, str, str], Pair]) -> list[Response]:
-    """Return the responses of generated rows, mapped back through their wording; `sample` numbers the repeats."""
+# From inputs to requests and back
+
+
+def draw_pairs(
+    examples: Iterable[Example], wordings: Mapping[str, Sequence[Wording]], wordings_per_input: int, seed: int
+) -> tuple[list[Pair], list[Row]]:
+    """Return every input under the first of its task's wordings in hash order, and a row for each wording passed over.
+
+    A wording is passed over where its template misses the input or its answer map gives no distinct words on it.
+    Whether the map has the gold answer is not looked at: the inputs may stand for unlabelled ones.
+    """
+    pairs: list[Pair] = []
+    dropped: list[Row] = []
+    for example in examples:
+        order = sorted(wordings.get(example.task, []), key=lambda w: unit_hash(str(seed), example.id, w.id))
+        reasons = {wording.id: misfit(wording, example.input) for wording in order}
+        where = {"task": example.task, "example": example.id}
+        dropped += [{"reason": reasons[w.id], **where, "wording": w.id} for w in order if reasons[w.id]]
+        fitting = [wording for wording in order if not reasons[wording.id]]
+        for wording in fitting[:wordings_per_input]:
+            pairs.append(Pair(example, wording, str(render_prompt(wording, example.input))))
+    return pairs, dropped
+
+
+def build_requests(
+    pairs: Sequence[Pair],
+    codec: PromptCodec,
+    too_long: str,
+    max_new_tokens: int,
+    seeds_of: Callable[[Pair], list[int]],
+) -> tuple[list[Request], list[tuple[Pair, int]]]:
+    """Return a request for each pair that fits the context, and the others with the tokens of their prompts.
+
+    Raises UserError when one does not fit and `too_long` is "error".
+    """
+    requests = [Request(pair, codec.encode_prompt(pair.prompt), seeds_of(pair)) for pair in pairs]
+    names = ["{1} of {0} under {2}".format(*request.pair.key) for request in requests]
+    lengths = [(name, len(r.prompt_ids) + max_new_tokens) for name, r in zip(names, requests, strict=True)]
+    left_out = check_lengths(lengths, codec.max_tokens, too_long)
+    named = list(zip(names, requests, strict=True))
+    fitting = [request for name, request in named if name not in left_out]
+    return fitting, [(request.pair, len(request.prompt_ids)) for name, request in named if name in left_out]
+
+
+def read_responses(requests: Iterable[Request], rows: Iterable[Row]) -> list[Response]:
+    """Return the responses in a worker's rows, which come in the order of the requests, mapped back by the wording.
+
+    `sample` counts the seeds from the request's `repeat`.
+    """
     responses = []
-    for row in rows:
-        pair = pairs[row["task"], row["example"], row["wording"]]
+    for request, row in zip(requests, rows, strict=True):
+        if request.filler:
+            continue
+        example, wording = request.pair.example, request.pair.wording
         for index, answer in enumerate(row["answers"]):
-            responses.append(
-                Response(
-                    example=row["example"],
-                    task=row["task"],
-                    wording=row["wording"],
-                    sample=row["repeat"] + index,
-                    text=answer["text"],
-                    canonical=canonical_answer(pair.wording, pair.example.input, answer["text"]),
-                    finish=answer["finish"],
-                    num_tokens=answer["num_tokens"],
-                )
-            )
+            text = answer["text"]
+            same = canonical_answer(wording, example.input, text)
+            place = (example.id, example.task, wording.id, request.repeat + index)
+            responses.append(Response(*place, text, same, answer["finish"], answer["num_tokens"]))
     return responses
+
+
+# What exceeds the context: model.too_long
+
+
+def fits(
+    num_tokens: int,
+    max_tokens: int,
+    policy: str,
+    what: str,
+    otherwise: str = "leave such rows out",
+    model: str = "model",
+) -> bool:
+    """Return whether a text of `num_tokens` fits a context of `max_tokens`.
+
+    Raises UserError when it does not and the policy, model.too_long, is "error". `what` names the text and `otherwise`
+    says what "drop" does with it; `model` is whose context it is.
+    """
+    if num_tokens <= max_tokens:
+        return True
+    if policy == "error":
+        raise UserError(
+            f"{what} takes {num_tokens} tokens, and the context of the {model} is {max_tokens}; set"
+            f' model.too_long="drop" to {otherwise}, or use a {model} with a longer context'
+        )
+    return False
+
+
+def check_lengths(lengths: Iterable[tuple[str, int]], max_tokens: int, policy: str) -> set[str]:
+    """Return the names whose length in tokens exceeds the context, and log how many there are.
+
+    Raises UserError that names the longest when the policy, model.too_long, is "error".
+    """
+    too_long = {name: length for name, length in lengths if length > max_tokens}
+    if not too_long:
+        return set()
+    name, length = max(too_long.items(), key=lambda item: item[1])
+    if policy == "error":
+        raise UserError(
+            f"{len(too_long)} rows are longer than the context of {max_tokens} tokens, the longest is {name} with"
+            f' {length}; set model.too_long="drop" to leave them out, or use a model with a longer context'
+        )
+    logger.warning(
+        "%d rows dropped: longer than the context of %d tokens (longest: %s with %d)",
+        len(too_long),
+        max_tokens,
+        name,
+        length,
+    )
+    return {*too_long}

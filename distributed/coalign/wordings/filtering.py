@@ -1,19 +1,19 @@
-"""Which wordings a task keeps: near repetitions, files merged with the model's rewrites.
+"""Which wordings a task keeps: `settle` merges files with the model's rewrites and drops what undoes the splits.
 
-Used by the paraphrase step. Every wording that goes has a reason. Pure functions of texts; knows no model.
+Every wording that goes has a reason. Pure functions of texts; knows no model.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from coalign.config import ParaphraseTable
 from coalign.errors import UserError
-from coalign.records import Task, Wording
+from coalign.records import Row, Task, Wording
 from coalign.text import normalise_input
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
 from coalign.wordings.rewrites import Reason, check_rewrite, parse_paraphrase
@@ -29,7 +29,6 @@ from coalign.wordings.wordings import (
     without_cr,
 )
 
-T = TypeVar("T")
 logger = logging.getLogger("coalign")
 
 
@@ -92,7 +91,62 @@ def drop_held_out(
     return kept, dropped, originals
 
 
-def merge_files(
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settled:
+    """Which wordings stay, and why the others do not.
+
+    `by_task` holds each task's wordings with their splits, the original first. `wanted` says how many rewrites each
+    task is to get beside its wordings from files. `dropped` has a row {task, text, reason, ...} for every wording that
+    goes. `originals` are seen tasks whose own instruction nearly repeats a held-out wording; they stay.
+    """
+
+    by_task: dict[str, list[Wording]]
+    wanted: dict[str, int]
+    dropped: list[Row]
+    originals: list[str]
+
+
+def settle(
+    tasks: Sequence[Task],
+    files: WordingFiles,
+    table: ParaphraseTable,
+    seed: int,
+    answers: Mapping[str, Sequence[Row]] | None = None,
+    too_long: Collection[str] = (),
+) -> Settled:
+    """Decide which wordings every task keeps: its original, those from files, and rewrites among a model's answers.
+
+    `answers` maps a task to what the model answered, in the order to try; without it the files alone are settled, whose
+    `wanted` says what to ask for. `too_long` are the tasks whose instruction exceeds the model's context. Raises
+    UserError for a file whose wording has the id of the task's own instruction.
+    """
+    by_task, dropped = _merge_files(tasks, files, table, seed)
+    wanted = {task.id: _num_wanted(task, by_task[task.id], table) for task in tasks}
+    dropped += [
+        {"task": t.id, "text": t.instruction, "reason": "longer_than_context"} for t in tasks if t.id in too_long
+    ]
+    found = (w for wordings in by_task.values() for w in wordings if w.split != "train")
+    held_out = NearRepeats(table.max_similarity, map(bare_text, found))
+    for task in tasks:
+        from_files, given = by_task[task.id], (answers or {}).get(task.id, ())
+        accepted, bad = choose_rewrites(task, from_files, given, wanted[task.id], table, held_out)
+        dropped += bad
+        fixed, together = {wording.id for wording in from_files}, [*from_files, *accepted]
+        by_task[task.id] = assign_splits(together, task, table.num_dev, table.num_test, seed, fixed)
+    # Now that the rewrites have their splits: what is trained on must not repeat what another task's rewrites ask.
+    by_task, repeated, originals = drop_held_out(by_task, tasks, table.max_similarity)
+    return Settled(by_task, wanted, dropped + repeated, originals)
+
+
+def _num_wanted(task: Task, from_files: Sequence[Wording], table: ParaphraseTable) -> int:
+    """Return how many rewrites a task is to get: what its files lack for dev and test, and those to train on."""
+    if not table.num_wordings:
+        return 0
+    missing = sum(num_short(from_files, task, table.num_dev, table.num_test).values())
+    return missing + table.num_wordings * task.seen
+
+
+def _merge_files(
     tasks: Sequence[Task], files: WordingFiles, table: ParaphraseTable, seed: int
 ) -> tuple[dict[str, list[Wording]], list[dict[str, Any]]]:
     """Return each task's original and its wordings from files, split, and rows {task, id, text, reason} of the rest."""
@@ -119,12 +173,6 @@ def merge_files(
         dropped += repeated
     by_task, held_out, _ = drop_held_out(by_task, tasks, table.max_similarity)
     return by_task, dropped + held_out
-
-
-def held_out_texts(by_task: Mapping[str, Sequence[Wording]], max_similarity: float) -> NearRepeats:
-    """Return the dev and test wordings of all tasks, which no rewrite may nearly repeat."""
-    found = (w for wordings in by_task.values() for w in wordings if w.split != "train")
-    return NearRepeats(max_similarity, map(bare_text, found))
 
 
 def choose_rewrites(
@@ -160,31 +208,23 @@ def choose_rewrites(
     return accepted, dropped
 
 
-def take_turns(lists: Iterable[Sequence[T]]) -> list[T]:
-    """Return the first of every list, then the second of every list, and so on: all ways to ask are used alike."""
-    return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]
-
-
-def summarise(
-    tasks: Sequence[Task],
-    by_task: Mapping[str, Sequence[Wording]],
-    dropped: Iterable[Mapping[str, Any]],
-    table: ParaphraseTable,
-) -> dict[str, Any]:
+def summarise(tasks: Sequence[Task], settled: Settled, table: ParaphraseTable) -> dict[str, Any]:
     """Return the counts of the step: wordings by split and source, drops by reason, and what each task lacks."""
+    by_task = settled.by_task
     wordings = [wording for task in tasks for wording in by_task[task.id]]
     short = {t.id: num_short(by_task[t.id], t, table.num_dev, table.num_test, table.num_wordings) for t in tasks}
     return {
         "wordings": len(wordings),
         "splits": dict(Counter(wording.split for wording in wordings)),
         "sources": dict(Counter(wording.source.partition(":")[0] for wording in wordings)),
-        "dropped": dict(Counter(row["reason"] for row in dropped)),
+        "dropped": dict(Counter(row["reason"] for row in settled.dropped)),
         "short": {task: lacks for task, lacks in short.items() if lacks},
     }
 
 
-def warn_of_gaps(counts: Mapping[str, Any], by_task: Mapping[str, Sequence[Wording]], originals: Sequence[str]) -> None:
-    """Say which tasks have fewer wordings than asked or than CR needs, and whose instructions repeat held-out ones."""
+def warn_of_gaps(counts: Mapping[str, Any], settled: Settled) -> None:
+    """Log which tasks have fewer wordings than asked or than CR needs, and whose instructions repeat held-out ones."""
+    by_task, originals = settled.by_task, settled.originals
     if short := counts["short"]:
         worst = sorted(short, key=lambda name: (-sum(short[name].values()), name))[:5]
         listed = "; ".join(f"{name} lacks {short[name]}" for name in worst)

@@ -1,16 +1,22 @@
-"""What makes a model's rewrite of an instruction unusable: broken, too short or long, or something of it lost.
+"""A model's rewrites of an instruction: asked for in several ways, taken out of its answers, and checked.
 
-Used by filtering and the step that paraphrases. Pure functions of texts; knows no model.
+A rewrite is unusable when it is broken, too short or long, or has lost something of the instruction. Pure functions of
+texts; knows no model.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 from coalign.config import ParaphraseTable
+from coalign.process import derive_seed
+from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
+from coalign.records import Row, Task
 from coalign.text import normalise_answer, normalise_input, words
+from coalign.wordings.asking import PromptCodec
 from coalign.wordings.near_repeats import NearRepeats, repeats
 
 # An opening must speak of the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
@@ -175,3 +181,33 @@ def _bare(line: str) -> str:
             line = line[1:-1].strip()
         if line == before:
             return line
+
+
+def rewrite_requests(
+    tasks: Iterable[Task], wanted: Mapping[str, int], table: ParaphraseTable, codec: PromptCodec, seed: int
+) -> list[Row]:
+    """Return requests {task, variant, prompt_ids, seeds}: every way to ask, each with its share of the attempts.
+
+    A task gets paraphrase.max_attempts seeds per wanted rewrite.
+    """
+    requests: list[Row] = []
+    for task in (task for task in tasks if wanted[task.id]):
+        labels = labels_in(task.instruction, task.labels)
+        attempts = table.max_attempts * wanted[task.id]
+        for variant in range(min(NUM_VARIANTS, attempts)):
+            numbers = range(len(range(variant, attempts, NUM_VARIANTS)))
+            seeds = [derive_seed(seed, "paraphrase", task.id, str(variant), i) for i in numbers]
+            prompt_ids = codec.encode_prompt(paraphrase_prompt(task.instruction, labels, variant))
+            requests.append({"task": task.id, "variant": variant, "prompt_ids": prompt_ids, "seeds": seeds})
+    return requests
+
+
+def answers_in_turn(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return each task's answers in the order to try them: the first of every way to ask, then the second of each."""
+    by_task: dict[str, list[list[Row]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row["answers"])
+    return {
+        task: [answer for turn in itertools.zip_longest(*lists) for answer in turn if answer is not None]
+        for task, lists in by_task.items()
+    }

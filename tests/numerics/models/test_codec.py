@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
-from coalign.models.codec import Codec, check_lengths
+from coalign.models.codec import Codec
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "configs" / "templates"
 LLAMA_2 = (
@@ -166,13 +166,5 @@ def test_a_token_that_does_not_exist_is_refused(key: str) -> None:
         Codec(make_tokenizer(CHATML), ModelTable(**{key: "<nothing>"}))
 
 
-def test_lengths_are_dropped_or_refused_never_cut(caplog: pytest.LogCaptureFixture) -> None:
-    """The policy drop returns the long rows and says how many; the policy error names the longest."""
-    rows = [("a", 10), ("b", 11), ("c", 30), ("d", 2)]
-    with caplog.at_level(logging.WARNING, "coalign"):
-        assert check_lengths(rows, 10, "drop") == {"b", "c"}
-    assert "2 rows dropped" in caplog.text and "c with 30" in caplog.text
-    with pytest.raises(UserError, match=r"2 rows .* 10 tokens, the longest is c with 30"):
-        check_lengths(rows, 10, "error")
-    assert check_lengths(rows, 30, "error") == set()
+def test_the_context_can_be_set() -> None:
     assert Codec(make_tokenizer(CHATML), ModelTable(max_tokens=40)).max_tokens == 40

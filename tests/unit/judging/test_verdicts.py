@@ -10,9 +10,9 @@ import pytest
 
 from coalign.config import Config, JudgeTable
 from coalign.config_values import table_values
-from coalign.errors import UserError
 from coalign.judging import calibration
 from coalign.judging import verdicts as judging
+from coalign.judging.judge_model import all_prompts
 from coalign.judging.verdicts import DistinctAnswer
 from coalign.records import Example, Response, Task, Verdict
 from coalign.text import normalise_answer
@@ -100,8 +100,8 @@ def test_no_gold_appears_anywhere_without_gold() -> None:
     other = DistinctAnswer("mood", "e1", "bad", "stop")
     ((_, prompts),) = judging.with_questions([other], TASKS, examples, table)
     assert set(prompts) == {"type", "correct"}
-    assert not any("GOLDWORD" in prompt for prompt in judging.all_prompts(prompts))
-    assert all(LABELS.instruction in prompt for prompt in judging.all_prompts(prompts))
+    assert not any("GOLDWORD" in prompt for prompt in all_prompts(prompts))
+    assert all(LABELS.instruction in prompt for prompt in all_prompts(prompts))
     ((_, with_gold),) = judging.with_questions([other], TASKS, examples, JudgeTable())
     assert "GOLDWORD" in with_gold["correct"][0]
     assert "GOLDWORD" not in with_gold["type"][0]
@@ -134,7 +134,7 @@ def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], rewa
         return next((value for part, value in scores.items() if part in prompt), 1.0)
 
     ((_, by_question),) = asked
-    assert "fig, plum" not in "".join(judging.all_prompts(by_question)) or text in by_question["type"][0]
+    assert "fig, plum" not in "".join(all_prompts(by_question)) or text in by_question["type"][0]
     decided, _ = judging.decide_by_judge(asked, score, {"type": 0.0, "correct": 0.0})
     assert [(v.reward, v.rule) for v in decided.values()] == [(reward, rule)]
 
@@ -258,7 +258,7 @@ def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
     asked = judging.with_questions(known, TASKS, by_key, JudgeTable())
     truth = {by_question["correct"][0]: k.kind == "right" for k, by_question in asked}
     # A judge that says 4 / 2 on one half and the reverse on the other: fitted well, measured as useless.
-    shared = {p for k, by_question in asked for p in judging.all_prompts(by_question) if k.part == "fit"}
+    shared = {p for k, by_question in asked for p in all_prompts(by_question) if k.part == "fit"}
 
     def scores(prompt: str) -> float:
         right = truth.get(prompt, True)
@@ -307,23 +307,6 @@ def test_going_on_with_a_weak_judge_makes_no_step_stale() -> None:
     assert "judge.gold" in keys
 
 
-def test_requests_hold_each_prompt_once_over_several_calls() -> None:
-    places: dict[str, str | None] = {}
-
-    def encode(prompt: str) -> list[int]:
-        return [ord(letter) for letter in prompt.lower()]
-
-    verdicts = [[1], [2, 3]]
-    first = judging.plan_requests(["aa", "AA", "b", "aa", "toolong"], encode, verdicts, 5, places)
-    assert [request["prompt_ids"] for request in first] == [[97, 97], [98]]
-    assert all(request["continuations"] == verdicts for request in first)
-    assert places["aa"] == places["AA"] == first[0]["key"]
-    assert places["toolong"] is None
-    second = judging.plan_requests(["B", "abc", "abcd"], encode, verdicts, 5, places)
-    assert [request["prompt_ids"] for request in second] == [[97, 98, 99]]
-    assert places["abcd"] is None
-
-
 def test_too_long_prompts_leave_the_response_out_or_stop() -> None:
     answers = [DistinctAnswer("mood", "e1", "fine", "stop"), DistinctAnswer("mood", "e2", "long", "stop")]
     asked = [(a, {"type": (f"type {a.text}",), "correct": (f"correct {a.text}",)}) for a in answers]
@@ -333,8 +316,6 @@ def test_too_long_prompts_leave_the_response_out_or_stop() -> None:
     assert (verdict.reward, verdict.type_score, verdict.correct_score) == (1, 2.0, -1.0)
     assert list(decided) == answers[:1]
     assert [(row["reason"], row["example"]) for row in dropped] == [("too_long", "e2")]
-    with pytest.raises(UserError, match="'e2'"):
-        judging.require_short(asked, {"type fine": "k", "correct fine": "k", "type long": None, "correct long": "k"}, 9)
 
 
 def test_counts_add_up() -> None:
@@ -346,17 +327,10 @@ def test_counts_add_up() -> None:
     answers, dropped = judging.distinct_answers(responses)
     decided, undecided = judging.decide_by_rules(answers, examples, gold=True)
     asked = judging.with_questions(undecided, TASKS, examples, JudgeTable())
-    requests = judging.plan_requests(
-        [p for _, by_question in asked for p in judging.all_prompts(by_question)],
-        lambda p: [*p.encode()],
-        [[1], [2]],
-        10_000,
-        {},
-    )
     # Both inputs read "x" and have the same gold: their prompts are the same, two questions in all.
-    assert len(requests) == 2
+    assert len({prompt for _, by_question in asked for prompt in all_prompts(by_question)}) == 2
     judged, _ = judging.decide_by_judge(asked, lambda prompt: -1.0, {"type": -2.0, "correct": 0.0})
-    counts = judging.count_judging(responses, asked, decided | judged, dropped, 2, len(requests))
+    counts = judging.count_judging(responses, asked, decided | judged, dropped, 2, 2)
     assert counts["calls"] == {"asked": 2, "saved_by_duplicates": 4, "saved_by_rules": 4}
     assert counts["rewards"] == {"0": 1, "1": 2, "2": 1}
     assert counts["rules"] == {"correct": 2, "empty": 1, "exact_match": 1}

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from coalign.config import GenerationTable, RunTable
+from coalign.config import RunTable
 from coalign.errors import UserError
-from coalign.evaluation import agreement, models_under_test, summary
+from coalign.evaluation import models_under_test, summary
 from coalign.evaluation import requests as evaluation
 from coalign.evaluation.requests import ModelOutput
-from coalign.records import Example, Task, Wording
 from coalign.report import terminal
 from coalign.runs import costs
 from coalign.steps import STEP_TABLES
-from coalign.wordings import asking
 from unit.worlds import by_rule, example, finish_metrics, half_right, response, results, table, wordings, world
 
 
@@ -147,147 +144,6 @@ def test_every_distinct_pair_is_decided_once() -> None:
     assert [set(pair) for pair in asked] == [{"yes", "no"}]
     model = content["models"]["m"]
     assert model["cr"]["mean"] == model["expected_cr"]["mean"] == model["mixed"]["mean"] == 1.0
-
-
-def test_plan_drops_what_does_not_fit() -> None:
-    tasks = [Task("t", "Ask"), Task("lonely", "Ask")]
-    template = Wording("x", "t", "{a}?", "template", r"(?P<a>\d+)$", {"yes": "true"}, split="test")
-    examples = [
-        Example("fits", "t", "12", ("yes",), "test"),
-        Example("regex", "t", "twelve", ("yes",), "test"),
-        Example("map", "t", "13", ("no",), "test"),
-        Example("dev", "t", "14", ("yes",), "dev"),
-        Example("alone", "lonely", "1", ("yes",), "test"),
-    ]
-    pairs, dropped = evaluation.plan_pairs(tasks, examples, [template], table())
-    assert [(pair.key, pair.prompt) for pair in pairs] == [(("t", "fits", "x"), "12?")]
-    assert {(row.get("example"), row["reason"]) for row in dropped} == {
-        ("regex", "fields_regex"),
-        ("map", "answer_map"),
-        (None, "no_wordings"),
-    }
-    row = {"task": "t", "example": "fits", "wording": "x", "repeat": 0}
-    answer = {"text": "True", "finish": "stop", "num_tokens": 2}
-    (found,) = asking.read_responses([row | {"answers": [answer]}], {pair.key: pair for pair in pairs})
-    assert (found.text, found.canonical) == ("True", "yes")
-    with pytest.raises(UserError, match="nothing to ask"):
-        evaluation.plan_pairs(tasks, examples, [], table())
-
-
-class WordCodec:
-    """Encodes a prompt as one id a word."""
-
-    max_tokens = 8
-
-    def encode_prompt(self, user_text: str) -> list[int]:
-        return list(range(len(user_text.split())))
-
-    encode_plain = encode_prompt
-
-
-def test_long_prompts_are_counted_or_refused() -> None:
-    _, pairs = world(1)  # prompts of 7 words
-    assert [len(rows) for rows in asking.build_requests(pairs, WordCodec(), "drop", 1)] == [12, 0]
-    requests, dropped = asking.build_requests(pairs, WordCodec(), "drop", 2)
-    assert not requests and {row["reason"] for row in dropped} == {"too_long"}
-    with pytest.raises(UserError, match="context of 8"):
-        asking.build_requests(pairs, WordCodec(), "error", 2)
-
-
-def test_noise_requests() -> None:
-    _, pairs = world(3)
-    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
-    few = evaluation.noise_requests(requests, 5)
-    assert len({(row["task"], row["example"]) for row in few}) == 5
-    samples = evaluation.seeded_samples(few, 4, seed=0)
-    assert len({seed for row in samples for seed in row["seeds"]}) == 20
-
-
-def test_no_two_repeats_of_a_request_share_a_shard_and_each_has_other_neighbours() -> None:
-    """A repeat is one shard: every chosen request once, among others that differ from repeat to repeat."""
-    _, pairs = world(3)
-    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
-    few = evaluation.noise_requests(requests, 5)
-    rows, size = evaluation.repeats_among_others(few, requests, 4, seed=0)
-    assert size == 10 and len(rows) == 40
-
-    def key(row: dict[str, Any]) -> tuple[str, str, str]:
-        return row["task"], row["example"], row["wording"]
-
-    fillers, orders = set(), set()
-    for repeat in range(4):
-        shard = rows[repeat * size : (repeat + 1) * size]
-        assert {row["repeat"] for row in shard} == {repeat}
-        assert len({key(row) for row in shard}) == size
-        own = [key(row) for row in shard if not row.get("filler")]
-        assert sorted(own) == sorted(key(row) for row in few)
-        fillers.add(frozenset(key(row) for row in shard if row.get("filler")))
-        orders.add(tuple(own))
-    assert len(fillers) == len(orders) == 4
-    # With few others each repeat still leaves some out, so that the neighbours differ.
-    rows, size = evaluation.repeats_among_others(few, [*few, *requests[-4:]], 4, seed=0)
-    assert size == 5 + 2
-    assert evaluation.repeats_among_others(few, few, 4, seed=0)[1] == 5
-    assert evaluation.repeats_among_others([], requests, 4, seed=0) == ([], 0)
-
-
-def test_collect_answers_asks_for_both_floors_and_the_other_mode() -> None:
-    _, pairs = world(2)
-    requests, _ = asking.build_requests(pairs, WordCodec(), "drop", 1)
-    calls: list[tuple[Any, ...]] = []
-
-    def generate(what: str, rows: list[dict[str, Any]], *how: Any) -> list[dict[str, Any]]:
-        calls.append((what, len(rows), *how))
-        answer = {"text": "yes", "finish": "stop", "num_tokens": 1}
-        return [row | {"answers": [answer] * len(row["seeds"])} for row in rows]
-
-    settings = table(noise_inputs=2, noise_samples=3)
-    output = evaluation.collect_answers(requests, pairs, settings, GenerationTable(mode="exact"), 0, generate)
-    assert calls == [
-        ("answers", 24, "exact", 0.0, 0),
-        ("neighbours", 12, "fast", 0.0, 4),
-        ("samples", 2, "exact", 0.7, 0),
-    ]
-    assert output.num_tokens == 24 + 12 + 6  # the fillers' answers are thrown away, their cost is not
-    assert sorted(r.sample for r in output.samples) == sorted(r.sample for r in output.neighbours) == [0, 0, 1, 1, 2, 2]
-    assert output.other_mode is output.neighbours
-    calls.clear()
-    evaluation.collect_answers(requests, pairs, settings, GenerationTable(), 0, generate)
-    assert calls[-1] == ("exact", 2, "exact", 0.0, 0)
-    calls.clear()
-    output = evaluation.collect_answers(requests, pairs, settings, GenerationTable(engine="vllm"), 0, generate)
-    assert [call[0] for call in calls] == ["answers", "neighbours", "samples"] and output.other_mode == []
-
-
-def test_pairs_too_long_for_the_judge_of_agreement_do_not_agree(caplog: pytest.LogCaptureFixture) -> None:
-    """They are listed and warned of, or refused with model.too_long = error."""
-
-    class LetterCodec(WordCodec):
-        max_tokens = 10**6
-
-        def encode_prompt(self, user_text: str) -> list[int]:
-            return list(user_text.encode())
-
-        def encode_plain(self, text: str) -> list[int]:
-            return list(text.encode())
-
-    codec = LetterCodec()
-    pairs = [("a", "b"), ("c" * 50, "d"), ("e", "f")]
-    requests, dropped = agreement.judge_requests(pairs, codec, "error")
-    assert len(requests) == 3 and not dropped
-    longest = max(len(c) for c in requests[0]["continuations"])
-    codec.max_tokens = len(requests[0]["prompt_ids"]) + longest
-    requests, dropped = agreement.judge_requests(pairs, codec, "drop")
-    assert [row["pair"] for row in requests] == [0, 2]
-    assert [(row["reason"], row["answers"][1]) for row in dropped] == [("too_long_for_judge", "d")]
-    assert "1 of 3 pairs" in caplog.text
-    scored = [{"pair": row["pair"], "logps": [-1.0, -2.0]} for row in requests]
-    assert agreement.read_agreement(scored, 3) == [True, False, True]
-    scored[1]["logps"] = [-2.0, -1.0]
-    assert agreement.read_agreement(scored, 3) == [True, False, False]
-    codec.max_tokens -= 1
-    with pytest.raises(UserError, match="judge's context of"):
-        agreement.judge_requests(pairs, codec, "error")
 
 
 def model_folder(path: Path, text: str = "{}") -> Path:

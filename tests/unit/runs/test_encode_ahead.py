@@ -17,7 +17,7 @@ from unit.waiting import until
 RECIPE = """
 import sys, time
 from pathlib import Path
-from coalign.process import run_step
+from coalign.recipe import run_step
 def main(argv):
     Path("asked").write_text(" ".join(argv))
     time.sleep(600 if "wait" in argv else 0)

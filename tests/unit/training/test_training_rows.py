@@ -127,7 +127,7 @@ def test_long_rows_are_dropped_and_counted_or_refused(tmp_path: Path, many_proce
     stream = sft_stream(tmp_path, examples, "augmented", table, encoder)
     assert len(stream) == 22 and not any("xxx" in text_of(item.prompt) for item in stream)
     assert {str(row["id"]).split()[0] for row in encoder.report()} == {"long"}
-    with pytest.raises(UserError, match="the context is 60"):
+    with pytest.raises(UserError, match="the context of the model is 60"):
         sft_stream(tmp_path / "error", examples, "augmented", table, make_encoder("error"))
     assert not (tmp_path / "error" / "rows").exists()
     with pytest.raises(UserError, match="no row is left to train on"):

@@ -15,13 +15,11 @@ from coalign.wordings.filtering import (
     choose_rewrites,
     drop_held_out,
     drop_repeats,
-    held_out_texts,
-    merge_files,
+    settle,
     summarise,
-    take_turns,
 )
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
-from coalign.wordings.rewrites import REASONS, check_rewrite, labels_in
+from coalign.wordings.rewrites import REASONS, answers_in_turn, check_rewrite, labels_in
 from coalign.wordings.wording_files import WordingFiles
 
 TABLE = ParaphraseTable()
@@ -213,15 +211,37 @@ def test_rewrites_and_files_are_compared_with_the_held_out_wordings_of_other_tas
         Wording("x", "t", "Which is the total of these numbers?", source="file:f", split="train"),
         Wording("y", "u", "Which is the total of these numbers", source="file:f", split="test"),
     ]
-    fixed = frozenset({("t", "x"), ("u", "y")})
-    by_task, dropped = merge_files(tasks, WordingFiles(files, [], fixed), TABLE, 0)
-    assert [w.id for w in by_task["t"]] == ["original"]
-    assert [(row["task"], row["id"], row["reason"]) for row in dropped] == [("t", "x", "held_out")]
-    answers = [{"text": "Which is the total of these numbers?", "finish": "stop"}]
-    held_out = held_out_texts(by_task, TABLE.max_similarity)
-    accepted, bad = choose_rewrites(tasks[0], by_task["t"], answers, 1, TABLE, held_out)
-    assert not accepted
-    assert [row["reason"] for row in bad] == ["held_out"]
+    given = WordingFiles(files, [], frozenset({("t", "x"), ("u", "y")}))
+    settled = settle(tasks, given, TABLE, 0)
+    assert [w.id for w in settled.by_task["t"]] == ["original"]
+    assert [(row["task"], row["id"], row["reason"]) for row in settled.dropped] == [("t", "x", "held_out")]
+    answers = {"t": [{"text": "Which is the total of these numbers?", "finish": "stop"}]}
+    again = settle(tasks, given, TABLE, 0, answers)
+    assert again.by_task == settled.by_task and again.wanted == settled.wanted
+    assert [row["reason"] for row in again.dropped] == ["held_out", "held_out"]
+
+
+def test_rewrites_fill_up_what_files_lack_and_every_loss_has_its_reason() -> None:
+    """One call decides: wordings of files keep their splits, rewrites fill the rest, and no text is lost unseen."""
+    tasks = [Task("t", "Add the two numbers up."), Task("long", "Go on.", seen=False)]
+    files = WordingFiles([wording("w1", "Sum these two numbers for me.", "test")], [], frozenset({("t", "w1")}))
+    few = ParaphraseTable(num_wordings=2, num_dev=1, num_test=2)
+    wanted = settle(tasks, files, few, 0).wanted
+    assert wanted == {"t": 4, "long": 2}  # one for test, one for dev, two to train on; two for test
+    texts = [
+        "Add both numbers.",
+        "Add both numbers!",
+        "Sum these two numbers for me!",
+        "Give the total of the two.",
+        "?",
+    ]
+    answers = {"t": [{"text": text, "finish": "stop"} for text in texts]}
+    settled = settle(tasks, files, few, 0, answers, {"long"})
+    kept = {w.id: w.split for w in settled.by_task["t"]}
+    assert kept["original"] == "train" and kept["w1"] == "test" and {*kept} == {"original", "w1", "model:0", "model:1"}
+    reasons = {(row["task"], row["reason"]) for row in settled.dropped}
+    assert reasons == {("long", "longer_than_context"), ("t", "near_duplicate"), ("t", "held_out"), ("t", "malformed")}
+    assert len(settled.dropped) + len(kept) - 2 == len(texts) + 1
 
 
 def test_choose_rewrites_stops_when_it_has_enough() -> None:
@@ -238,7 +258,7 @@ def test_choose_rewrites_stops_when_it_has_enough() -> None:
         ("Say whether it seems bad or good.", "stop"),
     ]
     answers = [{"text": text, "finish": finish} for text, finish in texts]
-    held_out = held_out_texts({"t": existing}, TABLE.max_similarity)
+    held_out = NearRepeats(TABLE.max_similarity, ["Would you say good or bad?"])
     accepted, dropped = choose_rewrites(task, existing, answers, 2, TABLE, held_out)
     assert [(w.id, w.text) for w in accepted] == [
         ("model:0", "Tell me: good or bad?"),
@@ -249,15 +269,16 @@ def test_choose_rewrites_stops_when_it_has_enough() -> None:
     assert choose_rewrites(task, existing, answers, 0, TABLE, held_out) == ([], [])
 
 
-def test_merge_files_and_summary() -> None:
+def test_files_alone_and_the_summary() -> None:
     tasks = [Task("t", "Add the two numbers up."), Task("u", "Go.", seen=False)]
     files = [wording(f"w{i}", f"Wording number {i} of this task {'x' * i} stands here.") for i in range(6)]
     files.append(wording("original", "Add the two numbers up!"))
-    by_task, dropped = merge_files(tasks, WordingFiles(files, [], frozenset()), ParaphraseTable(num_test=2), 0)
-    assert [w.split for w in by_task["t"]].count("test") == 2
-    assert [w.id for w in by_task["u"]] == ["original"]
-    assert [row["reason"] for row in dropped] == ["near_duplicate"]
-    counts = summarise(tasks, by_task, dropped, ParaphraseTable(num_test=2, num_wordings=3))
+    few = ParaphraseTable(num_test=2, num_wordings=3)
+    settled = settle(tasks, WordingFiles(files, [], frozenset()), few, 0)
+    assert [w.split for w in settled.by_task["t"]].count("test") == 2
+    assert [w.id for w in settled.by_task["u"]] == ["original"]
+    assert [row["reason"] for row in settled.dropped] == ["near_duplicate"]
+    counts = summarise(tasks, settled, few)
     assert counts["sources"] == {"original": 2, "file": 6}
     assert counts["splits"] == {"train": 4, "test": 2, "dev": 2}
     assert counts["short"] == {"t": {"train": 1}, "u": {"test": 2}}
@@ -266,8 +287,10 @@ def test_merge_files_and_summary() -> None:
 def test_id_of_the_original_is_taken() -> None:
     files = WordingFiles([wording("original", "Something else altogether, by far.")], [], frozenset())
     with pytest.raises(UserError, match="task 't' has a wording with the id 'original'"):
-        merge_files([Task("t", "Add.")], files, TABLE, 0)
+        settle([Task("t", "Add.")], files, TABLE, 0)
 
 
-def test_take_turns() -> None:
-    assert take_turns([[1, 4, 6], [2], [3, 5]]) == [1, 2, 3, 4, 5, 6]
+def test_answers_are_tried_in_turn() -> None:
+    """The first answer to every way to ask comes before the second to any."""
+    rows = [{"task": "t", "answers": answers} for answers in ([1, 4, 6], [2], [3, 5])]
+    assert answers_in_turn([*rows, {"task": "u", "answers": [7]}]) == {"t": [1, 2, 3, 4, 5, 6], "u": [7]}
