@@ -49,7 +49,7 @@ class MachineOptions:
     inputs: int = _option(ASSUMED.inputs, "inputs per task and split, where no limit is set")
     prompt_tokens: int = _option(ASSUMED.prompt_tokens, "tokens of a prompt, while prepare is not complete")
     answer_tokens: int = _option(ASSUMED.answer_tokens, "tokens of an answer, while prepare is not complete")
-    table: bool = _option(False, "print the sizing table of docs/running.md and nothing else")
+    table: bool = _option(False, "print the sizing table of docs/planning.md and nothing else")
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""A plan written down: tables of memory, work and hours, what was assumed; and the sizing table of docs/running.md.
+"""A plan written down: tables of memory, work and hours, what was assumed; and the sizing table of docs/planning.md.
 
 Formats the numbers of plan, training_memory and workload. Knows no formula but that of hours.
 """

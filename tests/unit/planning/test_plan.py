@@ -384,9 +384,9 @@ def test_workers_get_no_more_gpus_than_a_node_has(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:
-    written = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     assert "\n".join(plan_text.sizing_lines()) in written, (
-        "put the output of launch/plan.py --table into docs/running.md"
+        "put the output of launch/plan.py --table into docs/planning.md"
     )
 
 
