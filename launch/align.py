@@ -61,13 +61,13 @@ def main(argv: list[str]) -> None:
     if table.loss == "dpo":
         items = reference_logps(engine, items, codec.pad_id, config.train, step.path / "reference.jsonl")
     stream = group_stream(items, table, config.run.seed)
-    plan = TrainingPlan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
+    form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
+    objective = align_objective(form, config.train.shared_prefix)
+    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id)
     words = f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     announce("align", changed_values(config, STEP_TABLES["align"]), words)
     measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)
-    form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
-    objective = align_objective(form, config.train.shared_prefix)
-    totals = train(engine, plan, objective, config.train, config.log, step.path, measure)
+    totals = train(engine, plan, config.train, config.log, step.path, measure)
     export(engine, step.path / "model", codec, stream)
     if rank() == 0:
         step.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))

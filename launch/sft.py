@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     stream, found = open_rows(rows), read_meta(rows)["counts"]
-    plan = TrainingPlan(stream, config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, sft_objective(), config.sft.batch_rows, config.sft.learning_rate, codec.pad_id)
     words = (
         f"{found['inputs']} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of"
         f" {plan.batch_items} rows, {plan.num_tokens} tokens"
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
     measure = make_dev_measure(engine, codec, read_records(Example, examples, split="dev"), wordings, config.train)
-    totals = train(engine, plan, sft_objective(), config.train, config.log, step.path, measure)
+    totals = train(engine, plan, config.train, config.log, step.path, measure)
     export(engine, step.path / "model", codec, stream)
     if rank() == 0:
         step.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 
 NODES = "COALIGN_NODES"  # names of the job's nodes, in the order of the ranks; slurm/job.sh sets both
@@ -38,6 +39,13 @@ def derive_seed(*parts: str | int) -> int:
     """Return a 63-bit seed that depends on nothing but `parts` (BLAKE2b of their JSON)."""
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free now; another process may still take it first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Preemption:

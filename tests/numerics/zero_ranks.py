@@ -69,7 +69,7 @@ def spoil(objective: Objective) -> Objective:
 
 
 def run_case(engine: Engine, case: Case) -> None:
-    """Train through training.train, as the recipes do."""
+    """Train through loop.train, as the recipes do."""
     table = case.train_table()
     items = random_items(NUM_STEPS * 6, seed=1)
     objective: Objective = sft_objective()
@@ -83,8 +83,8 @@ def run_case(engine: Engine, case: Case) -> None:
         if case.loss == "dpo":
             items = reference_logps(engine, items, 0, table, case.path / "reference.jsonl")
     # the last update is short: fewer rows than micro-batches
-    plan = TrainingPlan(items[: NUM_STEPS * 6 - 5], 6, 1e-3, 0)
-    train(engine, plan, objective, table, LogTable(tensorboard=False), case.path)
+    plan = TrainingPlan(items[: NUM_STEPS * 6 - 5], objective, 6, 1e-3, 0)
+    train(engine, plan, table, LogTable(tensorboard=False), case.path)
 
 
 def in_small_groups(config: dict[str, Any]) -> dict[str, Any]:
