@@ -1,24 +1,27 @@
 """The small dev measurement inside training: loss, accuracy, consistency, end-of-turn, variety of answers.
 
-Used by launch/sft.py and launch/align.py; a choice is made on it, never on test. Knows the Engine protocol only.
+Settings are chosen by it, so that nobody need look at the test inputs. Answers are compared as evaluation/ compares
+them. Knows the Engine protocol, no DeepSpeed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 
 from coalign.config import TrainTable
+from coalign.evaluation.grids import Vocabulary
+from coalign.evaluation.metrics import ABSENT, agreement_matrix, answer_key, consistency_rate, is_correct
 from coalign.models.codec import Codec, GeneratedIds
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
 from coalign.models.rows import TokenIds, left_pad
 from coalign.process import rank, world_size
 from coalign.records import Example, Wording
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import unit_hash
 from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, collate
 from coalign.training.training_rows import Encoder
@@ -89,26 +92,34 @@ class DevMeasure:
         lengths_R = torch.bincount(batch.response_N)
         prompts = [item.prompt for item in items]
         answers = greedy_in_step(self.engine.model, prompts, self.table.dev_max_new_tokens, self.codec, self._any_rank)
-        texts = [
-            canonical_answer(wording, example.input, self.codec.decode(a.ids)) if a.finished else None
-            for (wording, _), a in zip(pairs, answers, strict=True)
+        described = [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]
+        keys = [
+            answer_key(canonical_answer(wording, example.input, said["text"]), said["finish"])
+            for (wording, _), said in zip(pairs, described, strict=True)
         ]
-        normal = [normalise_answer(text) if text else None for text in texts]
-        gold = {normalise_answer(output) for output in example.outputs}
-        agreeing = [a is not None and a == b for a, b in combinations(normal, 2)]
-        return [text for text in normal if text], {
+        return [key for key in keys if key], {
             "inputs": 1.0,
             "rows": float(len(items)),
             "nll": -float(logp_N.sum()),
             "tokens": float(len(logp_N)),
             "p_gold": float((logp_N / lengths_R[batch.response_N]).sum()),
-            "right": float(sum(text in gold for text in normal if text)),
-            "agreeing": sum(agreeing) / len(agreeing),
+            "right": float(sum(is_correct(key, example.outputs) for key in keys)),
+            "agreeing": share_of_agreeing(keys),
             "finished": float(sum(a.finished for a in answers)),
         }
 
     def _any_rank(self, flag: bool) -> bool:
         return self.engine.mean([float(flag)])[0] > 0
+
+
+def share_of_agreeing(keys: Sequence[str | None]) -> float:
+    """Return the CR of one input: the share of pairs of answers that agree, by their normal forms (None: silent).
+
+    NaN for fewer than two answers.
+    """
+    vocabulary = Vocabulary()
+    codes_1W = np.array([[vocabulary.code(key) for key in keys]])
+    return float(consistency_rate(agreement_matrix(codes_1W), codes_1W != ABSENT)[0])
 
 
 def make_dev_measure(
