@@ -1,4 +1,4 @@
-"""What one DeepSpeed rank does in test_zero.py: `deepspeed zero_ranks.py SPEC.json` trains every case of the spec."""
+"""One DeepSpeed rank of test_deepspeed_engine.py: `deepspeed zero_ranks.py SPEC.json` trains every case of the spec."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Case:
         return ModelTable.model_validate({"lora": {"enabled": self.lora, "rank": 4, "alpha": 8.0}})
 
     def train_table(self) -> TrainTable:
-        """Return [train]: several micro-batches an update, clipping that bites, a checkpoint half way."""
+        """Return [train]: several micro-batches per update, a gradient norm above the limit, a checkpoint half way."""
         common = {"precision": "float32", "micro_batch_tokens": 48, "checkpoint_every": 5, "max_grad_norm": 0.5}
         return TrainTable(**{**common, **self.train})
 

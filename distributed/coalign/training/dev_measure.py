@@ -1,7 +1,7 @@
 """The small dev measurement inside training: loss, accuracy, consistency, end-of-turn, variety of answers.
 
-Settings are chosen by it, so that nobody need look at the test inputs. Answers are compared as evaluation/ compares
-them. Knows the Engine protocol, no DeepSpeed.
+Settings are chosen by it, and never by test inputs. Answers are compared as in evaluation/. Knows the Engine protocol,
+no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from coalign.wordings.wordings import canonical_answer
 
 logger = logging.getLogger("coalign")
 
-_BUCKETS = 1024  # distinct answers are counted over all ranks as occupied hash buckets
+_BUCKETS = 1024  # distinct answers are counted as occupied hash buckets, over all ranks
 
 
 class DevMeasure:
-    """Dev inputs under dev wordings, dealt out over the ranks input by input; call it to measure the engine's model."""
+    """Dev inputs under dev wordings, dealt out to the ranks input by input; call it to measure the engine's model."""
 
     def __init__(
         self,
@@ -52,13 +52,16 @@ class DevMeasure:
             room = [(w, i) for w, i in pairs if len(i.prompt) + table.dev_max_new_tokens <= codec.max_tokens]
             if len(room) >= 2:
                 self.inputs.append((example, room))
-        # Every rank makes as many forward passes: all ranks get as many inputs, surplus ones with weight zero.
+        # All ranks get equally many inputs, surplus ones with weight zero, so that they make the same forward passes.
         share = -(-len(self.inputs) // world_size())
         self.mine = [self.inputs[(rank() + k * world_size()) % len(self.inputs)] for k in range(share)]
         self.weights = [float(rank() + k * world_size() < len(self.inputs)) for k in range(share)]
 
     def __call__(self) -> dict[str, float]:
-        """Return the measurement, the same on every rank."""
+        """Return the measurement, the same on every rank.
+
+        `dev_loss` and `p_gold` are in nats per token, `distinct_answers` is a count, the others are shares.
+        """
         with evaluation_mode(self.engine.model):
             return self._measure()
 
@@ -125,7 +128,7 @@ def share_of_agreeing(keys: Sequence[str | None]) -> float:
 def make_dev_measure(
     engine: Engine, codec: Codec, examples: Sequence[Example], wordings: Sequence[Wording], table: TrainTable
 ) -> DevMeasure | None:
-    """Return the measurement, or None, saying so, when it is switched off or there is nothing to measure on."""
+    """Return the measurement, or None when it is switched off or no dev input fits two wordings (with a warning)."""
     if not table.eval_every or not table.dev_inputs:
         return None
     measure = DevMeasure(engine, codec, [e for e in examples if e.split == "dev"], wordings, table)
@@ -136,7 +139,7 @@ def make_dev_measure(
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return `count` examples in hash order, taking the tasks in turn."""
+    """Return `count` examples in hash order, one task after another in turn."""
     order = sorted(examples, key=lambda e: unit_hash(e.id))
     turn: dict[str, int] = {}
     keyed = []
@@ -147,7 +150,7 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _dev_wordings(wordings: Sequence[Wording], task: str, count: int) -> list[Wording]:
-    """Return a task's dev wordings; training ones fill up where there are fewer than two."""
+    """Return up to `count` dev wordings of a task, followed by training ones where there are fewer than two."""
     of_task = [w for w in wordings if w.task == task]
     dev = [w for w in of_task if w.split == "dev"]
     if len(dev) < 2:
@@ -163,10 +166,9 @@ def greedy_in_step(
     codec: TokenIds,
     any_rank: Callable[[bool], bool],
 ) -> list[GeneratedIds]:
-    """Return greedy answers without a cache, every rank making the same number of forward passes.
+    """Return greedy answers, computed without a KV cache and with the same number of forward passes on every rank.
 
-    For the dev measurement inside training, where the model may be sharded over the ranks: `any_rank(flag)` tells
-    whether the flag holds on any of them.
+    The model may be sharded over the ranks; `any_rank(flag)` returns whether the flag holds on any of them.
     """
     rows = [list(prompt) for prompt in prompts]
     finished = [False] * len(rows)

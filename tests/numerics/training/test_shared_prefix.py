@@ -1,4 +1,4 @@
-"""Shared-prefix groups: the same log-probs, loss and gradients as one row a response, or refused."""
+"""Shared-prefix groups: the same log-probs, loss and gradients as one row per response, or refused."""
 
 from __future__ import annotations
 

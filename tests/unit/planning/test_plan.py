@@ -434,7 +434,7 @@ def test_gpus_not_given_are_those_of_the_config(
 
 BAD = [
     (["nowhere.toml"], "no such config file"),
-    (["model.path=some/where"], "is no folder here and no known name"),
+    (["model.path=some/where"], "is neither a local folder nor a known name"),
     (["model.path=docs"], "holds no config.json"),
     (["--shape", "9b"], "choose among 1b"),
     (["--layers", "32"], "--hidden is missing"),
