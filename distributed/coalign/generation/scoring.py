@@ -181,7 +181,7 @@ def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        return f"the model does not take their attention mask ({str(error).partition(chr(10))[0]})"
+        return f"the model rejects their attention mask ({str(error).partition(chr(10))[0]})"
     pairs = zip(separate, shared, strict=True)
     found = torch.tensor([(b.logps[place], a.logps[place]) for a, b in pairs for place in a.logps], dtype=torch.float64)
     return complaint_of(found[:, 0], found[:, 1], model.dtype)

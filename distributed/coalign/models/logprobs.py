@@ -1,7 +1,7 @@
 """Log-probs of response tokens, computed only at the positions that predict one and without holding all logits.
 
-Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept
-positions, N response tokens, U positions that predict at least one, R responses, D hidden size, V vocabulary.
+Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept positions, N response tokens,
+U positions that predict at least one, R responses, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

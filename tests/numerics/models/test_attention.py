@@ -206,7 +206,7 @@ def gpu_model(dtype: torch.dtype) -> Any:
 
 
 def long_items(count: int) -> list[Item]:
-    """Return groups of some hundred tokens."""
+    """Return groups of a few hundred tokens."""
     source = random.Random(4)
     grown = []
     for item in random_items(count, seed=5):
