@@ -505,7 +505,7 @@ def test_bad_config_files(tmp_path: Path) -> None:
     cases = [
         ("{", "can't be read"),
         ("[]", "holds no table"),
-        (json.dumps({"model_type": "mixtral"}), "'mixtral' is not one"),
+        (json.dumps({"model_type": "mixtral"}), "'mixtral' is none whose"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "no value for 'num_attention_heads'"),
     ]
     for text, message in cases:
