@@ -24,8 +24,7 @@ _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class Shape:
     """A decoder-only model: widths and counts, and which extra weights its family has.
 
-    `vocabulary` and `context` are in tokens. `given_parameters`, unless 0, replaces the count that follows from the
-    widths.
+    `vocabulary` and `context` are in tokens. `given_parameters` replaces the count that follows from widths (0: no).
     """
 
     name: str
