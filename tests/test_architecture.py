@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "evaluation": ("runs", "wordings"),
     "planning": ("runs", "models"),
     "generation": ("models",),
-    "training": ("runs", "data", "wordings", "models"),
+    "training": ("runs", "data", "wordings", "models", "evaluation"),
     "experiment": ("runs", "evaluation"),
     "report": ("runs", "evaluation", "experiment"),
 }

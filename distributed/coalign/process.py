@@ -48,6 +48,13 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free now; another process may still take it first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Preemption:
     """A flag that SIGUSR1 or SIGTERM sets; long loops ask it between two units of work."""
 

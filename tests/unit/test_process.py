@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from coalign.process import free_port
 
 SCRIPT = """
 import sys
@@ -53,3 +56,8 @@ def test_a_rank_leaves_at_once(rank: dict[str, str], code: int) -> None:
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", program, "done"], env=own | rank, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (code, b"['done']\n")
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", free_port()))

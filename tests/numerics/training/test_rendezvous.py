@@ -1,4 +1,4 @@
-"""Ranks that find one another: who does not come is named, and what a slow link is."""
+"""Ranks meet: missing ones are named, and so are slow links."""
 
 from __future__ import annotations
 

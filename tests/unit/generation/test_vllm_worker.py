@@ -151,7 +151,7 @@ def test_log_probs_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_engine_gets_safe_options_and_is_kept() -> None:
-    """One engine a process: used again for the same model and settings, ended before another one starts."""
+    """One engine per process: used again for the same model and settings, ended before another one starts."""
     generate_worker()
     workers.make_score_worker(BASE, ModelTable(path=BASE), SETTINGS, 0)
     (engine,) = FakeEngine.made

@@ -432,7 +432,7 @@ def test_gpus_not_given_are_those_of_the_config(
 
 BAD = [
     (["nowhere.toml"], "no such config file"),
-    (["model.path=some/where"], "is no folder here and no known name"),
+    (["model.path=some/where"], "is neither a local folder nor a known name"),
     (["model.path=docs"], "holds no config.json"),
     (["--shape", "9b"], "choose among 1b"),
     (["--layers", "32"], "--hidden is missing"),
@@ -503,7 +503,7 @@ def test_bad_config_files(tmp_path: Path) -> None:
     cases = [
         ("{", "can't be read"),
         ("[]", "holds no table"),
-        (json.dumps({"model_type": "mixtral"}), "'mixtral' is not one"),
+        (json.dumps({"model_type": "mixtral"}), "'mixtral' is none whose"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "no value for 'num_attention_heads'"),
     ]
     for text, message in cases:
