@@ -35,13 +35,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def derive_seed(*parts: str | int) -> int:
     """Return a 63-bit seed that depends on nothing but `parts` (BLAKE2b of their JSON)."""
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
@@ -49,9 +42,9 @@ def derive_seed(*parts: str | int) -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that is free now; another process may still take it first."""
+    """Return a TCP port that is free at every address of this node now; another process may still take it first."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 

@@ -19,6 +19,7 @@ from collections import deque
 from pathlib import Path
 
 from coalign.clusters.postmortem import ProcessPlace, count_oom_kills, here
+from coalign.process import free_port
 
 POLL_SECONDS = 1.0
 LONELY_SECONDS = 40.0  # without a poll from the driver, which counts this node as lost by then, or soon will
@@ -41,9 +42,7 @@ class Host:
         """Return this process's place, its node's IP address in the cluster, and a port that is free on the node."""
         from coalign.clusters.private_ray import import_ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))  # free at every address of the node, not at 127.0.0.1 alone
-            return here(), import_ray().util.get_node_ip_address(), int(probe.getsockname()[1])
+        return here(), import_ray().util.get_node_ip_address(), free_port()
 
     def start(self, command: tuple[str, ...], environments: list[dict[str, str]], address: str) -> str:
         """Start one rank per environment, which holds RANK and the like; return why that is impossible, or "".
