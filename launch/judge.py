@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from coalign.config import cores_used, table_for_other_model
 from coalign.errors import UserError
-from coalign.judging import calibration, verdicts
+from coalign.judging import calibration, known_answers, verdicts
 from coalign.judging.judge_model import JudgeModel
 from coalign.recipe import run_step
 from coalign.records import Example, Response, Row, Task, to_row
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     responses = step.read(Response)
     answers, dropped = verdicts.distinct_answers(responses)
     decided, undecided = verdicts.decide_by_rules(answers, examples, table.gold)
-    known = calibration.known_answers(tasks, examples, responses, decided.values(), table, config.run.seed)
+    known = known_answers.known_answers(tasks, examples, responses, decided.values(), table, config.run.seed)
     numbers = f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge"
     step.announce(f"{numbers}; {len(known)} known ones")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coalign.errors import UserError
 from coalign.judging import groups
+from coalign.judging.best_answer import RankRules
 from coalign.recipe import run_step
 from coalign.records import Example, Response, Verdict, Wording, to_row
 from coalign.runs.encode_ahead import encode_ahead
@@ -33,9 +34,8 @@ def main(argv: list[str]) -> None:
     answers = "with gold answers" if gold else "without gold answers"
     step.announce(f"{len(responses)} responses, {len(verdicts)} verdicts {answers}", with_model=False)
 
-    made, dropped, counts = groups.make_groups(
-        responses, verdicts, examples, wordings, table, gold, command.config.run.seed
-    )
+    rules = RankRules(table, gold, command.config.run.seed)
+    made, dropped, counts = groups.make_groups(responses, verdicts, examples, wordings, rules)
     step.output.write_output("dropped.jsonl", dropped)
     if not made:
         step.output.close()

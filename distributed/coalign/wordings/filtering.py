@@ -73,16 +73,13 @@ def drop_held_out(
     test wording is. An original always stays; the seen tasks whose original is like a held-out wording come last.
     """
     everything = [wording for wordings in by_task.values() for wording in wordings]
-    held_out = NearRepeats(max_similarity, (bare_text(w) for w in everything if w.split == "test"))
-    lost: set[tuple[str, str]] = set()
-    for wording in (w for w in everything if w.split == "dev" and w.source == GENERATED):
-        if held_out.has_like(bare_text(wording)):
-            lost.add((wording.task, wording.id))
-    for wording in (w for w in everything if w.split == "dev" and (w.task, w.id) not in lost):
-        held_out.add(bare_text(wording))
-    for wording in (w for w in everything if w.split == "train" and w.source != ORIGINAL):
-        if held_out.has_like(bare_text(wording)):
-            lost.add((wording.task, wording.id))
+    test, dev, train = ([w for w in everything if w.split == split] for split in ("test", "dev", "train"))
+    held_out = NearRepeats(max_similarity, map(bare_text, test))
+    lost = {(w.task, w.id) for w in dev if w.source == GENERATED and held_out.has_like(bare_text(w))}
+    for wording in dev:
+        if (wording.task, wording.id) not in lost:
+            held_out.add(bare_text(wording))
+    lost |= {(w.task, w.id) for w in train if w.source != ORIGINAL and held_out.has_like(bare_text(w))}
     dropped = [
         {"task": w.task, "id": w.id, "text": w.text, "reason": "held_out"} for w in everything if (w.task, w.id) in lost
     ]
