@@ -14,6 +14,7 @@ from typing import Any
 
 from coalign.config import JudgeTable
 from coalign.judging.known_answers import KnownAnswer
+from coalign.recipe import log_lines
 
 logger = logging.getLogger("coalign")
 
@@ -166,8 +167,7 @@ def measure_judge(
     Returns the calibration (see `calibrate`) and what is wrong with the judge (see `weakness`).
     """
     quality = calibrate(collect_samples(asked, scores), table.type_question)
-    for line in describe_calibration(quality):
-        logger.info("%s", line)
+    log_lines(describe_calibration(quality))
     weak = weakness(quality, table)
     if weak and table.allow_weak:
         logger.warning("continuing with a weak judge (judge.allow_weak=true): %s", weak)
@@ -182,11 +182,7 @@ def describe_calibration(calibration: Mapping[str, Any]) -> list[str]:
     lines = []
     for question, values in calibration.items():
         rows = values["fit_rows"]
-        how = (
-            "fitted on"
-            if values["fitted"]
-            else f"not fitted (fewer than {MIN_ROWS_TO_FIT} dev rows in a class), 0 with"
-        )
+        how = "fitted on" if values["fitted"] else f"not fitted (under {MIN_ROWS_TO_FIT} dev rows in a class), 0 with"
         lines.append(
             f"{question} question: threshold {values['threshold']:+.3f} ({how} {rows['yes']} yes, {rows['no']} no)"
         )

@@ -35,7 +35,7 @@ class DistinctAnswer:
 
 
 def distinct_answers(responses: Iterable[Response]) -> tuple[list[DistinctAnswer], list[dict[str, Any]]]:
-    """Return the distinct (input, canonical text, finish) in order of appearance, and rows of what can't be compared."""
+    """Return the distinct (input, canonical text, finish) in order, and rows of what can't be compared."""
     answers: dict[DistinctAnswer, None] = {}
     dropped = []
     for r in responses:
