@@ -95,10 +95,10 @@ def out_of_memory(error: BaseException) -> str:
     Of the keys that save memory only train.micro_batch_tokens is neutral: a step with work in it refuses the others.
     """
     return (
-        f"the GPU's memory is full ({str(error).partition('. ')[0]}); in training, lower train.micro_batch_tokens and"
-        " resume: the result stays the same; other remedies change the step's settings, so remove its folder first:"
-        " train.gradient_checkpointing, a higher train.zero_stage or model.lora in training, a lower"
-        " generation.batch_tokens in generation"
+        f"the GPU's memory is full ({str(error).partition('. ')[0]}); in training, lower train.micro_batch_tokens: the"
+        " step resumes, and the result stays the same; or remove the step's folder and set, in training,"
+        " train.gradient_checkpointing, a higher train.zero_stage or model.lora.enabled, in generation a lower"
+        " generation.batch_tokens"
     )
 
 

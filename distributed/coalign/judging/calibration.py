@@ -64,7 +64,7 @@ def fit_threshold(yes: Sequence[float], no: Sequence[float]) -> float:
 
 
 def measure(yes: Sequence[float], no: Sequence[float], threshold: float) -> dict[str, Any]:
-    """Return how well a question tells yes from no; the numbers are None where a class is empty.
+    """Return how well a question separates yes from no; the numbers are None where a class is empty.
 
     `false_correct` is the share of wrong answers judged yes, `false_incorrect` that of right ones judged no.
     """
@@ -90,7 +90,7 @@ def lowest_score(prompts: Iterable[str], scores: ScoreOf) -> float | None:
 
 
 def collect_samples(known: Iterable[tuple[KnownAnswer, Mapping[str, Sequence[str]]]], scores: ScoreOf) -> ScoresByTruth:
-    """Sort the scores of known answers by question, part and truth; prompts that are too long are passed over.
+    """Sort the scores of known answers by question, part and truth; prompts that are too long are left out.
 
     A question that the number of items decides is not put to the model, so it says nothing about the model.
     """

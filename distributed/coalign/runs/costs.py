@@ -40,7 +40,7 @@ def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, A
 
 
 def cost_rows(steps: dict[str, Path]) -> list[dict[str, Any]]:
-    """Return a row per complete step: updates, tokens, wall seconds, core hours; None where its manifest has none."""
+    """Return a row per complete step: updates, tokens, wall seconds, core hours; None where its manifest lacks one."""
     rows = []
     for name, folder in steps.items():
         manifest = read_manifest(folder)

@@ -127,7 +127,7 @@ FRUIT = {("title", "e1"): Example("e1", "title", "Which?", ("fig, plum",), "alig
     ],
 )
 def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], reward: int, rule: str) -> None:
-    """`scores` are those below 1, by what stands in the prompt."""
+    """`scores` are those below 1, by what is in the prompt."""
     asked = judging.with_questions([DistinctAnswer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
 
     def score(prompt: str) -> float:
@@ -171,7 +171,7 @@ def test_calibration_answers_are_what_they_claim() -> None:
     parts = {(k.task, k.example): k.part for k in known}
     assert sorted(parts.values()).count("fit") == len(examples) / 2
     assert all(k.part == parts[k.task, k.example] for k in known)
-    # The first reference stands in the prompt, so another one is the right answer to judge.
+    # The first reference is in the prompt, so another one is the right answer to judge.
     assert {k.text[:7] for k in known if k.task == "title" and k.kind == "right"} == {"Heading"}
 
 
