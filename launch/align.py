@@ -11,7 +11,7 @@ from coalign.steps import ENCODE
 
 
 def main(argv: list[str]) -> None:
-    """Run the step on every rank."""
+    """Encode the groups, train on them and export the model, on every rank."""
     step = open_step("align", argv, ("prepare", "paraphrase", "rank", "policy"))
     if step is None:
         return

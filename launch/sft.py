@@ -13,7 +13,7 @@ from coalign.steps import ENCODE
 
 
 def main(argv: list[str]) -> None:
-    """Run the step on every rank."""
+    """Encode the rows, train on them and export the model, on every rank."""
     needs = ("prepare", "paraphrase")
     step = open_step("sft", argv, needs, lambda config: digest_replay(config.sft) | digest_model_files(config.model))
     if step is None:

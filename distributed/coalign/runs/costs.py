@@ -1,4 +1,7 @@
-"""What the steps of a run have cost."""
+"""What the steps of a run cost, and which folders they lie in, for metrics.json.
+
+Reads manifests. Knows no metric.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from coalign.steps import ROUND_STEPS, STEP_TABLES
 
 
 def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
-    """Return the folders of the steps before eval by name, in a later round those of the rounds before it as well."""
+    """Return the folders of the steps before eval by name; in a later round also those of the rounds before it."""
     steps = {name: RunFolder(run, arguments).step(name) for name in STEP_TABLES if name not in ROUND_STEPS}
     for number in range(1, run.round + 1):
         folder = RunFolder(run.model_copy(update={"round": number}), arguments)
@@ -23,7 +26,10 @@ def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
 
 
 def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, Any]) -> dict[str, Any]:
-    """Return what metrics.json says of the steps before eval, their cost, folders and digests, and of eval's own."""
+    """Return what metrics.json says about the steps before eval (cost, folders, digests) and about eval itself.
+
+    `counts` are eval's own, with tokens_generated and cores.
+    """
     return {
         "cost": cost_rows(steps),
         "steps": {name: str(path) for name, path in steps.items()},
@@ -34,7 +40,7 @@ def describe_steps(steps: dict[str, Path], step: StepFolder, counts: dict[str, A
 
 
 def cost_rows(steps: dict[str, Path]) -> list[dict[str, Any]]:
-    """Return what each complete step has used, as far as its manifest says so."""
+    """Return a row per complete step: updates, tokens, wall seconds, core hours; None where its manifest lacks one."""
     rows = []
     for name, folder in steps.items():
         manifest = read_manifest(folder)

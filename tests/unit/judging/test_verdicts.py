@@ -10,7 +10,7 @@ import pytest
 
 from coalign.config import Config, JudgeTable
 from coalign.config_values import table_values
-from coalign.judging import calibration
+from coalign.judging import calibration, known_answers
 from coalign.judging import verdicts as judging
 from coalign.judging.judge_model import all_prompts
 from coalign.judging.verdicts import DistinctAnswer
@@ -127,7 +127,7 @@ FRUIT = {("title", "e1"): Example("e1", "title", "Which?", ("fig, plum",), "alig
     ],
 )
 def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], reward: int, rule: str) -> None:
-    """`scores` are those below 1, by what stands in the prompt."""
+    """`scores` are those below 1, by what is in the prompt."""
     asked = judging.with_questions([DistinctAnswer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
 
     def score(prompt: str) -> float:
@@ -147,7 +147,7 @@ def test_without_gold_there_is_nothing_to_compare_item_by_item() -> None:
 
 
 def test_an_answer_that_the_number_of_items_decides_does_not_measure_the_judge() -> None:
-    known = [calibration.KnownAnswer("title", "e1", text, "wrong", "fit") for text in ("fig", "fig, pear")]
+    known = [known_answers.KnownAnswer("title", "e1", text, "wrong", "fit") for text in ("fig", "fig, pear")]
     asked = judging.with_questions(known, TASKS, FRUIT, JudgeTable(item_separator=",", type_question=False))
     samples = calibration.collect_samples(asked, lambda prompt: -3.0 if "pear" in prompt else 2.0)
     assert samples == {("correct", "fit"): ([], [-3.0])}
@@ -155,7 +155,7 @@ def test_an_answer_that_the_number_of_items_decides_does_not_measure_the_judge()
 
 def test_calibration_answers_are_what_they_claim() -> None:
     examples = {(e.task, e.id): e for e in dev_examples(20)}
-    known = calibration.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
+    known = known_answers.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
     for answer in known:
         example, task = examples[answer.task, answer.example], TASKS[answer.task]
         golds = {normalise_answer(gold) for gold in example.outputs}
@@ -171,7 +171,7 @@ def test_calibration_answers_are_what_they_claim() -> None:
     parts = {(k.task, k.example): k.part for k in known}
     assert sorted(parts.values()).count("fit") == len(examples) / 2
     assert all(k.part == parts[k.task, k.example] for k in known)
-    # The first reference stands in the prompt, so another one is the right answer to judge.
+    # The first reference is in the prompt, so another one is the right answer to judge.
     assert {k.text[:7] for k in known if k.task == "title" and k.kind == "right"} == {"Heading"}
 
 
@@ -179,31 +179,31 @@ def test_calibration_answers_are_limited_repeatable_and_seeded() -> None:
     examples = dev_examples(20)
 
     def chosen(examples: list[Example], seed: int) -> set[tuple[str, str]]:
-        return {(k.part, k.example) for k in calibration.calibration_answers(TASKS, examples, 10, seed)}
+        return {(k.part, k.example) for k in known_answers.calibration_answers(TASKS, examples, 10, seed)}
 
     assert len(chosen(examples, 3)) == 10
     assert chosen(examples, 3) == chosen(examples[::-1], 3)
     assert chosen(examples, 3) != chosen(examples, 4)
     unseen = {**TASKS, "title": Task("title", "Write a title.", seen=False)}
-    assert not [k for k in calibration.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
+    assert not [k for k in known_answers.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
 
 
 def test_an_only_task_has_no_wrong_type_and_a_lone_free_example_no_wrong_answer() -> None:
     lone = [Example("t0", "title", "article", ("Title",), "dev")]
-    assert [k.kind for k in calibration.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
+    assert [k.kind for k in known_answers.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
 
 
 def test_audit_takes_a_seeded_share() -> None:
     examples = dev_examples(100)
     verdicts = [Verdict(e.id, e.task, e.outputs[0], "stop", 2, "exact_match") for e in examples]
     verdicts.append(Verdict("m0", "mood", "other", "stop", 0, "cut_off"))
-    known = calibration.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
+    known = known_answers.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
     right = [k for k in known if k.kind == "right"]
     wrong = [k for k in known if k.kind == "wrong"]
     assert 45 < len(right) < 105
     assert 45 < len(wrong) < 105
-    assert not calibration.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
-    everything = calibration.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
+    assert not known_answers.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
+    everything = known_answers.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
     assert len(everything) == 2 * len(examples)
     assert {k.text for k in everything} >= {"positive", "yes", "Title 3"}
 
@@ -254,7 +254,7 @@ def test_few_dev_rows_leave_the_threshold_at_zero_and_say_so() -> None:
 def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
     examples = dev_examples(40)
     by_key = {(e.task, e.id): e for e in examples}
-    known = calibration.calibration_answers(TASKS, examples, 1000, seed=0)
+    known = known_answers.calibration_answers(TASKS, examples, 1000, seed=0)
     asked = judging.with_questions(known, TASKS, by_key, JudgeTable())
     truth = {by_question["correct"][0]: k.kind == "right" for k, by_question in asked}
     # A judge that says 4 / 2 on one half and the reverse on the other: fitted well, measured as useless.
@@ -271,7 +271,13 @@ def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
 
 
 def weakness(**qualities: dict[str, Any]) -> str | None:
-    return calibration.weakness({question: {"quality": quality} for question, quality in qualities.items()}, 0.65)
+    return calibration.weakness({name: {"quality": quality} for name, quality in qualities.items()}, JudgeTable())
+
+
+def test_a_weak_judge_that_is_allowed_is_described_without_advice() -> None:
+    bad = {"correct": {"quality": calibration.measure([1.0, -1.0], [1.0, -1.0], 0.0)}}
+    message = calibration.weakness(bad, JudgeTable(allow_weak=True)) or ""
+    assert "too weak" in message and "allow_weak" not in message and "judge.model" not in message
 
 
 def test_weak_judge_stops_with_its_numbers_and_the_ways_out() -> None:
