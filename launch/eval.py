@@ -9,83 +9,75 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coalign.clusters.shards import run_shards
-from coalign.commandline import parse_command_line
 from coalign.config import Config, cores_used, table_for_other_model
-from coalign.config_values import changed_values, table_values
+from coalign.config_values import changed_values
 from coalign.evaluation import agreement as agreeing
 from coalign.evaluation import models_under_test
 from coalign.evaluation import requests as evaluation
-from coalign.evaluation.agreement import parse_agreement
+from coalign.evaluation.metrics_schema import EvalCounts, complete
 from coalign.evaluation.summary import summarise
-from coalign.recipe import announce, run_step, set_up_logging
+from coalign.recipe import run_step
 from coalign.records import Example, Row, Task, read_records, to_row
 from coalign.report import model_card_results
 from coalign.report.model_cards import model_labels
 from coalign.report.page import write_results
 from coalign.runs import costs
-from coalign.runs.run_folder import RunFolder, base_model_folder
+from coalign.runs.open_step import StepCommand
 from coalign.runs.step_folder import StepFolder, installed_versions
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
-from coalign.wordings import asking
+from coalign.wordings.asking import Pair, Request, build_requests
 
 
 def main(argv: list[str]) -> None:
     """Run the step."""
-    config = parse_command_line("eval", argv)
-    set_up_logging(config.log.level)
-    run, table = RunFolder(config.run, argv), config.eval
-    agreement = parse_agreement(table.agreement)
-    trained = {name: run.step(name) for name in TRAINING_STEPS}
-    needs = {"prepare": run.step("prepare")} | ({} if table.wordings_file else {"paraphrase": run.step("paraphrase")})
-    needs |= {value: trained[value] for value in table.models.values() if value in trained}
-    for name, path in needs.items():
-        run.require(name, path)
+    command = StepCommand("eval", argv)
+    config, run, table = command.config, command.run, command.config.eval
+    agreement = agreeing.parse_agreement(table.agreement)
+    trained = command.find(TRAINING_STEPS)
+    read = ["prepare"] if table.wordings_file else ["prepare", "paraphrase"]
+    needs = command.require(dict.fromkeys([*read, *(value for value in table.models.values() if value in trained)]))
     tasks = read_records(Task, needs["prepare"] / "tasks.jsonl")
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
-    folders = find_models(config, trained, needs["prepare"])
+    folders = models_under_test.find_models(config.model, table.models, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
     judge, digests = models_under_test.check_models(folders, own, agreement.folder)
     examples = read_records(Example, needs["prepare"] / "examples.jsonl")
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
-    settings = table_values(config, STEP_TABLES["eval"], with_neutral=False)
-    step = run.begin("eval", settings, needs, files | digests, Path(table.folder) if table.folder else None)
-    if step is None:
+    opened = command.begin(needs, files | digests, Path(table.folder) if table.folder else None)
+    if opened is None:
         return
-    plan = f"{len(pairs)} answers by each of {', '.join(folders)}"
-    announce("eval", changed_values(config, STEP_TABLES["eval"]), plan)
+    step = opened.output
+    command.announce(f"{len(pairs)} answers by each of {', '.join(folders)}")
 
     outputs, dropped = {}, [*dropped, *unfit]
     for index, (name, folder) in enumerate(folders.items()):
         outputs[name], too_long = ask_model(config, step, f"{index}-{name}", folder, pairs)
         dropped += [row | {"model": name} for row in too_long]
     decide = agreement.decider(functools.partial(ask_judge, config, step, judge, dropped))
-    result, incomplete = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
-    dropped += incomplete
-    counts = evaluation.count_models(result, outputs, pairs) | {"cores": cores_used(config.generation, config.run)}
-    result |= costs.describe_steps(costs.steps_so_far(config.run, argv), step, counts) | {
-        "run": config.run.name,
-        "sources": table.models,
-        "labels": model_labels(run, table.models),
-        "dropped": dict(Counter(row["reason"] for row in dropped)),
-        "settings": changed_values(config, STEP_TABLES["eval"]),
-        "versions": installed_versions(),
-    }
-    step.write_output("scores.jsonl", result.pop("per_input"))
+    found = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
+    dropped += found.dropped
+    counts = evaluation.count_models(found.summary, outputs, pairs, cores_used(config.generation, config.run))
+    metrics = complete(
+        found.summary,
+        **costs.describe_steps(costs.steps_so_far(config.run, argv), step),
+        eval_counts=EvalCounts(tokens_generated=counts["tokens_generated"], cores=counts["cores"]),
+        run=config.run.name,
+        sources=table.models,
+        labels=model_labels(run, table.models),
+        dropped=dict(Counter(row["reason"] for row in dropped)),
+        settings=changed_values(config, STEP_TABLES["eval"]),
+        versions=installed_versions(),
+    )
+    step.write_output("scores.jsonl", found.scores)
     step.write_output("dropped.jsonl", dropped)
     step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
-    print("\n".join(write_results(step.path, result)), flush=True)
-    step.commit(counts | {"dropped": result["dropped"]})
-    model_card_results.add_results(run, table, result)
-
-
-def find_models(config: Config, trained: dict[str, Path], prepare: Path) -> dict[str, str]:
-    """Return the model folder or hub name of every name in eval.models."""
-    base = base_model_folder(config.model, prepare) if "base" in config.eval.models.values() else ""
-    return {name: models_under_test.resolve_model(value, trained, base) for name, value in config.eval.models.items()}
+    print("\n".join(write_results(step.path, metrics)), flush=True)
+    step.commit(counts | {"dropped": metrics.dropped})
+    model_card_results.add_results(run, table, metrics)
 
 
 def ask_model(
-    config: Config, step: StepFolder, name: str, folder: str, pairs: list[asking.Pair]
+    config: Config, step: StepFolder, name: str, folder: str, pairs: list[Pair]
 ) -> tuple[evaluation.ModelOutput, list[Row]]:
     """Return everything that one model said, and the rows too long for its context."""
     from coalign.generation import workers
@@ -94,19 +86,16 @@ def ask_model(
     table, settings = config.eval, config.generation
     model = models_under_test.model_table(table.models[name.partition("-")[2]], config.model)
     codec = model_folder.load_codec(folder, model)
-    requests, left_out = asking.build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
+    requests, left_out = build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
     too_long = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
 
-    def generate(
-        what: str, asked: list[asking.Request], mode: str, temperature: float, shard_size: int
-    ) -> Iterator[Row]:
+    def generate(what: str, asked: list[Request], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
         sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
         shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        return run_shards(
-            step, [r.to_row() for r in asked], worker, used, f"eval {name.partition('-')[2]} {what}", shards
-        )
+        rows = [request.to_row() for request in asked]
+        return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     return evaluation.collect_answers(requests, table, settings, config.run.seed, generate), too_long
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import sys
@@ -14,22 +13,22 @@ from coalign.commandline import parse_command_line
 from coalign.config import Config
 from coalign.config_values import table_values
 from coalign.errors import UserError
-from coalign.experiment import arms, results
+from coalign.evaluation.metrics_file import read_metrics
+from coalign.experiment import arms, ladder_result, results
 from coalign.experiment.ladder import (
     Ladder,
     StepRun,
     is_current,
     make_ladder,
     plan_lines,
-    read_options,
     remaining_seconds,
-    usage,
 )
+from coalign.experiment.ladder_options import read_options, usage
 from coalign.process import derive_seed, free_port
 from coalign.recipe import run_command, run_step
 from coalign.report import experiment_table
 from coalign.report.model_card_results import fill_card
-from coalign.runs.atomic_files import write_atomic, write_json
+from coalign.runs.atomic_files import write_atomic
 from coalign.runs.digests import CARD, digest_file, digest_model_files
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
@@ -99,13 +98,12 @@ def run_all(ladder: Ladder, steps: list[StepRun], words: list[str]) -> None:
 def show(ladder: Ladder, steps: list[StepRun], config: Config) -> list[str]:
     """Write the ladder's metrics.json, table.md and figure; return what to print."""
     seed = derive_seed(config.run.seed, "ladder")
-    result = results.make_result(ladder, steps, arms.COMPARISONS, config.eval.num_bootstrap, seed)
-    result |= {"split": config.eval.split, "agreement": config.eval.agreement}
+    result = results.make_result(ladder, steps, arms.COMPARISONS, config.eval, seed)
     folder = ladder.home / "ladder"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "metrics.json", result)
+    ladder_result.write_result(folder, result)
     for number in ladder.seeds:
-        metrics = json.loads((ladder.eval_folder(number) / "metrics.json").read_text(encoding="utf-8"))
+        _, metrics = read_metrics(ladder.eval_folder(number))
         for name in filter(lambda name: arms.ARMS[name].result, ladder.arms):  # the base model's card is not ours
             fill_card(Path(ladder.model(name, number)) / "model" / CARD, metrics, name)
     lines = experiment_table.table_lines(result)

@@ -17,7 +17,8 @@ try:
     from coalign.config import Config
     from coalign.config_values import table_values
     from coalign.errors import UserError
-    from coalign.experiment.ladder import make_ladder, read_options
+    from coalign.experiment.ladder import make_ladder
+    from coalign.experiment.ladder_options import read_options
     from coalign.recipe import run_step
     from coalign.runs.run_folder import RunFolder, incomplete
     from coalign.runs.step_folder import read_manifest

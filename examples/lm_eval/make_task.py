@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 from coalign.config import EvalTable, ModelTable
 from coalign.errors import UserError
 from coalign.evaluation import requests
-from coalign.evaluation.summary import MIN_WORDINGS
 from coalign.recipe import run_step
 from coalign.records import Example, Task, dump_line, read_records
 from coalign.wordings import asking
 from coalign.wordings.asking import Pair
-from coalign.wordings.wordings import expected_answer
+from coalign.wordings.wordings import MIN_WORDINGS, expected_answer
 
 SCORING = Path(__file__).with_name("coalign_scoring.py")
 CUT_OFF_TOKENS = ("ÿ", "<0xFF>")  # the byte FF, which no text holds, in byte-level BPE and in SentencePiece

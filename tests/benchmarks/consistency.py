@@ -20,8 +20,8 @@ from benchmarks.lengths import lengths
 from benchmarks.processes import peak_mebibytes_of
 from coalign.config import EvalTable
 from coalign.evaluation import metrics
+from coalign.evaluation.estimates import estimate_columns
 from coalign.evaluation.grids import CONSISTENCY, Scored, Vocabulary, consistency_columns, consistency_sample
-from coalign.evaluation.summary import estimate_columns
 
 NUM_WORDINGS = 10
 TASK_INPUTS = 1000
@@ -63,7 +63,7 @@ def compute(tasks: list[Answers]) -> list[Columns]:
     samples = [consistency_sample([one]) for one in columns]
     everything = {"all": list(range(len(samples)))}
     found = estimate_columns(samples, everything, ["model"], CONSISTENCY, EvalTable().num_bootstrap, seed=0)
-    assert 0.0 < found["all"].models["model"]["cr"]["mean"] < 1.0
+    assert 0.0 < found["all"].models["model"]["cr"].mean < 1.0
     return columns
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import re
 import shutil
@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from coalign.evaluation import cases, summary
+from coalign.evaluation import cases
+from coalign.evaluation.metrics_file import read_metrics
 from coalign.report import comparison, page
-from unit.worlds import by_rule, finish_metrics, make_run, table, world
+from unit.worlds import by_rule, make_run, summarised, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -38,15 +39,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sft": by_rule(pairs, answer),
         "align": by_rule(pairs, lambda pair: "yes" if pair.example.id == "e3" else answer(pair)),
     }
-    content, _ = summary.summarise(tasks, pairs, outputs, table(), seed=0)
     stages = {name: name for name in outputs}
-    metrics = finish_metrics(content) | {"sources": stages, "settings": {"run.name": LONG}}
-    assert len(metrics["cases"]) == 48 <= cases.NUM_CASES
+    metrics = summarised(outputs, tasks, pairs, {"sources": stages, "settings": {"run.name": LONG}})
+    assert len(metrics.cases) == 48 <= cases.NUM_CASES
     folder = tmp_path_factory.mktemp("report")
     found = {}
     for name in ("one", "two"):
-        place = make_run(folder / name, metrics | {"run": name})
-        found[name] = (place, json.loads((place / "metrics.json").read_text("utf-8")))
+        found[name] = read_metrics(make_run(folder / name, dataclasses.replace(metrics, run=name)))
     report = page.write_page(*found["one"])
     compared = comparison.write_comparison(folder / "compare.html", comparison.name_runs(found))
     return {"report": report, "compare": compared}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from coalign.config import Config, EvalTable
 from coalign.config_values import table_values
 from coalign.evaluation import requests, summary
+from coalign.evaluation.metrics_file import write_metrics
+from coalign.evaluation.metrics_schema import Metrics, Summary, complete
 from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Response, Task, Wording
+from coalign.runs.costs import StepCost
 from coalign.steps import STEP_TABLES
 from coalign.wordings.asking import Pair
 
@@ -63,24 +67,34 @@ def half_right(pair: Pair) -> str:
     return "Yes." if pair.wording.id in ("w0", "w1") else "no"
 
 
-def finish_metrics(content: dict[str, Any]) -> dict[str, Any]:
-    return content | {
+def finish_metrics(content: Summary, **fields: Any) -> Metrics:
+    """Return a summary as the metrics of a made-up run; `fields` replace those of the run."""
+    of_run: dict[str, Any] = {
+        "cost": (),
         "run": "demo",
         "sources": {"base": "base", "align": "align"},
         "labels": {"base": "base", "sft": "SFT (IA)", "align": "SFT (IA) + CAT"},
         "dropped": {"too_long": 2},
-        "cost": [],
         "settings": {"run.name": "<b>demo</b>"},
         "versions": {"coalign": "0"},
     }
+    return complete(content, **of_run | fields)
 
 
-def results(num_tasks: int = 8) -> dict[str, Any]:
+def summarised(
+    outputs: dict[str, ModelOutput], tasks: list[Task], pairs: list[Pair], fields: dict[str, Any] | None = None
+) -> Metrics:
+    """Return the metrics of these answers; `fields` as for finish_metrics."""
+    return finish_metrics(summary.summarise(tasks, pairs, outputs, table(), seed=0).summary, **fields or {})
+
+
+def results(num_tasks: int = 8) -> Metrics:
+    """Return the metrics of two models on a made-up world, the second one right and consistent."""
     tasks, pairs = world(num_tasks)
     outputs = {"base": by_rule(pairs, half_right), "align": by_rule(pairs, lambda pair: "yes")}
-    content, dropped = summary.summarise(tasks, pairs, outputs, table(), seed=0)
-    assert not dropped
-    return finish_metrics(content)
+    found = summary.summarise(tasks, pairs, outputs, table(), seed=0)
+    assert not found.dropped
+    return finish_metrics(found.summary)
 
 
 QUALITY = {
@@ -155,17 +169,14 @@ def make_step(run: Path, name: str, config: dict[str, Any] | None = None) -> str
     return f"digest of {name}"
 
 
-def make_run(run: Path, metrics: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
+def make_run(run: Path, metrics: Metrics, config: dict[str, Any] | None = None) -> Path:
     """Write a whole run with these metrics and return its eval folder."""
     names = [name for name in STEP_TABLES if name != "eval"]
     lineage = {name: make_step(run, name, (config or {}).get(name)) for name in names}
-    cost = [
-        {"step": name, "updates": None, "tokens_trained": 1000, "tokens_generated": None}
-        | {"wall_seconds": 1.5, "core_hours": None}
-        for name in names
-    ]
+    used: dict[str, Any] = {"updates": None, "tokens_trained": 1000, "tokens_generated": None}
+    cost = tuple(StepCost(step=name, **used, wall_seconds=1.5, core_hours=None) for name in names)
     steps = {name: str(run / name) for name in names}
     (run / "eval").mkdir()
-    content = metrics | {"lineage": lineage, "steps": steps, "cost": cost, "eval_seconds": 77.5}
-    (run / "eval" / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    content = dataclasses.replace(metrics, lineage=lineage, steps=steps, cost=cost, eval_seconds=77.5)
+    write_metrics(run / "eval", content)
     return run / "eval"

@@ -1,6 +1,6 @@
 """Whether two answers mean the same, by a judge: the questions, and what it said.
 
-Used by launch/eval.py. Pure text; knows no model.
+Pure text; knows no model.
 """
 
 from __future__ import annotations

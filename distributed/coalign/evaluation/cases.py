@@ -1,6 +1,6 @@
 """The inputs that a report shows one by one, and failures told apart: another answer, wrong type, cut off, empty.
 
-Used by summary.py. What agrees has been settled before; knows no model and no file.
+What agrees has been settled before; knows no model and no file.
 
 Shape suffixes: I inputs, W wordings.
 """
@@ -10,13 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 
 from coalign.evaluation import metrics
 from coalign.evaluation.grids import Grid, Scored
 from coalign.evaluation.metrics import FloatArray, IntArray
+from coalign.evaluation.metrics_rows import (
+    AnswerKind,
+    Case,
+    CaseAnswer,
+    CaseModel,
+    Failures,
+    KindCounts,
+    Outcome,
+    TaskFailures,
+)
 from coalign.records import Example, Response, Task
 from coalign.runs.digests import digest_value
 from coalign.text import normalise_answer, unit_hash
@@ -25,8 +35,8 @@ NUM_CASES = 240
 NUM_CHANGED = 80
 NUM_INCONSISTENT = 80
 MAX_INPUT, MAX_ANSWER = 1500, 400  # characters shown
-OUTCOMES = ("always_right", "always_wrong_alike", "inconsistent", "mixed")
-KINDS = {
+OUTCOMES = get_args(Outcome)
+KINDS: dict[AnswerKind, str] = {
     "right": "equals a gold answer in normal form",
     "another": "a whole answer that is none of the gold ones",
     "wrong_type": (
@@ -38,6 +48,7 @@ KINDS = {
     "empty": "nothing but white space",
 }
 
+Reason = Literal["change", "inconsistent", "sample"]  # why an input is shown
 Answers = Mapping[tuple[str, str, str], Response]
 
 
@@ -57,7 +68,7 @@ def label_set(task: Task, example: Example) -> frozenset[str]:
     return frozenset(normalise_answer(text) for text in (*task.labels, *example.outputs))
 
 
-def answer_kind(answer: Response, correct: bool, labels: frozenset[str]) -> str:
+def answer_kind(answer: Response, correct: bool, labels: frozenset[str]) -> AnswerKind:
     """Return which of KINDS an answer is."""
     if correct:
         return "right"
@@ -86,29 +97,33 @@ def items_digest(grid: Grid) -> str:
     )
 
 
-def count_failures(grids: Sequence[Grid], models: Mapping[str, ModelAnswers]) -> dict[str, Any]:
+def count_failures(grids: Sequence[Grid], models: Mapping[str, ModelAnswers]) -> Failures:
     """Return how many answers are of each kind, by model and by task, with what the kinds mean."""
-    totals: dict[str, Counter[str]] = {name: Counter() for name in models}
+    totals: dict[str, Counter[AnswerKind]] = {name: Counter() for name in models}
     per_task = []
     for index, grid in enumerate(grids):
-        row: dict[str, Any] = {"task": grid.task.id, "num_labels": len(grid.task.labels), "models": {}}
+        of_models = {}
         for name, model in models.items():
-            counts: Counter[str] = Counter()
+            counts: Counter[AnswerKind] = Counter()
             for place, example in enumerate(grid.examples):
                 counts.update(kind for _, kind in _answers_to(grid, place, example, model, index))
             totals[name] += counts
-            row["models"][name] = {kind: counts[kind] for kind in KINDS}
-        per_task.append(row)
-    return {
-        "definitions": KINDS,
-        "models": {name: {kind: counts[kind] for kind in KINDS} for name, counts in totals.items()},
-        "per_task": per_task,
-    }
+            of_models[name] = _kind_counts(counts)
+        per_task.append(TaskFailures(task=grid.task.id, num_labels=len(grid.task.labels), models=of_models))
+    return Failures(
+        definitions={str(kind): text for kind, text in KINDS.items()},
+        models={name: _kind_counts(counts) for name, counts in totals.items()},
+        per_task=tuple(per_task),
+    )
+
+
+def _kind_counts(counts: Counter[AnswerKind]) -> KindCounts:
+    return KindCounts(**{kind: counts[kind] for kind in KINDS})
 
 
 def _answers_to(
     grid: Grid, row: int, example: Example, model: ModelAnswers, index: int
-) -> Iterable[tuple[Response, str]]:
+) -> Iterable[tuple[Response, AnswerKind]]:
     labels = label_set(grid.task, example)
     for column in np.flatnonzero(grid.present[row]):
         answer = model.answers[grid.task.id, example.id, grid.wordings[column].id]
@@ -117,7 +132,7 @@ def _answers_to(
 
 def pick_cases(
     grids: Sequence[Grid], models: Mapping[str, ModelAnswers], min_wordings: int, agreeing: IntArray | None
-) -> list[dict[str, Any]]:
+) -> list[Case]:
     """Return up to NUM_CASES inputs with every model's answers to each wording.
 
     First those that changed most from the first model to the last (in CR plus in the share of right answers; inputs
@@ -125,7 +140,7 @@ def pick_cases(
     after another.
     """
     ranked = _rank_inputs(grids, models, min_wordings)
-    chosen: dict[tuple[int, int], str] = {}
+    chosen: dict[tuple[int, int], Reason] = {}
     changed = sorted((one for one in ranked if one.change > 0), key=lambda one: (not one.in_cr, -one.change, one.order))
     unsteady = sorted((one for one in ranked if one.cr < 1.0), key=lambda one: (one.cr, one.mcr, one.order))
     of_task: Counter[int] = Counter()
@@ -134,23 +149,22 @@ def pick_cases(
         others.append((of_task[one.grid], one))
         of_task[one.grid] += 1
     others.sort(key=lambda pair: (pair[0], pair[1].order))
-    for why, found, limit in (
+    sources: tuple[tuple[Reason, list[_Ranked], int], ...] = (
         ("change", changed, NUM_CHANGED),
         ("inconsistent", unsteady, NUM_INCONSISTENT),
         ("sample", [one for _, one in others], NUM_CASES),
-    ):
+    )
+    for why, found, limit in sources:
         for one in found[:limit]:
             if len(chosen) < NUM_CASES:
                 chosen.setdefault((one.grid, one.row), why)
     change = {(one.grid, one.row): one.change for one in ranked}
-    return [
-        {
-            **_case(grids[index], index, row, models, agreeing, min_wordings),
-            "chosen": why,
-            "change": round(change[index, row], 4),
-        }
-        for (index, row), why in chosen.items()
-    ]
+    cases = []
+    for (index, row), why in chosen.items():
+        grid, moved = grids[index], round(change[index, row], 4)
+        shown = _case_models(grid, index, row, models, agreeing, min_wordings)
+        cases.append(_case(grid, row, shown, why, moved))
+    return cases
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,9 +200,23 @@ def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, ModelAnswers], min_
     return ranked
 
 
-def _case(
+def _case(grid: Grid, row: int, models: dict[str, CaseModel], chosen: Reason, change: float) -> Case:
+    example = grid.examples[row]
+    return Case(
+        task=grid.task.id,
+        example=example.id,
+        input=cut(example.input, MAX_INPUT),
+        golds=tuple(cut(gold, MAX_ANSWER) for gold in example.outputs),
+        wordings=tuple(grid.wordings[column].id for column in np.flatnonzero(grid.present[row])),
+        models=models,
+        chosen=chosen,
+        change=change,
+    )
+
+
+def _case_models(
     grid: Grid, index: int, row: int, models: Mapping[str, ModelAnswers], agreeing: IntArray | None, min_wordings: int
-) -> dict[str, Any]:
+) -> dict[str, CaseModel]:
     example = grid.examples[row]
     columns = np.flatnonzero(grid.present[row])
     place = int(grid.eligible(min_wordings)[:row].sum())  # of this input among those that enter CR
@@ -198,24 +226,17 @@ def _case(
     for name, model in models.items():
         clusters = cluster_numbers(model.scored[index].codes[row, columns], agreeing, letters)
         values = {key: float(v[place]) for key, v in model.columns[index].items()} if in_cr else {}
-        shown[name] = {
-            "cr": values.get("cr"),
-            "mcr": values.get("mcr"),
-            "outcome": next((key for key in OUTCOMES if values.get(key)), None),
-            "num_right": int(model.scored[index].correct[row, columns].sum()),
-            "answers": [
-                {"text": cut(answer.text, MAX_ANSWER), "canonical": _mapped(answer), "kind": kind, "cluster": cluster}
+        shown[name] = CaseModel(
+            cr=values.get("cr"),
+            mcr=values.get("mcr"),
+            outcome=next((key for key in OUTCOMES if values.get(key)), None),
+            num_right=int(model.scored[index].correct[row, columns].sum()),
+            answers=tuple(
+                CaseAnswer(text=cut(answer.text, MAX_ANSWER), canonical=_mapped(answer), kind=kind, cluster=cluster)
                 for (answer, kind), cluster in zip(_answers_to(grid, row, example, model, index), clusters, strict=True)
-            ],
-        }
-    return {
-        "task": grid.task.id,
-        "example": example.id,
-        "input": cut(example.input, MAX_INPUT),
-        "golds": [cut(gold, MAX_ANSWER) for gold in example.outputs],
-        "wordings": [grid.wordings[column].id for column in columns],
-        "models": shown,
-    }
+            ),
+        )
+    return shown
 
 
 def _mapped(answer: Response) -> str | None:

@@ -1,6 +1,6 @@
 """From responses to numbers by input: grids of inputs and wordings, answer codes, correctness, agreement, columns.
 
-Used by summary.py. Pairs of input and wording that not every model has answered are left out, so that all arms are
+Pairs of input and wording that not every model has answered are left out, so that all arms are
 compared on the same ones. Knows no model and no file.
 
 Shape suffixes: I inputs, W wordings or repeats, B weightings, M columns (models times metrics).
@@ -19,6 +19,7 @@ import numpy as np
 from coalign.evaluation import metrics
 from coalign.evaluation.intervals import SHARE, TaskSample, estimate
 from coalign.evaluation.metrics import ABSENT, SILENT, BoolArray, Decide, FloatArray, IntArray
+from coalign.evaluation.metrics_schema import ConstantAnswer
 from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Response, Task, Wording
 from coalign.text import normalise_answer
@@ -217,11 +218,11 @@ def constant_accuracy(grid: Grid) -> float:
     return max(counts.values()) / len(examples)
 
 
-def against_constant_answers(grids: Sequence[Grid], accuracy: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def against_constant_answers(grids: Sequence[Grid], accuracy: Mapping[str, Sequence[float]]) -> ConstantAnswer:
     """Return the macro mean of `constant_accuracy`, and by model the paired difference to it over tasks.
 
     `accuracy` holds every model's task means. Intervals are t intervals over tasks.
     """
     constant_T = np.array([constant_accuracy(grid) for grid in grids])
     differences = {name: estimate(np.array(values_T) - constant_T) for name, values_T in accuracy.items()}
-    return {"accuracy": estimate(constant_T, limits=SHARE), "differences": differences}
+    return ConstantAnswer(accuracy=estimate(constant_T, limits=SHARE), differences=differences)

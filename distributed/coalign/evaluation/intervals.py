@@ -1,6 +1,6 @@
 """Macro means over tasks with intervals: a two-level bootstrap (tasks, then inputs), or a t interval on few tasks.
 
-Used by evaluation.py. Knows no metric: a task is a number of inputs and a statistic of their weights.
+Knows no metric: a task is a number of inputs and a statistic of their weights.
 
 Shape suffixes: T tasks, I inputs of a task, B resamples, M columns (metrics times models).
 """
@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coalign.evaluation.metrics_schema import Estimate
 
 FloatArray = NDArray[np.float64]
 
@@ -107,24 +109,21 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 def estimate(
     points_T: FloatArray, resampled_B: FloatArray | None = None, limits: tuple[float, float] = NO_LIMITS
-) -> dict[str, Any]:
-    """Return {mean, low, high, num_tasks, method} of one column, JSON-ready: 95 %, null where there is no interval.
+) -> Estimate:
+    """Return the mean of one column with its 95 % interval, None where there is no interval.
 
     The interval is cut at `limits`, the least and the greatest value that the column can have.
     """
     num_tasks = len(points_T)
-    result: dict[str, Any] = {"mean": None, "low": None, "high": None, "num_tasks": num_tasks, "method": "none"}
-    if not num_tasks:
-        return result
-    mean = float(points_T.mean())
-    result["mean"] = mean
+    mean = float(points_T.mean()) if num_tasks else None
+    if mean is None or num_tasks < MIN_TASKS_INTERVAL:
+        return Estimate(mean=mean, low=None, high=None, num_tasks=num_tasks, method="none")
     tail = (1.0 - LEVEL) / 2
-    if num_tasks < MIN_TASKS_INTERVAL:
-        return result
+    method: Literal["bootstrap", "t"] = "bootstrap"
     if num_tasks < MIN_TASKS_BOOTSTRAP or resampled_B is None:
         half = t_quantile(1.0 - tail, num_tasks - 1) * float(points_T.std(ddof=1)) / math.sqrt(num_tasks)
         low, high, method = mean - half, mean + half, "t"
     else:
         low, high = map(float, np.quantile(resampled_B, [tail, 1.0 - tail]))
-        method = "bootstrap"
-    return result | {"low": max(low, limits[0]), "high": min(high, limits[1]), "method": method}
+    low, high = max(low, limits[0]), min(high, limits[1])
+    return Estimate(mean=mean, low=low, high=high, num_tasks=num_tasks, method=method)

@@ -1,6 +1,6 @@
 """When answers agree and are right: CR, MCR, expected and corrected CR, outcome shares, accuracy, ROUGE.
 
-Used by evaluation.py and by the small dev measure during training. Answers of one task come as a matrix of integer
+Answers of one task come as a matrix of integer
 codes; knows no model and no file.
 
 Shape suffixes: I inputs, W wordings (or repeats of one wording), B weightings of the inputs, D distinct answers.

@@ -1,4 +1,4 @@
-"""TODO"""
+"""metrics.json on disk: written, found and read here alone. Its form is declared in metrics_schema.py."""
 
 from __future__ import annotations
 
@@ -8,22 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from coalign.errors import UserError
+from coalign.evaluation import typed_json
+from coalign.evaluation.metrics_schema import Metrics
+from coalign.runs.atomic_files import write_json
 
 METRICS_FILE = "metrics.json"
+VERSION = 1
+"""Version of the form of metrics.json. It grows when a field is added, removed or changes its meaning. A file without
+a version was written before version 1 and counts as version 0."""
 
 
-def read_metrics(folder: Path) -> tuple[Path, dict[str, Any]]:
+def to_json(metrics: Metrics) -> dict[str, Any]:
+    """Return the content of metrics.json, the version first."""
+    return typed_json.with_version(metrics, VERSION)
+
+
+def from_json(content: dict[str, Any], file: str = METRICS_FILE) -> Metrics:
+    """Return the metrics from the content of a file.
+
+    Raises UserError for a newer version, and for a field that is missing, unknown or of another type.
+    """
+    return typed_json.read_version(Metrics, content, VERSION, file)
+
+
+def write_metrics(folder: Path, metrics: Metrics) -> None:
+    """Write metrics.json into an eval folder."""
+    write_json(folder / METRICS_FILE, to_json(metrics))
+
+
+def read_metrics(folder: Path) -> tuple[Path, Metrics]:
     """Return the eval folder of a run (or the folder itself) and its metrics. Raises UserError when there are none."""
     for place in (folder / "eval", folder):
         path = place / METRICS_FILE
         if path.is_file():
             try:
-                metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{path}: malformed JSON ({error}); run eval again") from error
-            if not isinstance(metrics, dict) or "models" not in metrics:
+            if not isinstance(content, dict) or "models" not in content:
                 raise UserError(f"{path} was not written by eval; name a run whose eval step is complete")
-            return place, metrics
+            return place, from_json(content, str(path))
     if together := _evaluated_together(folder.resolve()):
         raise UserError(
             f"{folder} has no eval of its own; this arm was evaluated together with the others:"
@@ -38,9 +62,9 @@ def _evaluated_together(folder: Path) -> Path | None:
     """Return the eval folder beside a run that has a model of the run's name, the smallest name first."""
     for path in sorted(folder.parent.glob(f"eval*/{METRICS_FILE}")):
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(metrics, dict) and folder.name in metrics.get("models", ()):
+        if isinstance(content, dict) and folder.name in content.get("models", ()):
             return path.parent
     return None

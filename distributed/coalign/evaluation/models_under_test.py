@@ -1,6 +1,6 @@
 """Which models are evaluated, by name or folder, and what the steps before have cost.
 
-Used by launch/eval.py and experiment.py. Knows folders and manifests, no answers.
+Knows folders and manifests, no answers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from coalign.config import ModelTable, table_for_other_model
 from coalign.errors import UserError
 from coalign.runs.digests import digest_folder
+from coalign.runs.run_folder import base_model_folder
 from coalign.runs.step_folder import MANIFEST, read_manifest
 from coalign.steps import TRAINING_STEPS
 
@@ -43,6 +44,12 @@ def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
     raise UserError(
         f"eval.models: {value!r} is neither one of {', '.join(NAMED_MODELS)} nor a folder that exists; check the path"
     )
+
+
+def find_models(model: ModelTable, models: dict[str, str], trained: dict[str, Path], prepare: Path) -> dict[str, str]:
+    """Return the model folder or hub name of every name in eval.models; `trained` are the run's training steps."""
+    base = base_model_folder(model, prepare) if "base" in models.values() else ""
+    return {name: resolve_model(value, trained, base) for name, value in models.items()}
 
 
 def model_table(value: str, model: ModelTable) -> ModelTable:

@@ -1,6 +1,6 @@
 """What eval asks: which models, which inputs under which wordings, the repeats for the noise floors; answers back.
 
-Used by launch/eval.py. Pure text and paths; summary.py makes the tables from the responses.
+Pure text and paths: knows no model. summary.py makes the tables from the responses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from coalign.config import EvalTable, GenerationTable
 from coalign.errors import UserError
+from coalign.evaluation.metrics_schema import Summary
 from coalign.process import derive_seed
 from coalign.records import Example, Response, Row, Task, Wording, read_records
 from coalign.runs.digests import digest_file
@@ -185,10 +186,13 @@ def collect_answers(
     return ModelOutput(answers, neighbours, samples, other_mode, num_tokens)
 
 
-def count_models(result: dict[str, Any], outputs: dict[str, ModelOutput], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return the step's counts of what was asked and answered, and the tokens that all models have generated."""
+def count_models(
+    summary: Summary, outputs: dict[str, ModelOutput], pairs: Sequence[Pair], cores: int
+) -> dict[str, Any]:
+    """Return the step's counts: what was asked and answered, the tokens that all models have generated, CPU cores."""
     return {
         "pairs": len(pairs),
-        "models": {name: model["counts"] for name, model in result["models"].items()},
+        "models": {name: dataclasses.asdict(model.counts) for name, model in summary.models.items()},
         "tokens_generated": sum(output.num_tokens for output in outputs.values()),
+        "cores": cores,
     }

@@ -1,12 +1,12 @@
 """What eval has found as rows: of each task, input and wording, and the inputs answered least consistently.
 
-Used by summary, which estimates from the same results. Knows no model and no file.
+summary.py estimates from the same results. Knows no model and no file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,15 @@ import numpy as np
 from coalign.evaluation.cases import items_digest
 from coalign.evaluation.grids import ANSWERS, CONSISTENCY, Grid, Scored, answer_sample, by_key
 from coalign.evaluation.metrics import FloatArray, IntArray
+from coalign.evaluation.metrics_rows import (
+    InconsistentAnswer,
+    InconsistentInput,
+    TaskMetrics,
+    TaskRow,
+    WordingMetrics,
+    WordingRow,
+)
+from coalign.evaluation.metrics_schema import NoiseFloor
 from coalign.records import Response
 from coalign.text import unit_hash
 
@@ -35,11 +44,11 @@ class Results:
     min_wordings: int
     eligible: list[int]
     columns: dict[str, list[dict[str, FloatArray]]]
-    noise: dict[str, dict[str, dict[str, Any]]]
+    noise: dict[str, dict[str, NoiseFloor]]
     agreeing: IntArray | None
 
 
-def per_task_rows(results: Results) -> list[dict[str, Any]]:
+def per_task_rows(results: Results) -> list[TaskRow]:
     """Return for each task its size and every model's metrics (null for a task that doesn't enter CR)."""
     rows = []
     for index, grid in enumerate(results.grids):
@@ -47,20 +56,21 @@ def per_task_rows(results: Results) -> list[dict[str, Any]]:
         models = {}
         for name in results.names:
             point_M = answer_sample(grid, [results.scored[name][index]]).point()
-            values: dict[str, float | None] = dict.fromkeys(CONSISTENCY)
+            values: dict[str, Any] = dict.fromkeys(CONSISTENCY)
             if position is not None:
                 values = {key: float(np.mean(v)) for key, v in results.columns[name][position].items()}
-            models[name] = values | dict(zip(ANSWERS, map(float, point_M), strict=True))
+            answers: dict[str, Any] = dict(zip(ANSWERS, map(float, point_M), strict=True))
+            models[name] = TaskMetrics(**values, **answers)
         rows.append(
-            {
-                "task": grid.task.id,
-                "seen": grid.task.seen,
-                "num_inputs": len(grid.examples),
-                "num_inputs_in_cr": int(grid.eligible(results.min_wordings).sum()),
-                "num_wordings": len(grid.wordings),
-                "items": items_digest(grid),
-                "models": models,
-            }
+            TaskRow(
+                task=grid.task.id,
+                seen=grid.task.seen,
+                num_inputs=len(grid.examples),
+                num_inputs_in_cr=int(grid.eligible(results.min_wordings).sum()),
+                num_wordings=len(grid.wordings),
+                items=items_digest(grid),
+                models=models,
+            )
         )
     return rows
 
@@ -92,35 +102,35 @@ def per_input_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def per_wording_rows(results: Results) -> list[dict[str, Any]]:
+def per_wording_rows(results: Results) -> list[WordingRow]:
     """Return for each wording its text and every model's accuracy and ROUGE-L over the inputs that it fits."""
     rows = []
     for index, grid in enumerate(results.grids):
         for column, wording in enumerate(grid.wordings):
             fits_I = grid.present[:, column]
             rows.append(
-                {
-                    "task": grid.task.id,
-                    "wording": wording.id,
-                    "text": wording.text,
-                    "kind": wording.kind,
-                    "source": wording.source,
-                    "num_inputs": int(fits_I.sum()),
-                    "models": {
-                        name: {
-                            "accuracy": float(results.scored[name][index].correct[fits_I, column].mean()),
-                            "rouge_l": float(results.scored[name][index].rouge_l[fits_I, column].mean()),
-                        }
+                WordingRow(
+                    task=grid.task.id,
+                    wording=wording.id,
+                    text=wording.text,
+                    kind=wording.kind,
+                    source=wording.source,
+                    num_inputs=int(fits_I.sum()),
+                    models={
+                        name: WordingMetrics(
+                            accuracy=float(results.scored[name][index].correct[fits_I, column].mean()),
+                            rouge_l=float(results.scored[name][index].rouge_l[fits_I, column].mean()),
+                        )
                         for name in results.names
                     },
-                }
+                )
             )
     return rows
 
 
 def most_inconsistent(
     results: Results, name: str, answers: Sequence[Response], limit: int = NUM_INCONSISTENT
-) -> list[dict[str, Any]]:
+) -> list[InconsistentInput]:
     """Return the inputs with the lowest CR, then MCR, then in hash order, with the model's answers to each wording."""
     ranked = []
     for position, index in enumerate(results.eligible):
@@ -134,31 +144,34 @@ def most_inconsistent(
     of = by_key(answers)
     rows_out = []
     for cr, mcr, _, index, place in sorted(ranked)[:limit]:
-        inconsistent = _input_row(results.grids[index], results.scored[name][index], place, of)
-        rows_out.append({"model": name, "cr": cr, "mcr": mcr, **inconsistent})
+        grid = results.grids[index]
+        example = grid.examples[place]
+        rows_out.append(
+            InconsistentInput(
+                model=name,
+                cr=cr,
+                mcr=mcr,
+                task=grid.task.id,
+                example=example.id,
+                input=example.input,
+                golds=example.outputs,
+                answers=tuple(_answers_of(grid, results.scored[name][index], place, of)),
+            )
+        )
     return rows_out
 
 
-def _input_row(grid: Grid, scored: Scored, row: int, answers: dict[tuple[str, str, str], Response]) -> dict[str, Any]:
-    example = grid.examples[row]
-    shown = []
+def _answers_of(
+    grid: Grid, scored: Scored, row: int, answers: dict[tuple[str, str, str], Response]
+) -> Iterator[InconsistentAnswer]:
     for column in np.flatnonzero(grid.present[row]):
         wording = grid.wordings[column]
-        answer = answers[grid.task.id, example.id, wording.id]
-        shown.append(
-            {
-                "wording": wording.id,
-                "wording_text": wording.text,
-                "text": answer.text,
-                "canonical": answer.canonical,
-                "finish": answer.finish,
-                "correct": bool(scored.correct[row, column]),
-            }
+        answer = answers[grid.task.id, grid.examples[row].id, wording.id]
+        yield InconsistentAnswer(
+            wording=wording.id,
+            wording_text=wording.text,
+            text=answer.text,
+            canonical=answer.canonical,
+            finish=answer.finish,
+            correct=bool(scored.correct[row, column]),
         )
-    return {
-        "task": grid.task.id,
-        "example": example.id,
-        "input": example.input,
-        "golds": list(example.outputs),
-        "answers": shown,
-    }

@@ -1,51 +1,41 @@
 """Everything that eval reports, the content of metrics.json: means with intervals, differences, tables, noise floors.
 
-Used by launch/eval.py. Knows no model and no file.
+Knows no model and no file.
 
-Shape suffixes: I inputs, W wordings or repeats, T tasks.
+Shape suffixes: I inputs, W wordings or repeats.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from coalign.config import EvalTable
 from coalign.evaluation import metrics
 from coalign.evaluation.cases import ModelAnswers, count_failures, pick_cases
+from coalign.evaluation.estimates import estimate_models
 from coalign.evaluation.grids import (
-    ANSWERS,
-    CONSISTENCY,
-    EXTREMES,
     Grid,
     Vocabulary,
     against_constant_answers,
     agreeing_pairs,
-    answer_sample,
     build_grids,
     by_key,
     consistency_columns,
-    consistency_sample,
     repeat_codes,
     score_answers,
 )
-from coalign.evaluation.intervals import MIN_TASKS_BOOTSTRAP, SHARE, TaskSample, estimate, two_level_bootstrap
 from coalign.evaluation.metrics import ABSENT, Decide, IntArray
+from coalign.evaluation.metrics_schema import AnswerCounts, ModelMetrics, ModesAgree, NoiseFloor, NoiseFloors, Summary
 from coalign.evaluation.requests import NOISE_TEMPERATURE, ModelOutput
 from coalign.evaluation.result_rows import Results, most_inconsistent, per_input_rows, per_task_rows, per_wording_rows
 from coalign.process import derive_seed
-from coalign.records import Response, Task
+from coalign.records import Response, Row, Task
 from coalign.wordings.asking import Pair
 from coalign.wordings.wordings import MIN_WORDINGS
-
-COMPARED = ("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
-LIMITS = {"corrected_cr": (-math.inf, 1.0)}  # all others are shares
 
 DEFINITIONS = {
     "cr": "agreeing unordered pairs of answers / all pairs of wordings",
@@ -66,55 +56,19 @@ DEFINITIONS = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Estimates:
-    """Estimates of one group of metrics over one set of tasks: by model, and the paired differences b - a."""
+class Evaluation:
+    """What eval makes of the answers: the summary, the rows of scores.jsonl, and the pairs dropped.
 
-    models: dict[str, dict[str, Any]]
-    differences: list[dict[str, Any]]
+    A pair of input and wording is dropped when some models have answered it and others have not.
+    """
 
-
-def estimate_columns(
-    samples: Sequence[TaskSample],
-    sets: dict[str, list[int]],
-    names: Sequence[str],
-    group: tuple[str, ...],
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Estimates]:
-    """Return the macro means and paired differences of a group of metrics for every set of task indices."""
-    points_TM = np.array([sample.point() for sample in samples]).reshape(len(samples), len(names) * len(group))
-    large = [name for name, members in sets.items() if len(members) >= MIN_TASKS_BOOTSTRAP]
-    resampled = dict(
-        zip(large, two_level_bootstrap(samples, [sets[name] for name in large], num_resamples, seed), strict=True)
-    )
-    results = {}
-    for set_name, members in sets.items():
-        points = points_TM[members]
-        draws = resampled.get(set_name)
-        column = {pair: index for index, pair in enumerate(itertools.product(names, group))}
-
-        def one(index: int, minus: int | None = None, points: Any = points, draws: Any = draws) -> dict[str, Any]:
-            metric = group[index % len(group)]
-            drawn = draws is not None and metric not in EXTREMES
-            if minus is None:
-                return estimate(points[:, index], draws[:, index] if drawn else None, LIMITS.get(metric, SHARE))
-            moved = draws[:, index] - draws[:, minus] if drawn else None
-            return estimate(points[:, index] - points[:, minus], moved)
-
-        results[set_name] = Estimates(
-            {name: {metric: one(column[name, metric]) for metric in group} for name in names},
-            [
-                {"a": a, "b": b, "metric": metric, **one(column[b, metric], column[a, metric])}
-                for a, b in itertools.combinations(names, 2)
-                for metric in COMPARED
-                if metric in group
-            ],
-        )
-    return results
+    summary: Summary
+    scores: list[Row]
+    dropped: list[Row]
 
 
-def noise_floor(codes: dict[str, IntArray], agreeing: IntArray | None) -> dict[str, Any]:
-    """Return CR and MCR among repeats of one wording, macro over inputs then tasks (null without repeats)."""
+def noise_floor(codes: dict[str, IntArray], agreeing: IntArray | None) -> NoiseFloor:
+    """Return CR and MCR among repeats of one wording, macro over inputs then tasks (None without repeats)."""
     cr, mcr = [], []
     for codes_IW in codes.values():
         present_IW = codes_IW != ABSENT
@@ -122,34 +76,37 @@ def noise_floor(codes: dict[str, IntArray], agreeing: IntArray | None) -> dict[s
         cr.append(float(np.mean(metrics.consistency_rate(agree_IWW, present_IW))))
         mcr.append(float(np.mean(metrics.largest_cluster_share(agree_IWW, present_IW))))
     shapes = [codes_IW.shape for codes_IW in codes.values()]
-    return {
-        "cr": float(np.mean(cr)) if cr else None,
-        "mcr": float(np.mean(mcr)) if mcr else None,
-        "num_inputs": sum(shape[0] for shape in shapes),
-        "num_repeats": max((shape[1] for shape in shapes), default=0),
-        "num_tasks": len(codes),
-    }
+    return NoiseFloor(
+        cr=float(np.mean(cr)) if cr else None,
+        mcr=float(np.mean(mcr)) if mcr else None,
+        num_inputs=sum(shape[0] for shape in shapes),
+        num_repeats=max((shape[1] for shape in shapes), default=0),
+        num_tasks=len(codes),
+    )
 
 
-def modes_agree(answers: Sequence[Response], other: Sequence[Response]) -> dict[str, Any]:
+def modes_agree(answers: Sequence[Response], other: Sequence[Response]) -> ModesAgree:
     """Return the share of answers whose text is the same in the other generation mode."""
     known = by_key(answers)
     keys = [(r.task, r.example, r.wording) for r in other]
     equal = [known[key].text == r.text for key, r in zip(keys, other, strict=True) if key in known]
-    return {"share": sum(equal) / len(equal) if equal else None, "num_answers": len(equal)}
+    return ModesAgree(share=sum(equal) / len(equal) if equal else None, num_answers=len(equal))
 
 
-def count_answers(answers: Sequence[Response]) -> dict[str, int]:
+def count_answers(answers: Sequence[Response]) -> AnswerCounts:
     """Return how many answers there are, and how many agree with nothing, by reason."""
     reasons = Counter(
         "cut_off" if r.finish != "stop" else "foreign_vocabulary" if r.canonical is None else "empty"
         for r in answers
         if metrics.answer_key(r.canonical, r.finish) is None
     )
-    tokens = sum(r.num_tokens for r in answers)
-    return {"answers": len(answers), "tokens": tokens} | {
-        reason: reasons[reason] for reason in ("empty", "cut_off", "foreign_vocabulary")
-    }
+    return AnswerCounts(
+        answers=len(answers),
+        tokens=sum(r.num_tokens for r in answers),
+        empty=reasons["empty"],
+        cut_off=reasons["cut_off"],
+        foreign_vocabulary=reasons["foreign_vocabulary"],
+    )
 
 
 def summarise(
@@ -159,53 +116,58 @@ def summarise(
     table: EvalTable,
     seed: int,
     decide: Decide | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the content of metrics.json and the pairs dropped since not every model has answered them.
-
-    Its "per_input" goes to a file of its own, scores.jsonl.
+) -> Evaluation:
+    """Return what eval makes of the answers.
 
     `decide` tells which pairs of different answers (in normal form) agree; without it only equal ones do.
     """
     grids, dropped = build_grids(tasks, pairs, outputs)
     results = score_models(grids, outputs, MIN_WORDINGS[table.split], seed, decide)
-    content = _estimates(results, table.num_bootstrap, seed)
-    for name, output in outputs.items():
-        content["models"][name] |= {
-            "noise": {kind: results.noise[kind][name] for kind in results.noise},
-            "modes_agree": modes_agree(output.answers, output.other_mode),
-            "counts": count_answers(output.answers),
-        }
-    shown = {
-        name: ModelAnswers(
-            by_key(output.answers),
-            results.scored[name],
-            dict(zip(results.eligible, results.columns[name], strict=True)),
-        )
-        for name, output in outputs.items()
-    }
+    return Evaluation(_summary_of(results, outputs, table, seed), per_input_rows(results), dropped)
+
+
+def _summary_of(results: Results, outputs: dict[str, ModelOutput], table: EvalTable, seed: int) -> Summary:
+    grids, last = results.grids, results.names[-1]
+    estimated, differences = estimate_models(results, table.num_bootstrap, seed)
+    shown = {name: _answers_of(results, name, output) for name, output in outputs.items()}
     per_task = per_task_rows(results)
-    accuracy = {name: [row["models"][name]["accuracy"] for row in per_task] for name in results.names}
-    content |= {
-        "constant_answer": against_constant_answers(grids, accuracy),
-        "failures": count_failures(grids, shown),
-        "cases": pick_cases(grids, shown, results.min_wordings, results.agreeing),
-        "per_task": per_task,
-        "per_wording": per_wording_rows(results),
-        "per_input": per_input_rows(results),
-        "most_inconsistent": most_inconsistent(results, results.names[-1], outputs[results.names[-1]].answers),
-        "split": table.split,
-        "agreement": table.agreement,
-        "min_wordings": results.min_wordings,
-        "num_bootstrap": table.num_bootstrap,
-        "noise_temperature": NOISE_TEMPERATURE,
-        "definitions": DEFINITIONS,
-        "num_tasks": len(grids),
-        "num_seen_tasks": sum(grid.task.seen for grid in grids),
-        "num_tasks_in_cr": len(results.eligible),
-        "num_inputs": sum(len(grid.examples) for grid in grids),
-        "num_pairs": int(sum(grid.present.sum() for grid in grids)),
-    }
-    return content, dropped
+    accuracy = {name: [row.models[name].accuracy for row in per_task] for name in results.names}
+    return Summary(
+        models={
+            name: ModelMetrics(
+                **estimated[name],
+                noise=NoiseFloors(**{kind: floors[name] for kind, floors in results.noise.items()}),
+                modes_agree=modes_agree(output.answers, output.other_mode),
+                counts=count_answers(output.answers),
+            )
+            for name, output in outputs.items()
+        },
+        differences=differences["all"],
+        differences_seen=differences["seen"],
+        differences_unseen=differences["unseen"],
+        constant_answer=against_constant_answers(grids, accuracy),
+        failures=count_failures(grids, shown),
+        cases=tuple(pick_cases(grids, shown, results.min_wordings, results.agreeing)),
+        per_task=tuple(per_task),
+        per_wording=tuple(per_wording_rows(results)),
+        most_inconsistent=tuple(most_inconsistent(results, last, outputs[last].answers)),
+        split=table.split,
+        agreement=table.agreement,
+        min_wordings=results.min_wordings,
+        num_bootstrap=table.num_bootstrap,
+        noise_temperature=NOISE_TEMPERATURE,
+        definitions=DEFINITIONS,
+        num_tasks=len(grids),
+        num_seen_tasks=sum(grid.task.seen for grid in grids),
+        num_tasks_in_cr=len(results.eligible),
+        num_inputs=sum(len(grid.examples) for grid in grids),
+        num_pairs=int(sum(grid.present.sum() for grid in grids)),
+    )
+
+
+def _answers_of(results: Results, name: str, output: ModelOutput) -> ModelAnswers:
+    columns = dict(zip(results.eligible, results.columns[name], strict=True))
+    return ModelAnswers(by_key(output.answers), results.scored[name], columns)
 
 
 def score_models(
@@ -242,38 +204,3 @@ def score_models(
         kind: {name: noise_floor(codes, agreeing) for name, codes in floor.items()} for kind, floor in repeats.items()
     }
     return Results(names, grids, scored, min_wordings, eligible, columns, noise, agreeing)
-
-
-def _estimates(results: Results, num_resamples: int, seed: int) -> dict[str, Any]:
-    """Return models.NAME.{metric, seen, unseen} and the three lists of differences."""
-    samples = [
-        answer_sample(grid, [results.scored[name][index] for name in results.names])
-        for index, grid in enumerate(results.grids)
-    ]
-    consistency = [
-        consistency_sample([results.columns[name][position] for name in results.names])
-        for position in range(len(results.eligible))
-    ]
-    seen = [grid.task.seen for grid in results.grids]
-    groups = []
-    for group, ones, indices in ((CONSISTENCY, consistency, results.eligible), (ANSWERS, samples, range(len(seen)))):
-        sets = {
-            "all": list(range(len(ones))),
-            "seen": [position for position, index in enumerate(indices) if seen[index]],
-            "unseen": [position for position, index in enumerate(indices) if not seen[index]],
-        }
-        groups.append(estimate_columns(ones, sets, results.names, group, num_resamples, derive_seed(seed, "bootstrap")))
-    models: dict[str, Any] = {}
-    for name in results.names:
-        by_set = {which: groups[0][which].models[name] | groups[1][which].models[name] for which in groups[0]}
-        models[name] = {**by_set["all"], "seen": by_set["seen"], "unseen": by_set["unseen"]}
-    differences = {which: groups[0][which].differences + groups[1][which].differences for which in groups[0]}
-    order = {pair: index for index, pair in enumerate(itertools.combinations(results.names, 2))}
-    for rows in differences.values():
-        rows.sort(key=lambda row: (order[row["a"], row["b"]], COMPARED.index(row["metric"])))
-    return {
-        "models": models,
-        "differences": differences["all"],
-        "differences_seen": differences["seen"],
-        "differences_unseen": differences["unseen"],
-    }

@@ -1,6 +1,6 @@
 """The arms of an experiment and the steps that make them: a list of runs with settings and inputs, pure data.
 
-Used by launch/ladder.py. An arm differs from `cat` (or from `sft_ia`) in the settings written beside its name and in
+An arm differs from `cat` (or from `sft_ia`) in the settings written beside its name and in
 nothing else; a step that two arms have in common is planned once. Knows no model and starts nothing.
 """
 

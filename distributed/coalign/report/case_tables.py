@@ -1,21 +1,30 @@
-"""The inputs as the page shows them one by one: a row a wording, a cell a model, what differs from the usual answer.
+"""The inputs as the page shows them: a row per wording, a cell per model, what differs from the usual answer.
 
-Used by page.py. Knows the cases of metrics.json and no HTML.
+Knows the cases of metrics.json and no HTML.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
+from coalign.evaluation.metrics_rows import AnswerKind, Case, CaseAnswer, CaseModel, Outcome
+from coalign.evaluation.metrics_schema import Metrics
 from coalign.report.formatting import shorten
 
 MAX_WORDING = 240  # characters
 MAX_ROWS, MIN_ROWS = 60, 20  # wordings of an input, on a page of all inputs and of few
-OUTCOME_LETTERS = {"always_right": "r", "always_wrong_alike": "w", "inconsistent": "i", "mixed": "m", None: "n"}
+OUTCOME_LETTERS: dict[Outcome | None, str] = {
+    "always_right": "r",
+    "always_wrong_alike": "w",
+    "inconsistent": "i",
+    "mixed": "m",
+    None: "n",
+}
 OUTCOME_NAMES = {
     "r": "always right",
     "w": "always wrong alike",
@@ -24,34 +33,75 @@ OUTCOME_NAMES = {
     "n": "too few wordings",
 }
 
-Metrics = Mapping[str, Any]
 _WORD = re.compile(r"\s*\S+\s*")  # blanks go with words: alone they would all match each other
 
 
-def scaled_cases(cases: Sequence[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class AnswerCell:
+    """A model's answer under one wording: its letter, its pieces with whether each differs from the usual answer.
+
+    `unusual` answers differ from the one that most wordings got, `changed` ones from the model before.
+    """
+
+    letter: str
+    kind: AnswerKind
+    canonical: str | None
+    unusual: bool
+    changed: bool
+    pieces: list[tuple[str, bool]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """A wording of an input and every model's answer."""
+
+    text: str
+    cells: list[AnswerCell]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShownCase:
+    """An input as the page shows it: its case, its rows, and a letter per model for the outcome."""
+
+    case: Case
+    rows: list[AnswerRow]
+    outcomes: str
+
+    @property
+    def first(self) -> CaseModel:
+        """Return the answers of the first model."""
+        return next(iter(self.case.models.values()))
+
+    @property
+    def last(self) -> CaseModel:
+        """Return the answers of the last model."""
+        return list(self.case.models.values())[-1]
+
+
+def scaled_cases(cases: Sequence[ShownCase], scale: float) -> list[ShownCase]:
     """Return a share of the inputs, of each kind that was chosen the first ones, and of their rows so many as fit."""
-    kinds = Counter(case["chosen"] for case in cases)
+    kinds = Counter(shown.case.chosen for shown in cases)
     left = {kind: max(1, int(count * scale)) for kind, count in kinds.items()}
     max_rows = max(MIN_ROWS, int(MAX_ROWS * scale))
-    shown = []
-    for case in cases:
-        left[case["chosen"]] -= 1
-        if left[case["chosen"]] >= 0:
-            shown.append(case | {"rows": telling_rows(case["rows"], max_rows)})
-    return shown
+    kept = []
+    for shown in cases:
+        left[shown.case.chosen] -= 1
+        if left[shown.case.chosen] >= 0:
+            kept.append(dataclasses.replace(shown, rows=telling_rows(shown.rows, max_rows)))
+    return kept
 
 
-def telling_rows(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def telling_rows(rows: Sequence[AnswerRow], limit: int) -> list[AnswerRow]:
     """Return the rows, of too many those with the most unusual answers, in the order of how many these are."""
     if len(rows) <= limit:
         return list(rows)
-    return sorted(rows, key=lambda row: -sum(cell["unusual"] for cell in row["cells"]))[:limit]
+    return sorted(rows, key=lambda row: -sum(cell.unusual for cell in row.cells))[:limit]
 
 
-def chosen_words(cases: Sequence[Mapping[str, Any]], first: str, last: str) -> str:
+def chosen_words(cases: Sequence[Case], first: str, last: str) -> str:
     """Return which inputs are shown one by one, in order, as far as there are any of a kind."""
-    kinds = {case["chosen"] for case in cases}
-    words = {
+    kinds = {case.chosen for case in cases}
+    words: Mapping[Literal["change", "inconsistent", "sample"], str] = {
         "change": f"those that changed most from {first} to {last}",
         "inconsistent": f"those on which {last} is least consistent",
         "sample": "others in hash order, a task after another",
@@ -59,48 +109,41 @@ def chosen_words(cases: Sequence[Mapping[str, Any]], first: str, last: str) -> s
     return ", then ".join(text for kind, text in words.items() if kind in kinds)
 
 
-def case_values(metrics: Metrics) -> list[dict[str, Any]]:
-    """Return the inputs as the page shows them: a row a wording, a cell a model, differences marked."""
-    texts = {(row["task"], row["wording"]): shorten(row["text"], MAX_WORDING) for row in metrics["per_wording"]}
+def case_values(metrics: Metrics) -> list[ShownCase]:
+    """Return the inputs as the page shows them: a row per wording, a cell per model, differences marked."""
+    texts = {(row.task, row.wording): shorten(row.text, MAX_WORDING) for row in metrics.per_wording}
     found = []
-    for case in metrics.get("cases", []):
-        models = list(case["models"].values())
-        usual = [_usual_answer(model["answers"]) for model in models]
+    for case in metrics.cases:
+        models = list(case.models.values())
+        usual = [_usual_answer(model.answers) for model in models]
         rows = []
-        for place, wording in enumerate(case["wordings"]):
-            cells = []
-            for index, model in enumerate(models):
-                answer = model["answers"][place]
-                before = models[index - 1]["answers"][place] if index else answer
-                cells.append(
-                    {
-                        **answer,
-                        "letter": letter_of(answer["cluster"]),
-                        "unusual": answer["cluster"] is None or answer["cluster"] != usual[index][0],
-                        "pieces": differences(answer["text"], usual[index], answer["cluster"] is None),
-                        "changed": (answer["cluster"], answer["kind"]) != (before["cluster"], before["kind"]),
-                    }
-                )
-            rows.append({"text": texts[case["task"], wording], "cells": cells})
-        found.append(
-            {
-                **case,
-                "rows": rows,
-                "first": models[0],
-                "last": models[-1],
-                "outcomes": "".join(OUTCOME_LETTERS[model["outcome"]] for model in models),
-            }
-        )
+        for place, wording in enumerate(case.wordings):
+            answers = [model.answers[place] for model in models]
+            before = [answers[0], *answers]
+            cells = [_cell(*one) for one in zip(answers, before, usual, strict=False)]
+            rows.append(AnswerRow(texts[case.task, wording], cells))
+        found.append(ShownCase(case, rows, "".join(OUTCOME_LETTERS[model.outcome] for model in models)))
     return found
 
 
-def _usual_answer(answers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
+def _cell(answer: CaseAnswer, before: CaseAnswer, usual: tuple[int | None, str]) -> AnswerCell:
+    return AnswerCell(
+        letter=letter_of(answer.cluster),
+        kind=answer.kind,
+        canonical=answer.canonical,
+        unusual=answer.cluster is None or answer.cluster != usual[0],
+        changed=(answer.cluster, answer.kind) != (before.cluster, before.kind),
+        pieces=differences(answer.text, usual, answer.cluster is None),
+    )
+
+
+def _usual_answer(answers: Sequence[CaseAnswer]) -> tuple[int | None, str]:
     """Return the number and the text of the answer that most wordings got; (None, "") where none agrees."""
-    counts = Counter(answer["cluster"] for answer in answers if answer["cluster"] is not None)
+    counts = Counter(answer.cluster for answer in answers if answer.cluster is not None)
     if not counts:
         return None, ""
     cluster = max(counts, key=lambda number: (counts[number], -number))
-    return cluster, next(answer["text"] for answer in answers if answer["cluster"] == cluster)
+    return cluster, next(answer.text for answer in answers if answer.cluster == cluster)
 
 
 def letter_of(cluster: int | None) -> str:

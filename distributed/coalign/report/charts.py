@@ -1,56 +1,22 @@
-"""Pictures of the report as inline SVG, drawn by matplotlib: dots with intervals, arrows, stacked bars, strips, curves.
+"""Pictures of the report: dots with intervals, arrows, stacked bars, strips, columns, curves.
 
-Used by page.py and comparison.py. Colours are the page's CSS variables, so that one picture fits light and dark; the
-text stays text, in the page's own font. Knows plain labels and numbers, nothing of a run; matplotlib is imported when
-the first picture is drawn.
+Knows plain labels and numbers, nothing of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import html
-import io
-import re
 import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-# Stand-ins that matplotlib writes out as they are, and the CSS variable each becomes.
-INK, SOFT, LINE, PAPER, ON = "#000001", "#000002", "#000003", "#000004", "#000005"
-SERIES = tuple(f"#0000a{index}" for index in range(1, 7))
-GREY = "#0000a7"
-_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper", ON: "on", GREY: "grey"}
-_VARIABLES |= {colour: f"c{index}" for index, colour in enumerate(SERIES, 1)}
+from coalign.report.svg import FONT, GREY, INK, LINE, ON, PAPER, SERIES, SOFT, WIDTH, new_figure, styled, to_svg
 
-OWN = "\ue000"  # before every id of a picture; whoever puts several on a page replaces it by something of each
-WIDTH = 440  # pixels; a phone shows it at four fifths
-FONT = 12.0
 MAX_ROWS = 24  # of a chart with a row a task
 MAX_DOTS = 40  # of a row
 _LETTER = 7.3  # pixels of a letter of the size FONT, about
 _ROW = 22
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "coalign",
-    "text.parse_math": False,
-    "font.size": FONT,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-}
-
-_P = ParamSpec("_P")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,25 +86,12 @@ def colour_of(index: int, count: int) -> str:
     return SERIES[0] if index == count - 1 else SERIES[1 + (index - 1) % (len(SERIES) - 1)]
 
 
-def _styled(draw: Callable[_P, str]) -> Callable[_P, str]:
-    """Let a picture be drawn in our style, and leave matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> str:
-        import matplotlib
-
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-@_styled
+@styled
 def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), signed: bool = False) -> str:
     """Draw a dot and its interval a row, the value beside it, and small marks for the floors."""
     labels = told_apart(row.label for row in rows)
     left = _left_of(labels)
-    figure, axes = _figure(
+    figure, axes = new_figure(
         _ROW * len(rows) + 42 + 16 * bool(floors), left, right=92, bottom=30 + 16 * bool(floors), top=10
     )
     values = [v for row in rows for v in (row.mean, row.low, row.high, *row.floors) if v is not None]
@@ -162,13 +115,13 @@ def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), 
     if floors:
         named = "   ".join(f"{mark} {name}" for mark, name in zip("◇□", floors, strict=False))
         figure.text(0.0, 8 / figure.get_figheight() / 72, named, color=SOFT, size=FONT - 1)
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
-@_styled
+@styled
 def arrows(moves: Sequence[Arrow], labels: tuple[str, str], alt: str, num_labels: int = 6) -> str:
     """Draw each move as an arrow, or a ring where nothing moved; the longest ones carry their name."""
-    figure, axes = _figure(400, left=52, right=16, bottom=46, top=10)
+    figure, axes = new_figure(400, left=52, right=16, bottom=46, top=10)
     points = [point for move in moves for point in (move.start, move.end)]
     for index, limit in enumerate((axes.set_xlim, axes.set_ylim)):
         high = max((point[index] for point in points), default=1.0)
@@ -191,7 +144,7 @@ def arrows(moves: Sequence[Arrow], labels: tuple[str, str], alt: str, num_labels
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     _name_some(figure, axes, [move for move in ranked if move.start != move.end][:num_labels])
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
 def _name_some(figure: Any, axes: Any, moves: Sequence[Arrow]) -> None:
@@ -216,14 +169,14 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] + 2 and b[1] < a[1] + a[3] + 2
 
 
-@_styled
+@styled
 def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tuple[str, str]], alt: str) -> str:
     """Draw the shares that the parts (name, colour) of each row have in its sum, with the percentage where it fits."""
     labels = told_apart(label for label, _ in rows)
     left = _left_of(labels)
     legend = _legend_lines([name for name, _ in parts])
     bottom = 14 + 18 * len(legend)
-    figure, axes = _figure(_ROW * len(rows) + 10 + bottom, left, right=14, bottom=bottom, top=10)
+    figure, axes = new_figure(_ROW * len(rows) + 10 + bottom, left, right=14, bottom=bottom, top=10)
     inner = WIDTH - left - 14
     for place, (_, values) in enumerate(rows):
         total, start = sum(values), 0.0
@@ -239,7 +192,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tu
     axes.set_xticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     _draw_legend(figure, legend, dict(parts))
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
 def _legend_lines(names: Sequence[str]) -> list[list[str]]:
@@ -261,7 +214,7 @@ def _draw_legend(figure: Any, lines: Sequence[Sequence[str]], colours: dict[str,
             x += 24 + _LETTER * len(name)
 
 
-@_styled
+@styled
 def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = SERIES[0]) -> str:
     """Draw each row's values as dots on a line from the lowest to the highest, the mean as a bar across it.
 
@@ -269,7 +222,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = 
     """
     labels = told_apart(label for label, _ in rows)
     left = _left_of(labels)
-    figure, axes = _figure(_ROW * len(rows) + 44, left, right=18, bottom=34, top=10)
+    figure, axes = new_figure(_ROW * len(rows) + 44, left, right=18, bottom=34, top=10)
     axes.set_xlim(-0.03, 1.03)
     for place, (_, values) in enumerate(rows):
         axes.plot([min(values), max(values)], [place, place], color=LINE, linewidth=4, solid_capstyle="round")
@@ -278,7 +231,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = 
         mean = sum(values) / len(values)
         axes.plot([mean, mean], [place - 0.32, place + 0.32], color=INK, linewidth=1.6)
     _rows_of(axes, [labels[label] for label, _ in rows])
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
 def quantiles(values: Sequence[float], limit: int = MAX_DOTS) -> list[float]:
@@ -289,10 +242,10 @@ def quantiles(values: Sequence[float], limit: int = MAX_DOTS) -> list[float]:
     return [ordered[round(place * (len(ordered) - 1) / (limit - 1))] for place in range(limit)]
 
 
-@_styled
+@styled
 def columns(values: Sequence[tuple[str, float]], label: str, alt: str) -> str:
     """Draw a column for each named value, the value on top."""
-    figure, axes = _figure(230, left=16, right=16, bottom=46, top=22)
+    figure, axes = new_figure(230, left=16, right=16, bottom=46, top=22)
     places, labels = range(len(values)), told_apart((name for name, _ in values), 10)
     axes.bar(places, [value for _, value in values], color=SERIES[0], width=0.7)
     for place, (_, value) in zip(places, values, strict=True):
@@ -301,14 +254,14 @@ def columns(values: Sequence[tuple[str, float]], label: str, alt: str) -> str:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(label)
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
-@_styled
+@styled
 def curves(lines: Sequence[Curve], alt: str, label: str = "update") -> str:
     """Draw lines over the updates, each with its name at its end."""
     wide = _LETTER * max((len(line.name) for line in lines), default=0) if len(lines) > 1 else 0
-    figure, axes = _figure(230, left=58, right=16 + wide, bottom=42, top=10)
+    figure, axes = new_figure(230, left=58, right=16 + wide, bottom=42, top=10)
     for line in lines:
         axes.plot(line.xs, line.ys, "-o" if line.dots else "-", color=line.colour, linewidth=1.8, markersize=4)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
@@ -319,7 +272,7 @@ def curves(lines: Sequence[Curve], alt: str, label: str = "update") -> str:
     axes.set_xlabel(label)
     if len(lines) > 1:
         _name_ends(axes, lines)
-    return _svg(figure, alt)
+    return to_svg(figure, alt)
 
 
 def _name_ends(axes: Any, lines: Sequence[Curve]) -> None:
@@ -333,15 +286,6 @@ def _name_ends(axes: Any, lines: Sequence[Curve]) -> None:
                       va="center", color=line.colour, size=FONT - 1)  # fmt: skip
 
 
-def _figure(height: float, left: float, right: float, bottom: float, top: float) -> tuple[Any, Any]:
-    """Return a figure of WIDTH x height pixels and axes within these margins."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-    box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
-    return figure, figure.add_axes(box)
-
-
 def _left_of(labels: dict[str, str]) -> float:
     return 14 + _LETTER * max(map(len, labels.values()), default=0)
 
@@ -353,34 +297,3 @@ def _rows_of(axes: Any, labels: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _svg(figure: Any, alt: str) -> str:
-    """Return the figure as an SVG element: CSS variables for colours, no ids but those referred to, no namespaces."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    stream = io.StringIO()
-    write: Any = FigureCanvasSVG(figure).print_svg
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has fonts for more scripts
-        write(stream, metadata={"Date": None})
-    text = stream.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # matplotlib escapes < and > in labels, so that what stands between them is its own.
-    text = re.sub(r"<[^>]*>", lambda tag: _plain_tag(tag[0]), text)
-    text = re.sub(r"<defs>\s*</defs>|<g/>", "", text)
-    used = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", text))
-    text = re.sub(r' id="([\w.-]+)"', lambda found: f' id="{OWN}{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r"(url\(|href=\")#([\w-]+)", rf"\g<1>#{OWN}\g<2>", text)
-    width, height = (round(size * 72) for size in figure.get_size_inches())
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    text = re.sub(r"<svg[^>]*>", lambda _: f'<svg {size} role="img" aria-label="{html.escape(alt)}">', text, count=1)
-    return re.sub(r"\s*\n\s*", "\n", text).strip()
-
-
-def _plain_tag(tag: str) -> str:
-    """Return a tag of matplotlib's with our variables for colours, the page's font and shorter numbers."""
-    tag = re.sub(r"#0000(?:0[1-5]|a[1-7])\b", lambda found: f"var(--{_VARIABLES[found[0]]})", tag)
-    tag = re.sub(r" ?font-family: [^;\"]*;?", "", tag)
-    tag = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), tag)
-    return tag.replace("xlink:href", "href").replace(' transform="rotate(-0 ', ' transform="rotate(0 ')

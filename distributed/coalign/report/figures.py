@@ -1,6 +1,6 @@
 """Which pictures the report has: from metrics.json and a run's steps to charts, each with a caption.
 
-Used by page.py. The numbers behind a picture stand in a table of the page as well. Knows no file and no HTML.
+The numbers behind a picture stand in a table of the page as well. Knows no file and no HTML.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coalign.evaluation.metrics_rows import TaskMetrics, WordingMetrics
+from coalign.evaluation.metrics_schema import Metrics, NoiseFloor
 from coalign.experiment.arms import ARMS, COMPARISONS
 from coalign.report import charts, run_history
-from coalign.report.charts import GREY, MAX_DOTS, MAX_ROWS, SERIES, Arrow, Curve, Dot
-from coalign.report.formatting import MORE, label, number
+from coalign.report.charts import MAX_DOTS, MAX_ROWS, Arrow, Curve, Dot
+from coalign.report.formatting import MORE, number
+from coalign.report.svg import GREY, SERIES
 
-Metrics = Mapping[str, Any]
 OUTCOME_PARTS = {"always_right": SERIES[0], "always_wrong_alike": SERIES[1], "inconsistent": GREY, "mixed": SERIES[3]}
 KIND_PARTS = {
     "right": ("right", SERIES[0]),
@@ -47,27 +49,21 @@ class Figure:
 def model_dots(metrics: Metrics, key: str, floors: bool = False) -> list[Dot]:
     """Return a row of `interval_dots` for each model."""
     rows = []
-    names = list(metrics["models"])
-    for index, name in enumerate(names):
-        model = metrics["models"][name]
-        one = model[key]
-        marks = (model["noise"]["neighbours"]["cr"], model["noise"]["temperature"]["cr"]) if floors else ()
-        colour = charts.colour_of(index, len(names))
-        rows.append(Dot(label(dict(metrics), name), one["mean"], one["low"], one["high"], colour, marks))
+    for index, (name, model) in enumerate(metrics.models.items()):
+        one = model.all.of(key)
+        marks = (model.noise.neighbours.cr, model.noise.temperature.cr) if floors else ()
+        colour = charts.colour_of(index, len(metrics.models))
+        rows.append(Dot(metrics.label(name), one.mean, one.low, one.high, colour, marks))
     return rows
 
 
-def _num_inputs(floor: Metrics) -> int:
-    return int(floor["num_inputs"])
-
-
-def floor_size(floor: Metrics) -> str:
+def floor_size(floor: NoiseFloor) -> str:
     """Return how much a noise floor rests on."""
-    inputs, repeats = floor["num_inputs"], floor["num_repeats"]
+    inputs, repeats = floor.num_inputs, floor.num_repeats
     return f"{inputs} input{'s' if inputs != 1 else ''} × {repeats} answers"
 
 
-def describe(rows: Sequence[Dot]) -> str:
+def dots_in_words(rows: Sequence[Dot]) -> str:
     """Return the rows in words, as a picture's alternative text."""
     said = []
     for row in rows:
@@ -79,30 +75,32 @@ def describe(rows: Sequence[Dot]) -> str:
 def headline_figures(metrics: Metrics) -> list[Figure]:
     """Return consistency and accuracy of every model, with intervals and noise floors."""
     found = []
-    if metrics["num_tasks_in_cr"]:
+    if metrics.num_tasks_in_cr:
         rows = model_dots(metrics, "cr", floors=True)
-        floors = ("one wording asked again", f"sampled at {metrics['noise_temperature']}")
+        floors = ("one wording asked again", f"sampled at {metrics.noise_temperature}")
         any_floor = any(value is not None for row in rows for value in row.floors)
-        svg = charts.interval_dots(rows, f"Consistency: {describe(rows)}", floors=floors if any_floor else ())
+        svg = charts.interval_dots(rows, f"Consistency: {dots_in_words(rows)}", floors=floors if any_floor else ())
         caption = "CR: share of pairs of wordings whose answers agree. Bar: 95 % interval."
         if any_floor:
-            largest = max((floor for m in metrics["models"].values() for floor in m["noise"].values()), key=_num_inputs)
+            noise = [model.noise for model in metrics.models.values()]
+            all_floors = (floor for one in noise for floor in (one.neighbours, one.temperature))
+            largest = max(all_floors, key=lambda floor: floor.num_inputs)
             caption += f" The marks are noise floors: CR of one and the same wording ({floor_size(largest)})."
         found.append(Figure("How consistent", caption, svg))
     rows = model_dots(metrics, "accuracy")
-    svg = charts.interval_dots(rows, f"Accuracy: {describe(rows)}")
+    svg = charts.interval_dots(rows, f"Accuracy: {dots_in_words(rows)}")
     found.append(Figure("How accurate", "Share of answers that equal a gold answer. Bar: 95 % interval.", svg))
     return found
 
 
 def outcome_figure(metrics: Metrics) -> Figure | None:
     """Return the shares of inputs always right, always wrong alike, inconsistent and mixed."""
-    if not metrics["num_tasks_in_cr"]:
+    if not metrics.num_tasks_in_cr:
         return None
-    parts = [key for key in OUTCOME_PARTS if any(m[key]["mean"] for m in metrics["models"].values())]
+    parts = [key for key in OUTCOME_PARTS if any(model.all.of(key).mean for model in metrics.models.values())]
     rows = [
-        (label(dict(metrics), name), [model[key]["mean"] or 0.0 for key in parts])
-        for name, model in metrics["models"].items()
+        (metrics.label(name), [model.all.of(key).mean or 0.0 for key in parts])
+        for name, model in metrics.models.items()
     ]
     named = [(MORE[key], OUTCOME_PARTS[key]) for key in parts]
     said = "; ".join(
@@ -122,7 +120,7 @@ def model_pairs(metrics: Metrics) -> list[tuple[str, str]]:
 
     Stage after stage; the arms of an experiment as arms.py compares them; else the first against others and the last.
     """
-    names = list(metrics["models"])
+    names = list(metrics.models)
     if _are_stages(metrics):
         return list(itertools.pairwise(names))
     if sum(name in ARMS for name in names) > 1:
@@ -135,7 +133,7 @@ def model_pairs(metrics: Metrics) -> list[tuple[str, str]]:
 
 def main_pair(metrics: Metrics) -> tuple[str, str]:
     """Return the two models to show where there is room for one pair: what the last stage did, if that is known."""
-    names = list(metrics["models"])
+    names = list(metrics.models)
     pairs = model_pairs(metrics)
     if MAIN_ARMS in pairs:
         return MAIN_ARMS
@@ -143,19 +141,16 @@ def main_pair(metrics: Metrics) -> tuple[str, str]:
 
 
 def _are_stages(metrics: Metrics) -> bool:
-    sources = [metrics.get("sources", {}).get(name) for name in metrics["models"]]
+    sources = [metrics.sources.get(name, "") for name in metrics.models]
     return all(source in _STAGES for source in sources) and sources == sorted(sources, key=_STAGES.index)
 
 
 def task_figures(metrics: Metrics) -> list[Figure]:
     """Return CR against accuracy by task, with an arrow from before to after, for each pair of models."""
-    tasks = [row for row in metrics["per_task"] if next(iter(row["models"].values()))["cr"] is not None]
+    tasks = [row for row in metrics.per_task if next(iter(row.models.values())).cr is not None]
     found = []
     for before, after in model_pairs(metrics) if tasks else ():
-        moves = []
-        for row in tasks:
-            start, end = (row["models"][name] for name in (before, after))
-            moves.append(Arrow(row["task"], (start["accuracy"], start["cr"]), (end["accuracy"], end["cr"])))
+        moves = [Arrow(row.task, _point(row.models[before]), _point(row.models[after])) for row in tasks]
         up = sum(move.end[1] > move.start[1] for move in moves)
         down = sum(move.end[1] < move.start[1] for move in moves)
         right = sum(move.end[0] > move.start[0] for move in moves)
@@ -163,7 +158,7 @@ def task_figures(metrics: Metrics) -> list[Figure]:
         said = (
             f"Of {len(moves)} tasks {up} became more consistent and {down} less; {right} more accurate and {left} less."
         )
-        start_label, end_label = (label(dict(metrics), name) for name in (before, after))
+        start_label, end_label = metrics.label(before), metrics.label(after)
         alt = f"CR against accuracy by task, {start_label} to {end_label}. {said}"
         drawn = sorted(moves, key=Arrow.length, reverse=True)[:MAX_ARROWS]
         svg = charts.arrows(drawn, ("accuracy", "CR"), alt)
@@ -174,14 +169,19 @@ def task_figures(metrics: Metrics) -> list[Figure]:
     return found
 
 
+def _point(one: TaskMetrics) -> tuple[float, float]:
+    assert one.cr is not None, "a task enters CR under every model or under none"
+    return one.accuracy, one.cr
+
+
 def wording_figures(metrics: Metrics) -> list[Figure]:
     """Return each wording's accuracy under both models of the main pair, a row a task, the widest spread first."""
-    names = main_pair(metrics) if len(metrics["models"]) > 1 else list(metrics["models"])
-    values: dict[str, list[dict[str, Any]]] = {}
-    for row in metrics["per_wording"]:
-        values.setdefault(row["task"], []).append(row["models"])
+    names = main_pair(metrics) if len(metrics.models) > 1 else list(metrics.models)
+    values: dict[str, list[dict[str, WordingMetrics]]] = {}
+    for row in metrics.per_wording:
+        values.setdefault(row.task, []).append(row.models)
     of = {
-        name: {task: [one[name]["accuracy"] for one in rows] for task, rows in values.items() if len(rows) > 1}
+        name: {task: [one[name].accuracy for one in rows] for task, rows in values.items() if len(rows) > 1}
         for name in names
     }
     spreads = {task: max(one) - min(one) for task, one in of[names[-1]].items()}
@@ -197,18 +197,17 @@ def wording_figures(metrics: Metrics) -> list[Figure]:
         )
         colour = SERIES[0] if name == names[-1] else GREY
         svg = charts.strips([(task, of[name][task]) for task in ranked], f"Accuracy of each wording. {said}", colour)
-        found.append(Figure(f"Accuracy of each wording, {label(dict(metrics), name)}", caption, svg))
+        found.append(Figure(f"Accuracy of each wording, {metrics.label(name)}", caption, svg))
     return found
 
 
 def failure_figure(metrics: Metrics) -> Figure | None:
     """Return the shares of right answers and of each kind of failure by model."""
-    failures = metrics.get("failures")
-    if not failures:
+    if metrics.failures is None:
         return None
     rows = [
-        (label(dict(metrics), name), [counts[kind] for kind in KIND_PARTS])
-        for name, counts in failures["models"].items()
+        (metrics.label(name), [counts.of(kind) for kind in KIND_PARTS])
+        for name, counts in metrics.failures.models.items()
     ]
     said = "; ".join(
         f"{name}: " + ", ".join(f"{n} {part}" for (part, _), n in zip(KIND_PARTS.values(), values, strict=True))
@@ -218,7 +217,7 @@ def failure_figure(metrics: Metrics) -> Figure | None:
     return Figure("How answers fail", "Shares of all answers, every one counted once.", svg)
 
 
-def reward_figure(counts: Metrics, title: str) -> Figure:
+def reward_figure(counts: Mapping[str, Any], title: str) -> Figure:
     """Return the judge's rewards by task, the highest share of 2 first."""
     by_task: dict[str, dict[str, int]] = counts["rewards_by_task"]
 
@@ -234,7 +233,7 @@ def reward_figure(counts: Metrics, title: str) -> Figure:
     return Figure(title, caption, svg)
 
 
-def size_figure(counts: Metrics, title: str) -> Figure:
+def size_figure(counts: Mapping[str, Any], title: str) -> Figure:
     """Return how many groups there are of each size."""
     sizes = sorted(((str(size), n) for size, n in counts["sizes"].items()), key=lambda pair: int(pair[0]))
     said = ", ".join(f"{n} of {size}" for size, n in sizes)

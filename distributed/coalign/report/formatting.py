@@ -1,23 +1,25 @@
-"""Numbers, names and rows as text."""
+"""Numbers, names and rows as text: what the terminal, pages, cards and the ladder's table have in common.
+
+Knows no file and no HTML.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
+
+from coalign.evaluation.metrics_schema import TASK_SETS, Estimate, Metrics
 
 REPORT = "report.html"
 
-HEADLINE = {
+METRIC_NAMES = {
     "cr": "CR",
     "corrected_cr": "corrected CR",
     "mcr": "MCR",
     "accuracy": "accuracy",
     "rouge_l": "ROUGE-L",
     "worst_wording": "worst wording",
-}
-
-
-MORE = {
     "expected_cr": "expected CR",
     "always_right": "always right",
     "always_wrong_alike": "always wrong alike",
@@ -28,27 +30,53 @@ MORE = {
 }
 
 
-SETS = {"": "all tasks", "seen": "seen tasks", "unseen": "unseen tasks"}
+def names_of(*metrics: str) -> dict[str, str]:
+    """Return {metric: its name for people}, in this order."""
+    return {metric: METRIC_NAMES[metric] for metric in metrics}
 
+
+HEADLINE = names_of("cr", "corrected_cr", "mcr", "accuracy", "rouge_l", "worst_wording")
+MORE = {metric: name for metric, name in METRIC_NAMES.items() if metric not in HEADLINE}
+SET_NAMES = {"all": "all tasks", "seen": "seen tasks", "unseen": "unseen tasks"}
 
 _SHORT = 70
 
 
+class Interval(Protocol):
+    """A mean with the ends of its interval."""
+
+    @property
+    def mean(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+
+
+class TaskCounts(Protocol):
+    """A result that says how many of its tasks are seen in training."""
+
+    @property
+    def num_tasks(self) -> int: ...
+    @property
+    def num_seen_tasks(self) -> int: ...
+
+
 def number(value: float | None, *, signed: bool = False) -> str:
-    """Return a share with three digits, a dash for null."""
+    """Return a share with three digits, a dash for None."""
     if value is None:
         return "–"
     return f"{value:+.3f}" if signed else f"{value:.3f}"
 
 
-def with_interval(estimate: dict[str, Any] | None, *, signed: bool = False) -> str:
+def with_interval(estimate: Interval | None, *, signed: bool = False) -> str:
     """Return "mean [low, high]", without the bracket where there is no interval."""
     if estimate is None:
         return "–"
-    text = number(estimate["mean"], signed=signed)
-    if estimate["low"] is None:
+    text = number(estimate.mean, signed=signed)
+    if estimate.low is None:
         return text
-    return f"{text} [{number(estimate['low'], signed=signed)}, {number(estimate['high'], signed=signed)}]"
+    return f"{text} [{number(estimate.low, signed=signed)}, {number(estimate.high, signed=signed)}]"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -62,30 +90,25 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def label(metrics: dict[str, Any], name: str) -> str:
-    """Return what to call a model: the paper's name of a stage of the run, the name in eval.models of any other."""
-    labels: dict[str, str] = metrics.get("labels", {})
-    return labels.get(name, name)
+def shown_sets(counts: TaskCounts) -> list[str]:
+    """Return which of TASK_SETS to show: seen and unseen apart only where there are both."""
+    return [*TASK_SETS] if 0 < counts.num_seen_tasks < counts.num_tasks else ["all"]
 
 
-def task_sets(metrics: dict[str, Any]) -> list[str]:
-    """Return the keys of SETS to show: seen and unseen apart only where there are both."""
-    both = 0 < metrics["num_seen_tasks"] < metrics["num_tasks"]
-    return list(SETS) if both else [""]
+@dataclasses.dataclass(frozen=True, slots=True)
+class PairedRow:
+    """The paired differences b - a of two models, by metric."""
+
+    a: str
+    b: str
+    estimates: dict[str, Estimate]
 
 
-def estimates_of(metrics: dict[str, Any], name: str, which: str) -> dict[str, Any]:
-    """Return a model's estimates over one of SETS."""
-    model: dict[str, Any] = metrics["models"][name]
-    chosen: dict[str, Any] = model[which] if which else model
-    return chosen
-
-
-def differences_of(metrics: dict[str, Any], which: str) -> list[dict[str, Any]]:
-    """Return the paired differences over one of SETS, a row a pair of models: {a, b, metric: estimate, ...}."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in metrics[f"differences_{which}" if which else "differences"]:
-        rows.setdefault((row["a"], row["b"]), {"a": row["a"], "b": row["b"]})[row["metric"]] = row
+def paired_rows(metrics: Metrics, which: str) -> list[PairedRow]:
+    """Return the paired differences over one of TASK_SETS, a row per pair of models."""
+    rows: dict[tuple[str, str], PairedRow] = {}
+    for one in metrics.differences_over(which):
+        rows.setdefault((one.a, one.b), PairedRow(one.a, one.b, {})).estimates[one.metric] = one.estimate
     return list(rows.values())
 
 

@@ -1,6 +1,6 @@
-"""Model cards: the README.md in an exported model folder, with the Hub's metadata. Results come in by card_results.
+"""Model cards: the README.md in an exported model folder, with the Hub's metadata; see model_card_results for results.
 
-Used by launch/sft.py, launch/align.py and launch/eval.py. Knows manifests, no model. A card holds no path of this
+Knows manifests, no model. A card holds no path of this
 machine.
 """
 
@@ -42,7 +42,7 @@ def placeless(text: str) -> str:
     return _ABSOLUTE.sub(r"\1", text)
 
 
-def describe(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> str:
+def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> str:
     """Return the card of a training step's model, as it is exported: nothing is measured yet.
 
     `counts` are the step's own; `end_of_turn` is the token that ends an answer.
@@ -82,8 +82,8 @@ def describe(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_tu
 
 
 def write_card(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> None:
-    """Write the card into the model folder that a training step has just exported, see `describe`."""
-    write_atomic(step.path / "model" / CARD, describe(step, run, counts, end_of_turn))
+    """Write the card into the model folder that a training step has just exported, see `card_text`."""
+    write_atomic(step.path / "model" / CARD, card_text(step, run, counts, end_of_turn))
 
 
 def stage_label(stage: str, sft: dict[str, Any]) -> str:

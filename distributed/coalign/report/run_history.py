@@ -1,6 +1,6 @@
 """What the steps of a run have left on disk, for the report: counts, examples of what was dropped, curves, settings.
 
-Used by page.py and comparison.py. A step's folder is believed only when its manifest has the digest that eval has
+A step's folder is believed only when its manifest has the digest that eval has
 written down, so that a page never mixes in a step that was run again since. Knows no model and draws nothing.
 """
 
@@ -10,13 +10,15 @@ import dataclasses
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coalign.commandline import toml_value
 from coalign.config_values import default_values
+from coalign.evaluation.metrics_schema import Metrics
 from coalign.records import Row, read_rows
+from coalign.runs.costs import StepCost
 from coalign.runs.digests import digest_outputs
 from coalign.runs.step_folder import label_of, read_manifest
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
@@ -48,7 +50,7 @@ class StepRecord:
         return counts
 
 
-def find_steps(folder: Path, metrics: Mapping[str, Any]) -> tuple[list[StepRecord], list[str]]:
+def find_steps(folder: Path, metrics: Metrics) -> tuple[list[StepRecord], list[str]]:
     """Return the steps that the results in an eval folder were made from, and what is missing, a line each.
 
     They are looked for beside the eval folder and where eval has found them. Without the digests of an older
@@ -56,10 +58,10 @@ def find_steps(folder: Path, metrics: Mapping[str, Any]) -> tuple[list[StepRecor
     """
     root = folder.resolve().parent
     root = root.parent if root.name.startswith("round") and root.name[5:].isdigit() else root
-    lineage = metrics.get("lineage")
+    lineage = metrics.lineage
     if lineage is None:
         lineage = (_manifest(folder) or {}).get("lineage", {})
-    known = {label_of(Path(place)): Path(place) for place in metrics.get("steps", {}).values()}
+    known = {label_of(Path(place)): Path(place) for place in metrics.steps.values()}
     found, missing = [], []
     for label, digest in sorted(lineage.items(), key=lambda pair: _order(pair[0])):
         there = [place for place in (root / label, known.get(label)) if place is not None and place.is_dir()]
@@ -98,10 +100,9 @@ def _order(label: str) -> tuple[str, int]:
     return part, list(STEP_TABLES).index(name) if name in STEP_TABLES else len(STEP_TABLES)
 
 
-def made_elsewhere(metrics: Mapping[str, Any]) -> dict[str, str]:
+def made_elsewhere(metrics: Metrics) -> dict[str, str]:
     """Return {model: folder} of the models that were read from the training steps of other runs."""
-    sources: dict[str, str] = metrics.get("sources", {})
-    paths = {name: value for name, value in sources.items() if value not in TRAINING_STEPS}
+    paths = {name: value for name, value in metrics.sources.items() if value not in TRAINING_STEPS}
     return {name: value for name, value in paths.items() if Path(value).name in TRAINING_STEPS}
 
 
@@ -181,14 +182,14 @@ class Setting:
         return json.loads(max(self.values, key=lambda text: len(self.values[text])))
 
 
-def changed_settings(steps: Sequence[StepRecord], metrics: Mapping[str, Any]) -> list[Setting]:
+def changed_settings(steps: Sequence[StepRecord], metrics: Metrics) -> list[Setting]:
     """Return the settings of all steps that differ from the built-in defaults, with those of eval.
 
     Manifests hold the keys that decide a result; eval's own metrics the others of its tables as well.
     """
     defaults = default_values()
     of_label: dict[str, Row] = {step.label: step.manifest["config"] for step in steps}
-    of_label["eval"] = metrics["settings"]
+    of_label["eval"] = metrics.settings
     for step in of_step(steps, "judge"):
         if step.counts.get("weak"):  # neutral, so in no manifest, but without it the step would have stopped
             of_label[step.label] = {**of_label[step.label], "judge.allow_weak": True}
@@ -216,10 +217,10 @@ def config_file(settings: Sequence[Setting]) -> str:
     return "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items())
 
 
-def commands(steps: Sequence[StepRecord], settings: Sequence[Setting], metrics: Mapping[str, Any]) -> list[str]:
+def commands(steps: Sequence[StepRecord], settings: Sequence[Setting], metrics: Metrics) -> list[str]:
     """Return the command of every step, to be given the settings as run.toml; steps of other runs are named."""
-    borrowed = metrics["settings"].get("run.inputs", {})
-    last_round = metrics["settings"].get("run.round", 1)
+    borrowed = metrics.settings.get("run.inputs", {})
+    last_round = metrics.settings.get("run.round", 1)
     ranks = {step.label: step.counts.get("ranks") for step in steps}
     lines = []
     for label in [*(step.label for step in steps), f"round{last_round}/eval" if last_round > 1 else "eval"]:
@@ -240,25 +241,44 @@ def commands(steps: Sequence[StepRecord], settings: Sequence[Setting], metrics: 
     return lines
 
 
-def times(steps: Sequence[StepRecord], metrics: Mapping[str, Any], own: StepRecord | None = None) -> list[Row]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """What a step has used, and when it was finished (None where that isn't known)."""
+
+    cost: StepCost
+    finished: str | None
+
+
+def times(steps: Sequence[StepRecord], metrics: Metrics, own: StepRecord | None = None) -> list[FinishedStep]:
     """Return what each step has used, as eval wrote it down, with when it was finished where its folder is here.
 
     Eval's own row is from metrics.json, of older ones from its manifest, `own`.
     """
     finished = {step.label: step.manifest.get("finished") for step in steps}
     rows = []
-    for row in metrics.get("cost", []):
-        name, _, number = row["step"].partition(", round ")
+    for cost in metrics.cost:
+        name, _, number = cost.step.partition(", round ")
         label = f"round{number}/{name}" if number not in ("", "1") else name
-        rows.append({**row, "finished": finished.get(label)})
-    if "eval_seconds" in metrics:
-        seconds = metrics["eval_seconds"]
-        counts = {**(own.counts if own else {}), **metrics.get("eval_counts", {})}
-        used: Row = {"updates": None, "tokens_trained": None, "tokens_generated": counts.get("tokens_generated")}
-        used["core_hours"] = seconds * counts["cores"] / 3600 if counts.get("cores") else None
+        rows.append(FinishedStep(cost, finished.get(label)))
+    if metrics.eval_seconds is not None:
         finished_at = own.manifest.get("finished") if own else None
-        rows.append({"step": "eval", "wall_seconds": seconds, **used, "finished": finished_at})
+        rows.append(FinishedStep(_own_cost(metrics, metrics.eval_seconds, own), finished_at))
     return rows
+
+
+def _own_cost(metrics: Metrics, seconds: float, own: StepRecord | None) -> StepCost:
+    counts = own.counts if own else {}
+    tokens, cores = counts.get("tokens_generated"), counts.get("cores")
+    if metrics.eval_counts is not None:
+        tokens, cores = metrics.eval_counts.tokens_generated, metrics.eval_counts.cores
+    return StepCost(
+        step="eval",
+        updates=None,
+        tokens_trained=None,
+        tokens_generated=tokens,
+        wall_seconds=seconds,
+        core_hours=seconds * cores / 3600 if cores else None,
+    )
 
 
 def digests(steps: Sequence[StepRecord]) -> list[Row]:

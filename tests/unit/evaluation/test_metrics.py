@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coalign.errors import UserError
-from coalign.evaluation import agreement, intervals, metrics
+from coalign.evaluation import agreement, intervals, metrics, typed_json
 from coalign.evaluation.metrics import ABSENT, SILENT
 
 A, B, C = 0, 1, 2
@@ -224,17 +224,17 @@ def test_t_quantile(degrees: int, quantile: float) -> None:
 def test_intervals_by_number_of_tasks() -> None:
     points = np.arange(10.0)
     drawn = np.linspace(0.0, 1.0, 1001)
-    assert intervals.estimate(points[:0])["mean"] is None
+    assert intervals.estimate(points[:0]).mean is None
     few = intervals.estimate(points[:5], drawn)
-    assert (few["mean"], few["low"], few["high"], few["method"]) == (2.0, None, None, "none")
+    assert (few.mean, few.low, few.high, few.method) == (2.0, None, None, "none")
     some = intervals.estimate(points, drawn)  # sd 3.02765, 9 degrees of freedom
     half = 2.26216 * 3.02765 / math.sqrt(10)
-    assert (some["low"], some["high"]) == (pytest.approx(4.5 - half, abs=1e-3), pytest.approx(4.5 + half, abs=1e-3))
+    assert (some.low, some.high) == (pytest.approx(4.5 - half, abs=1e-3), pytest.approx(4.5 + half, abs=1e-3))
     many = intervals.estimate(np.arange(20.0), drawn)
-    assert (many["low"], many["high"], many["method"]) == (pytest.approx(0.025), pytest.approx(0.975), "bootstrap")
-    json.dumps([few, some, many], allow_nan=False)
+    assert (many.low, many.high, many.method) == (pytest.approx(0.025), pytest.approx(0.975), "bootstrap")
+    json.dumps(typed_json.to_json([few, some, many]), allow_nan=False)
     cut = intervals.estimate(np.arange(20.0), drawn, (0.5, 0.7))
-    assert (cut["mean"], cut["low"], cut["high"]) == (9.5, 0.5, 0.7)
+    assert (cut.mean, cut.low, cut.high) == (9.5, 0.5, 0.7)
 
 
 def linear(values_IM: np.ndarray) -> intervals.TaskSample:

@@ -17,13 +17,12 @@ from coalign.experiment.ladder import (
     PIPELINE,
     UPDATES,
     Ladder,
-    LadderOptions,
     StepRun,
     is_current,
     make_ladder,
-    read_options,
     remaining_seconds,
 )
+from coalign.experiment.ladder_options import LadderOptions, read_options
 from coalign.runs.atomic_files import write_json
 from coalign.runs.run_folder import RunFolder
 from coalign.steps import STEP_TABLES

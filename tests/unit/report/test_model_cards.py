@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,41 +16,52 @@ from huggingface_hub import ModelCard
 
 from coalign.config import Config, EvalTable, RunTable
 from coalign.config_values import table_values
+from coalign.evaluation.metrics_file import write_metrics
+from coalign.evaluation.metrics_schema import Difference, Estimate, Metrics
 from coalign.experiment import ladder
 from coalign.report import model_card_results, model_cards
 from coalign.runs.atomic_files import write_json
 from coalign.runs.digests import CARD, digest_folder, digest_weights
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import StepFolder
+from unit.worlds import results
 
 ARGUMENTS = ["/srv/me/my.toml", "run.folder=/srv/me/runs", 'run.inputs={judge = "/srv/you/runs/a"}', "sft.epochs=2"]
 
 
-def estimate(mean: float) -> dict[str, Any]:
-    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "num_tasks": 8, "method": "t"}
+def estimate(mean: float) -> Estimate:
+    return Estimate(mean=mean, low=mean - 0.1, high=mean + 0.1, num_tasks=8, method="t")
 
 
-def metrics_of(models: dict[str, str], seen: int = 8) -> dict[str, Any]:
-    """Return the part of metrics.json that a card shows; each model is 0.1 better than the one before."""
-    numbers = {name: {m: estimate(0.3 + 0.1 * i) for m in model_card_results.METRICS} for i, name in enumerate(models)}
-    found: dict[str, Any] = {
-        "models": {name: {**one, "seen": one, "unseen": one} for name, one in numbers.items()},
-        "run": "mine",
-        "labels": {name: model_cards.stage_label(value, {}) for name, value in models.items()},
-        "split": "test",
-        "agreement": "exact",
-        "num_tasks": 8,
-        "num_seen_tasks": seen,
-        "num_tasks_in_cr": 7,
-        "num_inputs": 80,
-    }
-    names = list(models)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    for key in ("differences", "differences_seen", "differences_unseen"):
-        found[key] = [
-            {"a": a, "b": b, "metric": m, **estimate(0.1)} for a, b in pairs for m in model_card_results.METRICS
-        ]
-    return found
+def metrics_of(models: dict[str, str], seen: int = 8, settings: dict[str, Any] | None = None) -> Metrics:
+    """Return metrics in which each model is 0.1 better than the one before, in everything that a card shows."""
+    whole = results()
+    number = {name: place for place, name in enumerate(models)}
+    found = {}
+    for name, place in number.items():
+        one = replace(
+            whole.models["base"].all, **dict.fromkeys(model_card_results.COLUMNS, estimate(0.3 + 0.1 * place))
+        )
+        found[name] = replace(whole.models["base"], all=one, seen=one, unseen=one)
+    differences = tuple(
+        Difference(a=a, b=b, metric=metric, estimate=estimate(0.1))
+        for a, b in itertools.combinations(models, 2)
+        for metric in model_card_results.COLUMNS
+    )
+    return replace(
+        whole,
+        models=found,
+        differences=differences,
+        differences_seen=differences,
+        differences_unseen=differences,
+        run="mine",
+        labels={name: model_cards.stage_label(value, {}) for name, value in models.items()},
+        num_tasks=8,
+        num_seen_tasks=seen,
+        num_tasks_in_cr=7,
+        num_inputs=80,
+        settings=settings or {},
+    )
 
 
 @pytest.fixture
@@ -150,7 +163,7 @@ def test_results_come_in_and_can_be_replaced(run: RunFolder) -> None:
     for stage, value in (("sft", 0.4), ("align", 0.5)):
         card = ModelCard.load(paths[stage])
         results = {result.metric_type: result for result in card.data.eval_results}
-        assert results.keys() == model_card_results.METRICS.keys()
+        assert results.keys() == model_card_results.COLUMNS.keys()
         assert results["cr"].metric_value == pytest.approx(value)
         expected = {"low": value - 0.1, "high": value + 0.1, "num_tasks": 8}
         assert results["cr"].metric_args == pytest.approx(expected)
@@ -201,7 +214,7 @@ def test_results_under_a_file_of_wordings_say_so(run: RunFolder) -> None:
     assert "under wordings that no training step has seen" in text
     assert "held-out inputs and wordings of some-org/tasks" in text
     settings = {"eval.wordings_file": "/srv/me/mine.jsonl"}
-    model_card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}) | {"settings": settings})
+    model_card_results.add_results(run, EvalTable(), metrics_of({"sft": "sft"}, settings=settings))
     text = path.read_text("utf-8")
     assert "in CR) under the wordings of mine.jsonl. Means over" in text and "no training step has seen" not in text
     assert "held-out inputs of some-org/tasks under the wordings of mine.jsonl" in text and "/srv" not in text
@@ -221,10 +234,11 @@ def test_a_ladder_fills_the_cards_of_trained_models_alone(tmp_path: Path, monkey
     spec.loader.exec_module(recipe)
     planned = ladder.Ladder(tmp_path, ("base", "sft_ia", "cat"), (3,), 3, 0, 2)
     planned.eval_folder(3).mkdir(parents=True)
-    write_json(planned.eval_folder(3) / "metrics.json", {})
+    write_metrics(planned.eval_folder(3), results())
     filled: list[Path] = []
     monkeypatch.setattr(recipe, "fill_card", lambda card, metrics, name: filled.append(card))
-    monkeypatch.setattr(recipe.results, "make_result", lambda *_: {})
+    monkeypatch.setattr(recipe.results, "make_result", lambda *_: None)
+    monkeypatch.setattr(recipe.ladder_result, "write_result", lambda *_: None)
     monkeypatch.setattr(recipe, "experiment_table", SimpleNamespace(table_lines=lambda _: [], draw=lambda *_: []))
     recipe.show(planned, [], Config())
     assert filled == [tmp_path / "seed3" / arm / "model" / CARD for arm in ("sft_ia/sft", "cat/align")]

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,34 @@ import pytest
 
 from coalign.errors import UserError
 from coalign.evaluation import cases, metrics_file, summary
-from coalign.evaluation.requests import ModelOutput
+from coalign.evaluation.metrics_rows import KindCounts, TaskRow, WordingMetrics
+from coalign.evaluation.metrics_schema import EvalCounts, Metrics, NoiseFloors
 from coalign.experiment.arms import ARMS
 from coalign.records import Example, Response, Task
-from coalign.report import case_tables, charts, comparison, figures, page, run_history, terminal
+from coalign.report import (
+    case_tables,
+    charts,
+    comparison,
+    data_stories,
+    figures,
+    page,
+    run_history,
+    sentences,
+    terminal,
+)
 from integration.bad_inputs import run_recipe
-from unit.worlds import by_rule, finish_metrics, half_right, make_run, make_step, results, table, world, write_rows
+from unit.worlds import (
+    by_rule,
+    finish_metrics,
+    half_right,
+    make_run,
+    make_step,
+    results,
+    summarised,
+    table,
+    world,
+    write_rows,
+)
 
 ROOT = Path(__file__).parents[3]
 EVIL = "<script>alert('&')</script><img src=x onerror=alert(1)> $x_1$ 中文 عربي \u0007"
@@ -71,15 +95,10 @@ def check_page(text: str) -> Tags:
     return tags
 
 
-def summarised(outputs: dict[str, ModelOutput], tasks: list[Task], pairs: list[Any], **values: Any) -> dict[str, Any]:
-    content, _ = summary.summarise(tasks, pairs, outputs, table(**values), seed=0)
-    return finish_metrics(content)
-
-
 def test_a_whole_run_is_shown(tmp_path: Path) -> None:
     """Every section is there, with what the steps have left on disk."""
     folder = make_run(tmp_path / "run", results())
-    text = page.write_page(folder, json.loads((folder / "metrics.json").read_text())).read_text("utf-8")
+    text = page.write_page(*metrics_file.read_metrics(folder)).read_text("utf-8")
     check_page(text)
     for name in ("result", "tasks", "wordings", "inputs", "failures", "data", "training", "record"):
         assert f'<h2 id="{name}"' in text, name
@@ -105,7 +124,7 @@ def test_eval_standing_alone_leaves_sections_out(tmp_path: Path) -> None:
     make_step(tmp_path / "other", "align")
     stale = tmp_path / "run" / "align" / "manifest.json"
     stale.write_text(stale.read_text().replace("digest of align", "another"))
-    text = page.write_page(folder, json.loads((folder / "metrics.json").read_text())).read_text("utf-8")
+    text = page.write_page(*metrics_file.read_metrics(folder)).read_text("utf-8")
     check_page(text)
     assert "judge: its folder is not here" in text
     assert "Stage 1: fine-tuning" not in text and "Stage 2: consistency" not in text
@@ -116,21 +135,22 @@ def test_steps_are_found_where_eval_has_seen_them(tmp_path: Path) -> None:
     """A borrowed step lies elsewhere; a step of a later round beside eval's folder or under the run."""
     make_run(tmp_path / "run", results())
     digest = make_step(tmp_path / "other", "sft")
-    metrics = {"lineage": {"sft": digest, "round2/align": "r"}, "steps": {"sft": str(tmp_path / "other" / "sft")}}
+    lineage, steps = {"sft": digest, "round2/align": "r"}, {"sft": str(tmp_path / "other" / "sft")}
+    metrics = replace(results(), lineage=lineage, steps=steps)
     make_step(tmp_path / "new" / "round2", "align")
     manifest = tmp_path / "new" / "round2" / "align" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("digest of align", "r"))
-    steps, missing = run_history.find_steps(tmp_path / "new" / "round2" / "eval", metrics)
-    assert [(step.label, step.folder.parent.name) for step in steps] == [("sft", "other"), ("round2/align", "round2")]
+    found, missing = run_history.find_steps(tmp_path / "new" / "round2" / "eval", metrics)
+    assert [(step.label, step.folder.parent.name) for step in found] == [("sft", "other"), ("round2/align", "round2")]
     assert not missing
-    assert page.step_title(steps[1]) == "Stage 2: consistency alignment, round 2"
+    assert data_stories.step_title(found[1]) == "Stage 2: consistency alignment, round 2"
 
 
 @pytest.mark.parametrize("names", [("one",), ("a", "b", "c", "d", "e", 'f"{}<x>')])
 def test_one_model_and_many(names: tuple[str, ...]) -> None:
     tasks, pairs = world(8)
     outputs = {name: by_rule(pairs, half_right if i % 2 else lambda pair: "yes") for i, name in enumerate(names)}
-    metrics = summarised(outputs, tasks, pairs) | {"sources": dict.fromkeys(names, "some/where")}
+    metrics = summarised(outputs, tasks, pairs, {"sources": dict.fromkeys(names, "some/where")})
     text = page.render_page(metrics)
     check_page(text)
     if len(names) == 1:
@@ -140,14 +160,14 @@ def test_one_model_and_many(names: tuple[str, ...]) -> None:
         assert text.count("Of 8 tasks") == 2 * 4  # the first against four others, in caption and alternative text
 
 
-def arms_of_a_ladder(*names: str) -> dict[str, Any]:
+def arms_of_a_ladder(*names: str) -> Metrics:
     """Return the metrics of these arms as a ladder evaluates them together: every model a path, titles as labels."""
     tasks, pairs = world(8)
     rules = {"base": half_right, "sft": half_right, "sft_ia": half_right}
     outputs = {name: by_rule(pairs, rules.get(name, lambda pair: "yes")) for name in names}
     sources = {name: f"runs/x/seed0/{name}/{ARMS[name].result}" if ARMS[name].result else "base" for name in names}
     labels = {name: ARMS[name].title for name in names}
-    return summarised(outputs, tasks, pairs) | {"sources": sources, "labels": labels}
+    return summarised(outputs, tasks, pairs, {"sources": sources, "labels": labels})
 
 
 def test_arms_are_compared_as_the_ladder_compares_them() -> None:
@@ -164,13 +184,13 @@ def test_arms_are_compared_as_the_ladder_compares_them() -> None:
         "SFT (IA)",
         "+ CAT (self-reward)",
     ]
-    sentence = page.last_stage_sentence(metrics)
+    sentence = sentences.last_stage_sentence(metrics)
     assert sentence.startswith(
         "From SFT (IA) to + CAT (self-reward), consistency (CR) rose from 0.333 [0.333, 0.333] to 1.000 [1.000, 1.000],"
         " by +0.667 [+0.667, +0.667], and accuracy"
     )
     backwards = arms_of_a_ladder("cat", "sft_ia", "base")
-    assert page.last_stage_sentence(backwards) == sentence
+    assert sentences.last_stage_sentence(backwards) == sentence
     text = page.render_page(metrics)
     check_page(text)
     assert (
@@ -181,13 +201,17 @@ def test_arms_are_compared_as_the_ladder_compares_them() -> None:
 
 def test_models_that_are_neither_stages_nor_arms_are_compared_with_the_first() -> None:
     names = list("abcdef")
-    metrics = {"models": dict.fromkeys(names), "sources": dict.fromkeys(names, "some/where")}
+    whole = results()
+    model = whole.models["base"]
+    metrics = replace(whole, models=dict.fromkeys(names, model), sources=dict.fromkeys(names, "some/where"))
     assert figures.model_pairs(metrics) == [("a", "b"), ("a", "c"), ("a", "d"), ("a", "f")]
     assert figures.main_pair(metrics) == ("a", "f")
-    stages = {"models": dict.fromkeys(("base", "sft", "align")), "sources": {n: n for n in ("base", "sft", "align")}}
+    stages = {name: name for name in ("base", "sft", "align")}
+    stages = replace(whole, models=dict.fromkeys(stages, model), sources=stages)
     assert figures.model_pairs(stages) == [("base", "sft"), ("sft", "align")]
     assert figures.main_pair(stages) == ("sft", "align")
-    alone = {"models": {"base": 0, "sft_ia": 0}, "sources": {"base": "base", "sft_ia": "x/sft_ia/sft"}}
+    sources = {"base": "base", "sft_ia": "x/sft_ia/sft"}
+    alone = replace(whole, models=dict.fromkeys(sources, model), sources=sources)
     assert figures.model_pairs(alone) == [("base", "sft_ia")] == [figures.main_pair(alone)]
 
 
@@ -207,9 +231,7 @@ def test_few_tasks_and_few_wordings() -> None:
 
 
 def test_older_metrics_have_no_inputs_and_no_failures() -> None:
-    metrics = results()
-    for key in ("cases", "failures"):
-        del metrics[key]
+    metrics = replace(results(), cases=(), failures=None)
     text = page.render_page(metrics)
     check_page(text)
     assert 'id="inputs"' not in text and 'id="failures"' not in text
@@ -233,14 +255,13 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
         "base": by_rule(pairs, lambda pair: EVIL if pair.wording.id == "w0" else "no " + EVIL),
         name: by_rule(pairs, lambda pair: "no" if pair.wording.id == "w0" else EVIL),
     }
-    metrics = summarised(outputs, tasks, pairs) | {"run": EVIL, "sources": {}}
-    metrics["dropped"] = {EVIL: 2}
+    metrics = summarised(outputs, tasks, pairs, {"run": EVIL, "sources": {}, "dropped": {EVIL: 2}})
     folder = make_run(tmp_path / "run", metrics)
     dropped = tmp_path / "run" / "paraphrase" / "dropped.jsonl"
     dropped.write_text(json.dumps({"reason": EVIL, "text": EVIL}) + "\n")
     astray = [{"reason": "astray_wording", "task": EVIL, "text": EVIL, "agreement": 0.0}] * 4
     write_rows(tmp_path / "run" / "rank" / "dropped.jsonl", [*astray, {"reason": "too_little_agreement"}])
-    metrics = json.loads((folder / "metrics.json").read_text())
+    _, metrics = metrics_file.read_metrics(folder)
     text = page.write_page(folder, metrics).read_text("utf-8")
     tags = parse(text)
     assert tags.scripts == 1 and not tags.handlers and "x" not in tags.loaded
@@ -248,10 +269,8 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     assert "中文" in text and "عربي" in text and "&lt;script&gt;alert(" in text
     style = text[text.index("<style>") : text.index("</style>")]
     assert "<script" not in style and "onerror" in style and "alert(1)>" not in style
-    other = json.loads(json.dumps(metrics))
-    tags = parse(
-        comparison.render_comparison([comparison.Run(EVIL, folder, metrics), comparison.Run("b", folder, other)])
-    )
+    runs = [comparison.Run(EVIL, folder, metrics), comparison.Run("b", folder, metrics)]
+    tags = parse(comparison.render_comparison(runs))
     assert tags.scripts == 1 and not tags.handlers and "x" not in tags.loaded
 
 
@@ -264,7 +283,7 @@ def test_a_large_run_stays_under_the_limit() -> None:
 
     outputs = {name: by_rule(pairs, long) for name in ("base", "sft", "align")}
     metrics = summarised(outputs, tasks, pairs)
-    assert len(metrics["cases"]) == cases.NUM_CASES
+    assert len(metrics.cases) == cases.NUM_CASES
     text = page.render_page(metrics)
     check_page(text)
     shown = text.count('<details class="case"')
@@ -276,12 +295,13 @@ def test_a_large_run_stays_under_the_limit() -> None:
 def test_no_run_is_too_large_for_the_limit() -> None:
     """What doesn't shrink with the number of rows is left out, and the page says so; one sentence is always there."""
     metrics = results()
-    metrics["per_wording"].insert(0, metrics["per_wording"][0] | {"task": "long " * 500_000})
+    long = replace(metrics.per_wording[0], task="long " * 500_000)
+    metrics = replace(metrics, per_wording=(long, *metrics.per_wording))
     text = page.render_page(metrics)
     check_page(text)
     assert "tasks, wordings, inputs, failures, data and training are left out here" in text
     assert "All tasks" in text and 'id="record"' in text and 'href="#tasks"' not in text
-    metrics["settings"]["run.name"] = "x" * page.MAX_BYTES
+    metrics = replace(metrics, settings={"run.name": "x" * page.MAX_BYTES})
     text = page.render_page(metrics)
     check_page(text)
     assert "everything else is left out here" in text and "answers by each of 2 models" in text
@@ -290,12 +310,16 @@ def test_no_run_is_too_large_for_the_limit() -> None:
 
 def test_pictures_of_many_tasks_and_wordings_show_some() -> None:
     """The longest moves, quantiles of the wordings; the counts are of all."""
-    rows = []
-    for number in range(400):
-        before, after = {"accuracy": 0.0, "cr": 0.0}, {"accuracy": 0.0, "cr": number / 800}
-        rows.append({"task": f"t{number}", "models": {"a": before, "b": after}})
-    wordings = [{"task": "t", "models": {name: {"accuracy": i / 99} for name in "ab"}} for i in range(100)]
-    metrics = {"models": {"a": {}, "b": {}}, "per_task": rows, "per_wording": wordings}
+    metrics = results()
+    row, wording = metrics.per_task[0], metrics.per_wording[0]
+    start = replace(row.models["base"], accuracy=0.0, cr=0.0)
+    rows = [
+        replace(row, task=f"t{number}", models={"base": start, "align": replace(start, cr=number / 800)})
+        for number in range(400)
+    ]
+    accuracies = [WordingMetrics(accuracy=i / 99, rouge_l=0.0) for i in range(100)]
+    wordings = [replace(wording, task="t", models=dict.fromkeys(("base", "align"), one)) for one in accuracies]
+    metrics = replace(metrics, per_task=tuple(rows), per_wording=tuple(wordings))
     (figure,) = figures.task_figures(metrics)
     assert "Of 400 tasks 399 became more consistent" in figure.caption
     assert "300 of 400 tasks are drawn, those that moved furthest" in figure.caption
@@ -313,25 +337,29 @@ def test_an_input_with_many_wordings_shows_the_unusual_answers() -> None:
     odd = by_rule(pairs, lambda pair: "no" if pair.wording.id in ("w70", "w80") else "yes")
     metrics = summarised({"base": by_rule(pairs, lambda pair: "yes"), "align": odd}, tasks, pairs)
     (case,) = case_tables.scaled_cases(case_tables.case_values(metrics), 1.0)
-    assert [row["text"] for row in case["rows"][:3]] == ["Ask 70 <t0>", "Ask 80 <t0>", "Ask 0 <t0>"]
+    assert [row.text for row in case.rows[:3]] == ["Ask 70 <t0>", "Ask 80 <t0>", "Ask 0 <t0>"]
     text = page.render_page(metrics)
     check_page(text)
     assert "60 of 100 wordings, those with unusual answers first; 40 more are in" in text
     assert "100 → 98 of 100 right" in text
-    assert len(case_tables.scaled_cases(case_tables.case_values(metrics), 0.1)[0]["rows"]) == case_tables.MIN_ROWS
+    assert len(case_tables.scaled_cases(case_tables.case_values(metrics), 0.1)[0].rows) == case_tables.MIN_ROWS
     assert "unusual answers first" not in page.render_page(results())
 
 
 def test_a_smaller_page_keeps_some_of_every_kind_of_input() -> None:
     kinds = ["change"] * 80 + ["inconsistent"] * 80 + ["sample"] * 5
-    found = [{"chosen": kind, "place": place, "rows": []} for place, kind in enumerate(kinds)]
+    case = results().cases[0]
+    found = [
+        case_tables.ShownCase(replace(case, chosen=kind, example=str(place)), [], "")
+        for place, kind in enumerate(kinds)
+    ]
     assert case_tables.scaled_cases(found, 1.0) == found
     shown = case_tables.scaled_cases(found, 0.1)
-    assert [case["place"] for case in shown] == [*range(8), *range(80, 88), 160]
+    assert [int(one.case.example) for one in shown] == [*range(8), *range(80, 88), 160]
     assert len(case_tables.scaled_cases(found, 0.001)) == 3 and case_tables.scaled_cases([], 0.5) == []
-    words = case_tables.chosen_words(found[:81], "base", "SFT (IA)")
+    words = case_tables.chosen_words([one.case for one in found[:81]], "base", "SFT (IA)")
     assert words == ("those that changed most from base to SFT (IA), then those on which SFT (IA) is least consistent")
-    assert case_tables.chosen_words(found[-1:], "a", "b").startswith("others in hash order")
+    assert case_tables.chosen_words([found[-1].case], "a", "b").startswith("others in hash order")
 
 
 def test_models_are_called_by_their_labels_everywhere() -> None:
@@ -346,11 +374,11 @@ def test_models_are_called_by_their_labels_everywhere() -> None:
 def test_older_metrics_know_no_constant_answer() -> None:
     metrics = results()
     assert "One constant answer a task" in page.render_page(metrics)
-    del metrics["constant_answer"]
+    metrics = replace(metrics, constant_answer=None)
     text = page.render_page(metrics)
     check_page(text)
     assert "One constant answer a task" not in text
-    assert terminal.constant_sentence(metrics) == "" and terminal.headline_lines(metrics)[-1] != ""
+    assert sentences.constant_sentence(metrics) == "" and terminal.headline_lines(metrics)[-1] != ""
 
 
 def answer(text: str, finish: Any = "stop", canonical: str | None = "same") -> Response:
@@ -377,10 +405,10 @@ def test_failures_are_told_apart(given: Response, correct: bool, labels: tuple[s
 
 
 def test_failures_are_counted_once_each() -> None:
-    metrics = results()
-    counts = metrics["failures"]["models"]["base"]
-    assert counts == {"right": 48, "another": 48, "wrong_type": 0, "cut_off": 0, "empty": 0}
-    assert sum(row["models"]["base"]["right"] for row in metrics["failures"]["per_task"]) == 48
+    failures = results().failures
+    assert failures is not None
+    assert failures.models["base"] == KindCounts(right=48, another=48, wrong_type=0, cut_off=0, empty=0)
+    assert sum(row.models["base"].right for row in failures.per_task) == 48
 
 
 def test_inputs_are_chosen_and_lettered() -> None:
@@ -393,16 +421,14 @@ def test_inputs_are_chosen_and_lettered() -> None:
         for name, words in (("base", before), ("align", after))
     }
     metrics = summarised(outputs, tasks, pairs)
-    found = metrics["cases"]
-    assert [(one["example"], one["chosen"]) for one in found[:6]] == [("e0", "change")] * 3 + [
-        ("e2", "inconsistent")
-    ] * 3
-    assert [[a["cluster"] for a in found[0]["models"][name]["answers"]] for name in outputs] == [[0, 0, 1, 1], [1] * 4]
+    found = metrics.cases
+    assert [(one.example, one.chosen) for one in found[:6]] == [("e0", "change")] * 3 + [("e2", "inconsistent")] * 3
+    assert [[a.cluster for a in found[0].models[name].answers] for name in outputs] == [[0, 0, 1, 1], [1] * 4]
     shown = case_tables.case_values(metrics)
-    assert [cell["letter"] for cell in shown[0]["rows"][0]["cells"]] == ["A", "B"]
-    assert [row["cells"][1]["changed"] for row in shown[0]["rows"]] == [True, True, False, False]
-    assert [row["cells"][1]["changed"] for row in shown[3]["rows"]] == [False, False, False, True]
-    assert shown[0]["outcomes"] == "iw"
+    assert [cell.letter for cell in shown[0].rows[0].cells] == ["A", "B"]
+    assert [row.cells[1].changed for row in shown[0].rows] == [True, True, False, False]
+    assert [row.cells[1].changed for row in shown[3].rows] == [False, False, False, True]
+    assert shown[0].outcomes == "iw"
 
 
 def test_agreement_that_is_wider_than_equal_keeps_one_letter() -> None:
@@ -437,9 +463,9 @@ def test_differences_are_marked_by_word() -> None:
 def test_settings_can_be_run_again(tmp_path: Path) -> None:
     """What differs from the defaults, as a TOML file and commands; a step with another value gets it in its command."""
     config = {"sft": {"sft.epochs": 7.0, "run.seed": 3}, "align": {"align.margin": 0.25}}
-    metrics = results() | {"settings": {"run.name": "it's", "run.folder": "x", "eval.models": {"a b": "base"}}}
+    metrics = replace(results(), settings={"run.name": "it's", "run.folder": "x", "eval.models": {"a b": "base"}})
     folder = make_run(tmp_path / "run", metrics, config)
-    steps, _ = run_history.find_steps(folder, json.loads((folder / "metrics.json").read_text()))
+    steps, _ = run_history.find_steps(*metrics_file.read_metrics(folder))
     settings = run_history.changed_settings(steps, metrics)
     parsed = tomllib.loads(run_history.config_file(settings))
     assert parsed["run"] == {"folder": "x", "name": "it's", "seed": 0}
@@ -453,7 +479,7 @@ def test_settings_can_be_run_again(tmp_path: Path) -> None:
     assert (
         run_history.commands(steps, settings, metrics)[2] == "deepspeed --num_gpus 4 launch/sft.py run.toml run.seed=3"
     )
-    borrowed = metrics | {"settings": {"run.inputs": {"sft": "runs/A"}, "run.round": 2}}
+    borrowed = replace(metrics, settings={"run.inputs": {"sft": "runs/A"}, "run.round": 2})
     lines = run_history.commands(steps, settings, borrowed)
     assert lines[2] == "# sft was taken from the run runs/A" and lines[-1].endswith("run.toml run.round=2")
 
@@ -488,22 +514,25 @@ def test_labels_that_are_cut_alike_are_told_apart() -> None:
 
 def test_the_headline_says_what_a_noise_floor_is_of() -> None:
     metrics = results()
-    sentence = page.headline_sentence(metrics)
+    sentence = sentences.headline_sentence(metrics)
     assert sentence.endswith(
         ", and accuracy rose from 0.500 [0.500, 0.500] to 1.000 [1.000, 1.000], by +0.500 [+0.500, +0.500]; the noise"
         " floor of CR (one wording, 1 input × 3 answers) is 1.000 for base and 1.000 for SFT (IA) + CAT asked again,"
         " 1.000 and 1.000 sampled at temperature 0.7."
     )
-    metrics["models"]["align"]["noise"]["temperature"]["cr"] = None
-    assert page.headline_sentence(metrics).endswith("asked again, 1.000 for base sampled at temperature 0.7.")
-    for model in metrics["models"].values():
-        model["noise"] = {kind: {**model["noise"][kind], "cr": None} for kind in model["noise"]}
-    assert "noise floor" not in page.headline_sentence(metrics)
+    align = metrics.models["align"]
+    silent = replace(align.noise.temperature, cr=None)
+    noise = NoiseFloors(neighbours=align.noise.neighbours, temperature=silent)
+    metrics = replace(metrics, models=metrics.models | {"align": replace(align, noise=noise)})
+    assert sentences.headline_sentence(metrics).endswith("asked again, 1.000 for base sampled at temperature 0.7.")
+    never = NoiseFloors(neighbours=silent, temperature=silent)
+    metrics = replace(metrics, models={name: replace(model, noise=never) for name, model in metrics.models.items()})
+    assert "noise floor" not in sentences.headline_sentence(metrics)
 
 
 def test_a_file_of_wordings_is_named_in_the_place_of_held_out_ones() -> None:
     assert "each asked under held-out wordings: 96 answers" in page.render_page(results())
-    given = results() | {"settings": {"eval.wordings_file": "my <own>.jsonl"}}
+    given = replace(results(), settings={"eval.wordings_file": "my <own>.jsonl"})
     assert "each asked under the wordings of my &lt;own&gt;.jsonl: 96 answers" in page.render_page(given)
 
 
@@ -530,12 +559,12 @@ def test_wordings_that_were_kept_are_of_several_tasks(tmp_path: Path) -> None:
 def test_evals_own_cost_and_digests_are_shown(tmp_path: Path) -> None:
     """Before it is complete from what it has written so far, afterwards from its manifest; of older ones as known."""
     folder = make_run(tmp_path / "run", results())
-    metrics = json.loads((folder / "metrics.json").read_text())
+    _, metrics = metrics_file.read_metrics(folder)
     assert run_history.own_step(folder) is None
     assert '<th scope="row">eval</th><td>77.5</td><td>–</td>' in page.write_page(folder, metrics).read_text("utf-8")
     (folder / "config.json").write_text(json.dumps({"config": {}, "inputs": {"wordings_file": "f" * 64, "sft": "x"}}))
     write_rows(folder / "answers.jsonl", [{"text": "yes"}])
-    metrics["eval_counts"] = {"tokens_generated": 12345, "cores": 8}
+    metrics = replace(metrics, eval_counts=EvalCounts(tokens_generated=12345, cores=8))
     text = page.write_page(folder, metrics).read_text("utf-8")
     own = run_history.own_step(folder)
     assert own is not None and list(own.manifest["outputs"]) == ["answers.jsonl"]
@@ -544,7 +573,7 @@ def test_evals_own_cost_and_digests_are_shown(tmp_path: Path) -> None:
     for words, digest in (("reads wordings_file", "f" * 64), ("writes answers.jsonl", own.manifest["outputs"])):
         digest = digest if isinstance(digest, str) else digest["answers.jsonl"]
         assert re.search(f'<th scope="row">eval</th><td [^>]*>{words}</td><td [^>]*><code>{digest}</code>', text)
-    del metrics["eval_counts"]
+    metrics = replace(metrics, eval_counts=None)
     counts = {"tokens_generated": 999, "cores": 8}
     manifest = {"inputs": {}, "outputs": {}, "counts": counts, "finished": "2026-02-03T04:05:06Z", "digest": "e"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -610,39 +639,41 @@ def test_an_arm_names_the_eval_that_it_is_part_of(tmp_path: Path) -> None:
         metrics_file.read_metrics(tmp_path / "sft")
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def compare(a: Metrics, b: Metrics) -> comparison.RunPair:
     return comparison.compare_pair(comparison.Run("a", Path("a"), a), comparison.Run("b", Path("b"), b))
+
+
+def with_tasks(metrics: Metrics, change: Callable[[TaskRow], TaskRow]) -> Metrics:
+    return replace(metrics, per_task=tuple(map(change, metrics.per_task)))
 
 
 def test_runs_are_paired_on_the_same_items_only() -> None:
     first, second = results(), results()
     pair = compare(first, second)
-    assert not pair["why_not"] and len(pair["tasks"]) == 8
-    assert pair["models"][0]["estimates"]["cr"]["mean"] == 0.0
-    assert compare(first, {**second, "agreement": "rouge_l>=0.7"})["why_not"].startswith("they were evaluated with")
-    older = {**second, "per_task": [{k: v for k, v in row.items() if k != "items"} for row in second["per_task"]]}
-    assert "older version" in compare(first, older)["why_not"]
-    other = {**second, "per_task": [{**row, "items": "x"} for row in second["per_task"]]}
-    assert "same inputs, gold answers" in compare(first, other)["why_not"]
-    apart = {**second, "per_task": [{**row, "task": "x" + row["task"]} for row in second["per_task"]]}
-    assert "no task in common" in compare(first, apart)["why_not"]
-    renamed = {**second, "models": {"z": second["models"]["align"]}}
-    renamed["per_task"] = [{**row, "models": {"z": row["models"]["align"]}} for row in second["per_task"]]
-    assert compare(first, renamed)["models"][0]["name"] == "z − SFT (IA) + CAT"
+    assert not pair.why_not and len(pair.tasks) == 8
+    assert pair.models[0].estimates["cr"].mean == 0.0
+    assert compare(first, replace(second, agreement="rouge_l>=0.7")).why_not.startswith("they were evaluated with")
+    older = with_tasks(second, lambda row: replace(row, items=None))
+    assert "older version" in compare(first, older).why_not
+    other = with_tasks(second, lambda row: replace(row, items="x"))
+    assert "same inputs, gold answers" in compare(first, other).why_not
+    apart = with_tasks(second, lambda row: replace(row, task="x" + row.task))
+    assert "no task in common" in compare(first, apart).why_not
+    renamed = with_tasks(second, lambda row: replace(row, models={"z": row.models["align"]}))
+    renamed = replace(renamed, models={"z": second.models["align"]})
+    assert compare(first, renamed).models[0].name == "z − SFT (IA) + CAT"
     tasks, pairs = world(8)
-    assert (
-        summarised({"m": by_rule(pairs, half_right)}, tasks, pairs)["per_task"][0]["items"]
-        == (first["per_task"][0]["items"])
-    )
+    alone = summarised({"m": by_rule(pairs, half_right)}, tasks, pairs)
+    assert alone.per_task[0].items == first.per_task[0].items
 
 
 def test_models_of_two_runs_are_called_by_their_labels() -> None:
     """One name that means the same in both runs by its label, one that doesn't by both."""
     first, second = results(), results()
-    second = second | {"labels": second["labels"] | {"align": "SFT + CAT"}}
+    second = replace(second, labels=second.labels | {"align": "SFT + CAT"})
     pair = compare(first, second)
-    assert [model["name"] for model in pair["models"]] == ["base", "SFT + CAT − SFT (IA) + CAT"]
-    assert pair["last"] == "SFT + CAT − SFT (IA) + CAT"
+    assert [model.name for model in pair.models] == ["base", "SFT + CAT − SFT (IA) + CAT"]
+    assert pair.last == "SFT + CAT − SFT (IA) + CAT"
     text = comparison.render_comparison([comparison.Run("a", Path("a"), first), comparison.Run("b", Path("b"), second)])
     assert "a · SFT (IA) + CAT" in text and "a · align" not in text
     assert "95 % intervals: t intervals on task means (none under 6 tasks); bold" in text
@@ -659,25 +690,22 @@ def test_differences_of_many_tasks_have_the_interval_that_one_eval_gives_them(tm
     a, b = by_rule(pairs, varied), by_rule(pairs, half_right)
     runs = []
     for name, output in (("one", a), ("two", b)):
-        metrics = summarised({"m": output}, tasks, pairs)
-        rows = metrics.pop("per_input")
-        folder = make_run(tmp_path / name, metrics | {"run": name})
-        write_rows(folder / "scores.jsonl", rows)
-        runs.append(comparison.Run(name, folder, json.loads((folder / "metrics.json").read_text())))
+        found = summary.summarise(tasks, pairs, {"m": output}, table(), seed=0)
+        folder = make_run(tmp_path / name, finish_metrics(found.summary, run=name))
+        write_rows(folder / "scores.jsonl", found.scores)
+        runs.append(comparison.Run(name, *metrics_file.read_metrics(folder)))
     pair = comparison.compare_pair(*runs)
-    together = summarised({"a": a, "b": b}, tasks, pairs)["differences"]
-    assert pair["method"].startswith("a bootstrap over tasks, then inputs")
-    for key, found in pair["models"][0]["estimates"].items():
-        expected = next(row for row in together if row["metric"] == key)
-        assert found["method"] == expected["method"] == ("t" if key == "worst_wording" else "bootstrap")
-        assert found["low"] < found["high"]
-        assert [found[k] for k in ("mean", "low", "high")] == pytest.approx(
-            [expected[k] for k in ("mean", "low", "high")]
-        )
+    together = summarised({"a": a, "b": b}, tasks, pairs).differences
+    assert pair.method.startswith("a bootstrap over tasks, then inputs")
+    for key, one in pair.models[0].estimates.items():
+        expected = next(row.estimate for row in together if row.metric == key)
+        assert one.method == expected.method == ("t" if key == "worst_wording" else "bootstrap")
+        assert one.low is not None and one.high is not None and one.low < one.high
+        assert (one.mean, one.low, one.high) == pytest.approx((expected.mean, expected.low, expected.high))
     (runs[1].folder / "scores.jsonl").unlink()
     pair = comparison.compare_pair(*runs)
-    assert {one["method"] for one in pair["models"][0]["estimates"].values()} == {"t"}
-    assert "needs scores.jsonl" in pair["method"]
+    assert {one.method for one in pair.models[0].estimates.values()} == {"t"}
+    assert "needs scores.jsonl" in pair.method
 
 
 def test_settings_of_steps_that_are_gone_are_unknown(tmp_path: Path) -> None:
@@ -685,8 +713,8 @@ def test_settings_of_steps_that_are_gone_are_unknown(tmp_path: Path) -> None:
     runs = []
     for name, margin in (("one", 0.5), ("two", 0.25)):
         config = {"align": {"align.margin": margin}, "sft": {"sft.epochs": 7.0}, "sample": {"sample.samples": 3}}
-        folder = make_run(tmp_path / name, results() | {"run": name}, config if name == "one" else None)
-        runs.append(comparison.Run(name, folder, json.loads((folder / "metrics.json").read_text())))
+        folder = make_run(tmp_path / name, replace(results(), run=name), config if name == "one" else None)
+        runs.append(comparison.Run(name, *metrics_file.read_metrics(folder)))
     (tmp_path / "two" / "align").rename(tmp_path / "gone")
     rows = dict(comparison.setting_rows(runs))
     assert rows["align.margin"] == ["0.5", "unknown"]
@@ -698,5 +726,5 @@ def test_settings_of_steps_that_are_gone_are_unknown(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_called_by_their_paths() -> None:
-    runs = comparison.name_runs({"x/a": (Path("x/a"), {"run": "r"}), "y/a": (Path("y/a"), {"run": "r"})})
+    runs = comparison.name_runs({name: (Path(name), results()) for name in ("x/a", "y/a")})
     assert [run.name for run in runs] == ["x/a", "y/a"]
