@@ -10,8 +10,8 @@ import pytest
 from coalign.config import RankTable
 from coalign.errors import UserError
 from coalign.judging import best_answer
-from coalign.judging import groups as ranking
 from coalign.judging.best_answer import RankRules, best_of
+from coalign.judging.groups import describe_groups, explain_no_groups, limit_candidates, make_groups, require_gold
 from coalign.records import Candidate, Example, Group, Response, Verdict, Wording
 
 EXAMPLE = Example("e1", "mood", "Nice film", ("positive", "pos"), "align")
@@ -33,7 +33,7 @@ def verdict(text: str, reward: int, finish: str = "stop", example: str = "e1") -
 def groups_of(
     responses: list[Response], verdicts: list[Verdict], gold: bool = True, seed: int = 0, **table: Any
 ) -> tuple[list[Group], list[dict[str, Any]], dict[str, Any]]:
-    return ranking.make_groups(responses, verdicts, EXAMPLES, WORDINGS, RankRules(RankTable(**table), gold, seed))
+    return make_groups(responses, verdicts, EXAMPLES, WORDINGS, RankRules(RankTable(**table), gold, seed))
 
 
 def shown(group: Group) -> list[tuple[str, int, bool]]:
@@ -139,7 +139,7 @@ def test_a_word_of_another_wording_loses_under_its_own_wording_alone(rewards: st
     loser = groups[1].candidates[1]
     assert (loser.count, loser.wordings, loser.finish) == (2, ("mapped",), "stop")
     assert counts["foreign_vocabulary"] == 1
-    assert any("1 candidates are words of another wording" in line for line in ranking.describe_groups(counts))
+    assert any("1 candidates are words of another wording" in line for line in describe_groups(counts))
 
 
 def test_a_foreign_word_alone_loses_to_the_joined_gold() -> None:
@@ -176,7 +176,7 @@ def test_without_gold_an_input_without_a_correct_response_is_dropped() -> None:
     assert not groups
     assert dropped == [{"reason": "no_correct_response", "task": "mood", "example": "e1"}]
     assert counts["dropped"] == {"no_correct_response": 1}
-    assert "no_correct_response: 1" in ranking.explain_no_groups(counts)
+    assert "no_correct_response: 1" in explain_no_groups(counts)
 
 
 def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
@@ -185,7 +185,7 @@ def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
     groups, dropped, counts = groups_of(responses, verdicts, gold=False, without_gold="judge")
     assert not groups
     assert dropped == [{"reason": "too_little_agreement", "task": "mood", "example": "e1"}]
-    assert "min_agreement" in ranking.explain_no_groups(counts)
+    assert "min_agreement" in explain_no_groups(counts)
     assert groups_of(responses, verdicts, gold=False, without_gold="judge", min_agreement=1 / 3)[0]
     assert groups_of(responses, verdicts, gold=True)[0]  # with gold nothing has to agree
 
@@ -224,9 +224,7 @@ def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
 
     def left_out(least: float, **table: Any) -> tuple[list[dict[str, Any]], set[str]]:
         settings = RankTable(min_wording_agreement=least, **table)
-        groups, dropped, counts = ranking.make_groups(
-            responses, verdicts, examples, wordings, RankRules(settings, True, 0)
-        )
+        groups, dropped, counts = make_groups(responses, verdicts, examples, wordings, RankRules(settings, True, 0))
         assert counts["inputs"] == 4
         return dropped, {group.wording for group in groups}
 
@@ -259,7 +257,7 @@ def test_limit_keeps_best_and_takes_lowest_and_highest_in_turn() -> None:
     }
     for limit, texts in expected.items():
         for order in (others, others[::-1]):
-            kept = ranking.limit_candidates(order, best, ("mood", "e1"), limit)
+            kept = limit_candidates(order, best, ("mood", "e1"), limit)
             assert [item.text for item in kept] == texts
 
 
@@ -314,7 +312,7 @@ def test_groups_that_cannot_be_written_are_dropped_with_a_reason() -> None:
     narrow = Wording("narrow", "mood", "Awful?", answers={"negative": "awful"})
     wordings = {("mood", w.id): w for w in (PLAIN, misfit, narrow)}
     responses = [said(w, "positive") for w in ("plain", "misfit", "narrow")]
-    groups, dropped, counts = ranking.make_groups(
+    groups, dropped, counts = make_groups(
         responses, [verdict("positive", 2)], EXAMPLES, wordings, RankRules(RankTable(), True, 0)
     )
     assert [g.wording for g in groups] == ["plain"]
@@ -337,11 +335,11 @@ def test_groups_without_an_ordered_pair_are_kept_and_counted() -> None:
     )
     assert len(groups) == 1
     assert (counts["ordered_pairs"], counts["tied_pairs"], counts["share_with_ordered_pair"]) == (0, 1, 0.0)
-    assert any("1 ties" in line for line in ranking.describe_groups(counts))
+    assert any("1 ties" in line for line in describe_groups(counts))
 
 
 @pytest.mark.parametrize("rewards", ["exact", "gold"])
 def test_gold_rewards_contradict_a_judge_without_gold(rewards: Any) -> None:
-    ranking.require_gold(RankTable(rewards=rewards), True)
+    require_gold(RankTable(rewards=rewards), True)
     with pytest.raises(UserError, match=r"judge\.gold=false"):
-        ranking.require_gold(RankTable(rewards=rewards), False)
+        require_gold(RankTable(rewards=rewards), False)
