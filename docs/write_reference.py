@@ -24,9 +24,9 @@ _INTRODUCTION = """\
 What the steps of a run leave on disk, field by field. The tables are generated from the docstrings of the classes that
 write and read these files.
 
-Files ending in `.json` hold one JSON object, files ending in `.jsonl` one JSON object per line; both are UTF-8. A share
-is a number from 0 to 1. `null` stands for a value that is not known or not defined. A type "by name: X" is a JSON object
-whose keys are names and whose values are X.
+Files ending in `.json` hold one JSON object, files ending in `.jsonl` one JSON object per line; both are UTF-8. A
+share is a number from 0 to 1. `null` stands for a value that is not known or not defined. A type "by name: X" is a JSON
+object whose keys are names and whose values are X.
 """
 _METRICS = """\
 `eval/metrics.json` holds everything that eval reports. `coalign.evaluation.metrics_file` is the one place that writes
@@ -89,7 +89,62 @@ def results_format() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"results-format.md": results_format}
+_CONFIG = """\
+A config is a TOML file. It holds what differs from the built-in defaults below; an unknown key is an error. Any key can
+also be set on the command line, where it overrides the file: `sft.epochs=1`. A value is written as in TOML, and a text
+needs no quotes: `run.name=demo`. `python launch/STEP.py --help` prints the keys of a step.
+
+Relative paths are relative to the working directory.
+
+A key marked * is neutral: it changes no result, so you may change it while a step is begun or complete. When another
+key changes, the steps that read its table refuse to continue, and say what differs and what to do.
+"""
+
+
+def config_reference() -> str:
+    """Return docs/config.md: every key with its type, built-in default and meaning."""
+    from coalign.commandline import summary_of
+    from coalign.config import Config
+    from coalign.steps import STEP_TABLES
+
+    parts = [MARK, "# Configuration", _CONFIG.strip()]
+    for name, field in Config.model_fields.items():
+        readers = [step for step, tables in STEP_TABLES.items() if name in tables]
+        text = summary_of(field.annotation)
+        said = {"run": "all steps", "log": "all steps", "slurm": "`slurm/pipeline.sh`"}
+        where = said.get(name) or ", ".join(f"`{step}`" for step in readers)
+        parts += [f"## [{name}]", f"{text[0].upper()}{text[1:]} Read by {where}.", *key_tables(field.annotation, name)]
+    return "\n\n".join(parts) + "\n"
+
+
+def key_tables(model: Any, prefix: str) -> Iterator[str]:
+    """Yield the table of a TOML table's keys, then those of the tables inside it, each under a heading."""
+    from coalign.commandline import summary_of, toml_value, type_name
+    from coalign.tables import Table
+
+    rows, inner = [], []
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+            inner.append((f"{prefix}.{key}", field.annotation))
+            continue
+        neutral = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("neutral")
+        default = "required" if field.is_required() else f"`{toml_value(field.get_default(call_default_factory=True))}`"
+        rows.append((f"`{key}`{' *' if neutral else ''}", type_name(field), default, field.description or ""))
+    yield table(("key", "type", "default", "meaning"), rows)
+    for name, inside in inner:
+        text = summary_of(inside)
+        yield f"### [{name}]"
+        yield f"{text[0].upper()}{text[1:]}"
+        yield from key_tables(inside, name)
+    if prefix == "data":
+        from coalign.config import SourceTable
+
+        yield "### [[data.sources]]"
+        yield "One source of a mixture; repeat the table for each."
+        yield from key_tables(SourceTable, "data.sources")
+
+
+PAGES: dict[str, Callable[[], str]] = {"config.md": config_reference, "results-format.md": results_format}
 
 
 def main() -> None:

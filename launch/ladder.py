@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from coalign.commandline import parse_command_line
@@ -18,23 +17,18 @@ from coalign.experiment import arms, ladder_result, results
 from coalign.experiment.ladder import (
     Ladder,
     StepRun,
-    is_current,
     make_ladder,
     plan_lines,
-    remaining_seconds,
 )
 from coalign.experiment.ladder_options import read_options, usage
+from coalign.experiment.ladder_run import run_all
 from coalign.process import derive_seed, free_port
-from coalign.recipe import run_command, run_step
+from coalign.recipe import run_step
 from coalign.report import experiment_table
 from coalign.report.model_card_results import fill_card
 from coalign.runs.atomic_files import write_atomic
-from coalign.runs.digests import CARD, digest_file, digest_model_files
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import read_manifest
-from coalign.steps import STEP_TABLES, TRAINING_STEPS
-
-ALWAYS_STARTED = ("prepare", "paraphrase")  # they check themselves whether the files that they read have changed
+from coalign.runs.digests import CARD
+from coalign.steps import TRAINING_STEPS
 
 
 def main(argv: list[str]) -> None:
@@ -52,7 +46,7 @@ def main(argv: list[str]) -> None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figure needs matplotlib, which is not installed; pip install -e . (see constraints.txt)")
-    run_all(ladder, steps, words)
+    run_all(ladder, steps, words, command)
     print("\n".join(show(ladder, steps, config)), flush=True)
 
 
@@ -61,38 +55,6 @@ def command(step: str, words: list[str]) -> list[str]:
     launcher = shlex.split(os.environ.get("TRAIN_LAUNCHER", "")) if step in TRAINING_STEPS else []
     port = ["--master_port", str(free_port())] if launcher else []
     return [*(launcher or [sys.executable]), *port, os.path.relpath(Path(__file__).with_name(f"{step}.py")), *words]
-
-
-def run_all(ladder: Ladder, steps: list[StepRun], words: list[str]) -> None:
-    """Run every step that is not complete, in order; exit with the status of the first that fails."""
-    started, parent = time.monotonic(), os.getppid()
-    done: list[tuple[str, float]] = []
-    for index, run in enumerate(steps):
-        own = run.words(words)
-        config = parse_command_line(run.step, own)
-        settings = table_values(config, STEP_TABLES[run.step], with_neutral=False)
-        folder = RunFolder(config.run, own)
-        files = digest_model_files(config.model)
-        if Path(config.sft.replay).is_file():
-            files["sft.replay"] = digest_file(Path(config.sft.replay))
-        current = is_current(run.folder, settings, folder, files, config.eval.models)
-        if current and run.step not in ALWAYS_STARTED:
-            continue
-        todo = [r.step for r in steps[index:] if read_manifest(r.folder) is None]
-        left = remaining_seconds(done, todo)
-        spent = f"{(time.monotonic() - started) / 60:.0f} min so far"
-        estimate = "" if left is None else f", about {left / 60:.0f} min left"
-        title, begun, words_of_step = run.title(ladder.arms), time.monotonic(), command(run.step, own)
-        print(f"== step {index + 1} of {len(steps)}: {title} ({spent}{estimate})", flush=True)
-        status = run_command(words_of_step)
-        if status:
-            what_next = f"fix the error and run the same command again. The step alone: {shlex.join(words_of_step)}"
-            print(f"ladder: {title} failed (exit status {status}); {what_next}", file=sys.stderr)
-            raise SystemExit(status if status > 0 else 128 - status)
-        if not current:
-            done.append((run.step, time.monotonic() - begun))
-        if os.getppid() != parent:
-            raise SystemExit("the command that started this one is gone; run it again to resume")
 
 
 def show(ladder: Ladder, steps: list[StepRun], config: Config) -> list[str]:

@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -239,13 +238,29 @@ def sizes_of(path: Path) -> Iterator[tuple[str, int, tuple[int, int]]]:
         yield f"{where}: {function.name}, parameters", num_parameters(function), PARAMETERS
 
 
+# What is above an aim, and why it stays so; everything else is at or below it.
+ABOVE_THE_AIM = {
+    "config.py: lines": "one schema, table by table: a reader looks for a key in one file",
+    "generation/decoding.py: decode, parameters": "independent of one another, passed in order by its callers",
+    "generation/decoding.py: __init__, parameters": "what decode was given, with the cache and the step that it chose",
+    "models/fused_head.py: forward, parameters": "autograd.Function takes its tensors one by one",
+    "training/losses.py: ranking_loss, parameters": "one tensor for each symbol of the equation",
+    "launch/eval.py: lines": "it asks several models and a judge, whose workers only a recipe may start",
+    "launch/align.py: main, lines": "one story of a step, with a dozen imports that wait until --help has answered",
+    "launch/sft.py: main, lines": "one story of a step, with a dozen imports that wait until --help has answered",
+}
+
+
 def test_budgets() -> None:
     sizes = [size for path in sources for size in sizes_of(path)]
-    above_aim = [f"{what} {size} (aim {aim})" for what, size, (aim, _) in sizes if size > aim]
-    if above_aim:
-        warnings.warn("above the aim:\n  " + "\n  ".join(above_aim), stacklevel=1)
     above_limit = [f"{what} {size} (limit {limit})" for what, size, (_, limit) in sizes if size > limit]
     assert not above_limit
+    above_aim = {
+        what.removeprefix("distributed/coalign/"): f"{size} (aim {aim})" for what, size, (aim, _) in sizes if size > aim
+    }
+    unexplained = {what: size for what, size in above_aim.items() if what not in ABOVE_THE_AIM}
+    assert not unexplained, "bring it to the aim, or write the reason into ABOVE_THE_AIM"
+    assert not ABOVE_THE_AIM.keys() - above_aim.keys(), "these are at the aim now; take them out of ABOVE_THE_AIM"
 
 
 def is_true(call: ast.Call, keyword: str) -> bool:

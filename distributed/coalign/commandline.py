@@ -95,7 +95,7 @@ def help_text(step: str) -> str:
     lines += ["", f"Without a config: configs/tiny.toml. Keys of {step}:", ""]
     for table in STEP_TABLES.get(step, tuple(Config.model_fields)):
         model = Config.model_fields[table].annotation
-        lines.append(f"[{table}]  {_first_line(model)}")
+        lines.append(f"[{table}]  {summary_of(model)}")
         lines += _help_lines(model, table)
         lines.append("")
     return "\n".join(lines)
@@ -108,16 +108,18 @@ def _help_lines(model: Any, prefix: str) -> list[str]:
             lines += _help_lines(field.annotation, f"{prefix}.{key}")
             continue
         default = json.dumps(field.get_default(call_default_factory=True), default=str)
-        lines.append(f"  {prefix}.{key} = {default}  ({_type_name(field)})")
+        lines.append(f"  {prefix}.{key} = {default}  ({type_name(field)})")
         lines.append(f"      {field.description}")
     return lines
 
 
-def _first_line(model: Any) -> str:
+def summary_of(model: Any) -> str:
+    """Return the first line of a table's docstring, without its name."""
     return (model.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
 
 
-def _type_name(field: FieldInfo) -> str:
+def type_name(field: FieldInfo) -> str:
+    """Return the type of a key with its limits, for people."""
     annotation: Any = field.annotation
     if getattr(annotation, "__origin__", None) is Literal:
         return " | ".join(json.dumps(value) for value in annotation.__args__)
@@ -128,7 +130,7 @@ def _type_name(field: FieldInfo) -> str:
         for b in bounds
         if b.startswith(("Ge", "Gt", "Le"))
     )
-    readable = name.replace("coalign.config.", "").replace("typing.", "")
+    readable = name.replace("coalign.config.SourceTable", "table").replace("typing.", "")
     return f"{readable}, {limits}" if limits else readable
 
 
