@@ -25,7 +25,7 @@ What the steps of a run leave on disk, field by field. The tables are generated 
 write and read these files.
 
 Files ending in `.json` hold one JSON object, files ending in `.jsonl` one JSON object per line; both are UTF-8. A share
-is a number from 0 to 1. `null` stands for a value that is not known or not defined. A type "by name: X" is a JSON object
+is a number from 0 to 1. `null` stands for a value that is not known or not defined. A type "by name: X" is an object
 whose keys are names and whose values are X.
 """
 _METRICS = """\
