@@ -1,11 +1,11 @@
-"""Ask both engines the same and list where they differ: greedy answers token by token, log-probs, samples.
+"""Put the same requests to both engines and list where they differ: greedy answers by token, log-probs, samples.
 
     python examples/compare_engines.py [MODEL] [--prompts FILE.jsonl] [--json FILE]
 
 Needs an environment with vLLM. MODEL is a model folder (default: the phrasebook's base model). FILE.jsonl holds rows
 {"prompt": ..., "answers": [...], "open": true | false}; the answers are scored, open prompts sampled. Default: the
 phrasebook's tasks under their own and held-out wordings, and the requests to rewrite an instruction, which are open.
-Exits with 1 when a greedy answer differs where the model doesn't hesitate between two tokens, or log-probs differ.
+Ends with exit status 1 when log-probs differ, or a greedy answer differs although its two tokens aren't nearly tied.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from coalign.prompts import paraphrase_prompt
 PHRASEBOOK = Path(__file__).resolve().parent / "phrasebook"
 ENGINES = ("transformers", "vllm")
 INPUTS, WORDINGS = 2, 3  # of each task of the phrasebook, beside its own wording
-NUM_PROMPTS, NUM_SAMPLES = 12, 4  # sampled twice
-DRAWN_PROMPTS, NUM_DRAWS = 4, 500  # draws of one token after each, whose frequencies are compared
-TIE = 1e-3  # nats: between tokens as close as this, rounding may decide
+NUM_PROMPTS, NUM_SAMPLES = 12, 4  # each sampled twice
+DRAWN_PROMPTS, NUM_DRAWS = 4, 500  # one-token draws per prompt; their frequencies are compared
+TIE = 1e-3  # nats; rounding may decide between tokens this close
 SAMPLED = Sampling(max_new_tokens=16, temperature=1.0, top_p=0.95)
 DRAWN = Sampling(max_new_tokens=1, temperature=1.5, top_p=0.9, top_k=8)
 Row = dict[str, Any]

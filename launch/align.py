@@ -11,7 +11,7 @@ from coalign.steps import ENCODE
 
 
 def main(argv: list[str]) -> None:
-    """Run the step on every rank."""
+    """Encode the groups, train on them and export the model, on every rank."""
     step = open_step("align", argv, ("prepare", "paraphrase", "rank", "policy"))
     if step is None:
         return
@@ -52,14 +52,14 @@ def main(argv: list[str]) -> None:
     if table.loss == "dpo":
         items = reference_logps(engine, items, codec.pad_id, config.train, output.path / "reference.jsonl")
     stream = group_stream(items, table, config.run.seed)
-    plan = TrainingPlan(stream, table.batch_groups, table.learning_rate, codec.pad_id)
+    form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
+    objective = align_objective(form, config.train.shared_prefix)
+    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id)
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )
     measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
-    form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
-    objective = align_objective(form, config.train.shared_prefix)
-    totals = train(engine, plan, objective, config.train, config.log, output.path, measure)
+    totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))

@@ -1,28 +1,24 @@
-"""Let the model judge its own answers: judge/verdicts.jsonl holds a reward for every distinct response."""
+"""Let the model judge its own answers: judge/verdicts.jsonl holds one reward per distinct response."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 
 from coalign.config import cores_used, table_for_other_model
 from coalign.errors import UserError
-from coalign.judging import calibration, verdicts
+from coalign.judging import calibration, known_answers, verdicts
 from coalign.judging.judge_model import JudgeModel
-from coalign.recipe import run_step
+from coalign.recipe import log_lines, run_step
 from coalign.records import Example, Response, Row, Task, to_row
 from coalign.runs.digests import digest_judge
 from coalign.runs.open_step import OpenStep, open_step
 from coalign.runs.run_folder import base_model_folder
 
-logger = logging.getLogger("coalign")
-
 
 def main(argv: list[str]) -> None:
-    """Run the step."""
-    needs = ("prepare", "policy", "sample")
-    step = open_step("judge", argv, needs, lambda config: digest_judge(config.judge, config.model))
+    """Decide by rules, measure the judge on known answers, and let it decide the rest."""
+    step = open_step("judge", argv, ("prepare", "policy", "sample"), lambda c: digest_judge(c.judge, c.model))
     if step is None:
         return
     config, table = step.config, step.config.judge
@@ -31,11 +27,11 @@ def main(argv: list[str]) -> None:
     responses = step.read(Response)
     answers, dropped = verdicts.distinct_answers(responses)
     decided, undecided = verdicts.decide_by_rules(answers, examples, table.gold)
-    known = calibration.known_answers(tasks, examples, responses, decided.values(), table, config.run.seed)
+    known = known_answers.known_answers(tasks, examples, responses, decided.values(), table, config.run.seed)
     numbers = f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge"
-    step.announce(f"{numbers}; {len(known)} known ones")
+    step.announce(f"{numbers}; {len(known)} known answers")
 
-    # The known answers come first: a judge that is too weak is found out before the long work.
+    # The known answers come first, so that a judge that is too weak stops the step before the long work.
     judge = make_judge(step)
     asked = verdicts.with_questions(known, tasks, examples, table)
     judge.ask(asked, "known")
@@ -57,14 +53,12 @@ def main(argv: list[str]) -> None:
     num_asked = judge.num_scored - num_known
     counts = verdicts.count_judging(responses, questions, decided, dropped, len(thresholds), num_asked)
     counts |= {"calibration": quality, "calls_on_known_answers": num_known, "weak": weak is not None}
-    counts["cores"] = cores_used(config.generation, config.run)
-    for line in verdicts.describe_verdicts(counts):
-        logger.info("%s", line)
-    step.output.commit(counts)
+    log_lines(verdicts.describe_verdicts(counts))
+    step.output.commit(counts | {"cores": cores_used(config.generation, config.run)})
 
 
 def make_judge(step: OpenStep) -> JudgeModel:
-    """Return the model that judges, as a function from prompts to log-odds over the step's workers."""
+    """Return the judge as a function from prompts to log-odds, computed by the step's workers."""
     from coalign.clusters.shards import run_shards
     from coalign.generation.workers import make_score_worker
     from coalign.models.model_folder import load_codec

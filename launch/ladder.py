@@ -1,4 +1,4 @@
-"""The experiment: every arm with every seed, shared steps once, then one table and one figure; see launch/ladder.sh."""
+"""The experiment: every arm with every seed, shared steps once, then one table and one figure (see ladder.sh)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import read_manifest
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
 
-ALWAYS_STARTED = ("prepare", "paraphrase")  # they read files beside the run, and look for themselves what has changed
+ALWAYS_STARTED = ("prepare", "paraphrase")  # they check themselves whether the files that they read have changed
 
 
 def main(argv: list[str]) -> None:
-    """Plan, run what is missing, and show the result."""
+    """Plan the steps, run what is missing, and show the result."""
     if any(word in ("-h", "--help") for word in argv):
         print(usage())
         return
@@ -53,19 +53,18 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figure needs matplotlib, which is not installed; pip install -e . (see constraints.txt)")
     run_all(ladder, steps, words)
-    lines = show(ladder, steps, config)
-    print("\n".join(lines), flush=True)
+    print("\n".join(show(ladder, steps, config)), flush=True)
 
 
 def command(step: str, words: list[str]) -> list[str]:
-    """Return a step's command; training starts with the words of TRAIN_LAUNCHER, without it on one rank."""
+    """Return a step's command; training starts with the words of TRAIN_LAUNCHER, or on one rank without it."""
     launcher = shlex.split(os.environ.get("TRAIN_LAUNCHER", "")) if step in TRAINING_STEPS else []
     port = ["--master_port", str(free_port())] if launcher else []
     return [*(launcher or [sys.executable]), *port, os.path.relpath(Path(__file__).with_name(f"{step}.py")), *words]
 
 
 def run_all(ladder: Ladder, steps: list[StepRun], words: list[str]) -> None:
-    """Run every step that is not complete, in order; leave with the exit code of the first that fails."""
+    """Run every step that is not complete, in order; exit with the status of the first that fails."""
     started, parent = time.monotonic(), os.getppid()
     done: list[tuple[str, float]] = []
     for index, run in enumerate(steps):
@@ -83,20 +82,17 @@ def run_all(ladder: Ladder, steps: list[StepRun], words: list[str]) -> None:
         left = remaining_seconds(done, todo)
         spent = f"{(time.monotonic() - started) / 60:.0f} min so far"
         estimate = "" if left is None else f", about {left / 60:.0f} min left"
-        print(f"== step {index + 1} of {len(steps)}: {run.title(ladder.arms)} ({spent}{estimate})", flush=True)
-        begun, words_of_step = time.monotonic(), command(run.step, own)
-        code = run_command(words_of_step)
-        if code:
-            print(
-                f"ladder: {run.title(ladder.arms)} failed (exit code {code}); mend it and run the same command again."
-                f" The step alone: {shlex.join(words_of_step)}",
-                file=sys.stderr,
-            )
-            raise SystemExit(code if code > 0 else 128 - code)
+        title, begun, words_of_step = run.title(ladder.arms), time.monotonic(), command(run.step, own)
+        print(f"== step {index + 1} of {len(steps)}: {title} ({spent}{estimate})", flush=True)
+        status = run_command(words_of_step)
+        if status:
+            what_next = f"fix the error and run the same command again. The step alone: {shlex.join(words_of_step)}"
+            print(f"ladder: {title} failed (exit status {status}); {what_next}", file=sys.stderr)
+            raise SystemExit(status if status > 0 else 128 - status)
         if not current:
             done.append((run.step, time.monotonic() - begun))
         if os.getppid() != parent:
-            raise SystemExit("the command that started this one is gone; run it again to go on")
+            raise SystemExit("the command that started this one is gone; run it again to resume")
 
 
 def show(ladder: Ladder, steps: list[StepRun], config: Config) -> list[str]:

@@ -3,7 +3,7 @@
 # launch/ladder.py plans the steps and runs them; this file finds the devices for it and holds one Ray cluster.
 set -uo pipefail
 
-# In braces, so that bash has read all of it before it begins: the file may change while a long run goes on.
+# In braces, so that bash has read all of it before it begins: the file may change during a long run.
 {
 launch="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/devices.sh
@@ -14,7 +14,7 @@ python -c 'import coalign' 2>/dev/null || {
 }
 export TRAIN_LAUNCHER=""
 [ "${#train_launcher[@]}" -eq 0 ] || printf -v TRAIN_LAUNCHER '%q ' "${train_launcher[@]}"
-# The workers of a private cluster, 0 when none is needed; a mistake in the words is for ladder.py to explain.
+# The workers of a private cluster, 0 when none is needed; ladder.py reports invalid words.
 workers="$(python "$launch/remaining.py" ladder "$@")" || workers=0
 # shellcheck source=launch/cluster.sh
 . "$launch/cluster.sh"

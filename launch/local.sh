@@ -3,14 +3,14 @@
 # cluster that serves all of them (cluster.sh).
 set -uo pipefail
 
-# In braces, so that bash has read all of it before it begins: the file may change while a long run goes on.
+# In braces, so that bash has read all of it before it begins: the file may change during a long run.
 {
 usage() {
     cat <<'TEXT'
 usage: bash launch/local.sh [CONFIG.toml] [key=value ...]
 
 Runs prepare, paraphrase, sft, sample, judge, rank, align and eval. A step that is complete is skipped; after an
-interruption the same command resumes where it stopped. Without a config: configs/tiny.toml. One private Ray cluster
+interruption the same command resumes. Without a config: configs/tiny.toml. One private Ray cluster
 serves all steps, unless generation.ray_address or RAY_ADDRESS names another.
 
   RANKS=N             training processes (default: one per visible GPU; without GPUs one per core, 2 at most)
@@ -30,7 +30,7 @@ launch="$(dirname "${BASH_SOURCE[0]}")"
 . "$launch/devices.sh"
 
 fail() {
-    echo "local.sh: the step $1 failed (exit status $2); mend it and run the same command again" >&2
+    echo "local.sh: the step $1 failed (exit status $2); fix the error and run the same command again" >&2
     exit "$2"
 }
 

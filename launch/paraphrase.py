@@ -1,9 +1,8 @@
-"""Step 2: wordings of every instruction, from files and from the model. Reads prepare; writes wordings.jsonl."""
+"""Write wordings.jsonl: wordings of every instruction, from files and from the model."""
 
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
 
 from coalign.clusters.worker_pool import close_pools
@@ -20,16 +19,14 @@ from coalign.wordings.asking import check_lengths
 from coalign.wordings.rewrites import answers_in_turn, rewrite_requests
 from coalign.wordings.wording_files import read_wordings
 
-logger = logging.getLogger("coalign")
-
 
 def main(argv: list[str]) -> None:
-    """Merge wordings from files with the model's rewrites, split them, drop bad ones with a reason."""
+    """Merge wordings from files with the model's rewrites, split them, and drop bad ones with a reason."""
     command = StepCommand("paraphrase", argv)
     config, table = command.config, command.config.paraphrase
     prepared = command.require(["prepare"])["prepare"]
     tasks = read_records(Task, prepared / "tasks.jsonl")
-    # The files are read before the step begins: a mistake in one leaves nothing behind that remembers its digest.
+    # Before the step's folder is made, so that an invalid file leaves nothing behind that holds its digest.
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
     files = read_wordings(table.files, {task.id: task for task in tasks})
     wanted = filtering.settle(tasks, files, table, config.run.seed).wanted
@@ -37,7 +34,7 @@ def main(argv: list[str]) -> None:
     if step is None:
         return
     total = sum(wanted.values())
-    plan = f"{len(files.wordings)} wordings from files, {total} rewrites wanted from the model for {len(tasks)} tasks"
+    plan = f"{len(files.wordings)} wordings from files, {total} rewrites to ask the model for, {len(tasks)} tasks"
     step.announce(plan, with_model=total > 0)
 
     answers, too_long = ask_for_rewrites(step, tasks, wanted) if total else ({}, set())
@@ -45,16 +42,10 @@ def main(argv: list[str]) -> None:
     step.output.write_output("wordings.jsonl", (to_row(w) for task in tasks for w in settled.by_task[task.id]))
     step.output.write_output("dropped.jsonl", settled.dropped)
     counts = filtering.summarise(tasks, settled, table)
-    logger.info("%d wordings %s; dropped %s", counts["wordings"], counts["splits"], counts["dropped"] or "none")
-    filtering.warn_of_gaps(counts, settled)
-    step.output.commit(
-        counts
-        | {
-            "originals_like_held_out": len(settled.originals),
-            "tokens_generated": sum(answer["num_tokens"] for given in answers.values() for answer in given),
-            "cores": cores_used(config.generation, config.run) if total else 1,
-        }
-    )
+    filtering.log_result(counts, settled)
+    num_tokens = sum(answer["num_tokens"] for given in answers.values() for answer in given)
+    cores = cores_used(config.generation, config.run) if total else 1
+    step.output.commit(counts | {"tokens_generated": num_tokens, "cores": cores})
     inputs = (read_manifest(prepared) or {})["counts"]["inputs"][config.sft.split]
     num_rows = config.sft.num_drawn(inputs, config.sft.batch_rows)
     encode_ahead(Path(__file__).with_name("sft.py"), step.run, num_rows, close_pools)
@@ -63,7 +54,7 @@ def main(argv: list[str]) -> None:
 def ask_for_rewrites(
     step: OpenStep, tasks: list[Task], wanted: dict[str, int]
 ) -> tuple[dict[str, list[Row]], set[str]]:
-    """Return each task's answers in the order to try them, and the tasks whose instruction exceeds the context."""
+    """Return {task: the model's answers, in the order to try}, and the tasks whose instruction exceeds the context."""
     from coalign.clusters.shards import run_shards
     from coalign.generation.workers import Sampling, make_generate_worker
     from coalign.models.model_folder import load_codec

@@ -1,15 +1,16 @@
-"""Print what a run needs before anything runs: memory, disk, tokens, hours; refuse what can't fit, with a way out."""
+"""Print what a run needs before anything runs: memory, disk, tokens, hours; refuse a run that can't fit.
+
+The numbers come from formulas, for the GPUs that the options or the config name; no device is looked at.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from coalign.commandline import DEFAULT_CONFIG, load
 from coalign.errors import UserError
 from coalign.planning import machine, plan_text
 from coalign.planning import plan as planning
-from coalign.planning.workload import Tables
 from coalign.recipe import run_step
 
 
@@ -27,8 +28,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"one config file was expected, not {len(files)}: {' '.join(files)}")
     # Not parse_command_line: a plan for vLLM can be made where vLLM is not installed.
     config = load(Path(files[0]) if files else DEFAULT_CONFIG, [word for word in words if "=" in word])
-    tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
-    plan = planning.make_plan(tables, options)
+    plan = planning.make_plan(config, options)
     print("\n".join(plan_text.plan_lines(plan)), flush=True)
     if complaint := planning.complaint_of_plan(plan):
         raise UserError(f"this plan cannot fit: {complaint}")

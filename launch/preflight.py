@@ -1,7 +1,7 @@
 """Check a node of a Slurm job before the work begins; slurm/job.sh runs this on every node at once.
 
-The first node prints a free port, its own address and the run's folder; whoever finds a mistake prints that word, since
-srun's exit code may be that of another node. With --count the start of the job is noted, and nothing is checked.
+The first node prints a free port, its own address and the run's folder. A node that finds a user error prints
+"mistake", since srun may return the exit status of another node. With --count this only records the job's start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ USAGE = "usage: python launch/preflight.py [--count] STEP [CONFIG.toml] [key=val
 
 
 def main(argv: list[str]) -> None:
-    """Check this node; the error names it."""
+    """Check this node. Raises UserError, which names it."""
     if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 
 def check(argv: list[str], count: bool) -> None:
-    """Note the job's start, or check this node. Raises UserError."""
+    """Record the job's start (`count`), or check this node. Raises UserError."""
     step, *words = argv or [""]
     if step not in STEP_TABLES:
         raise UserError(f"{step or 'nothing'} is no step; the steps are {', '.join(STEP_TABLES)}. {USAGE}")
@@ -58,7 +58,7 @@ def check(argv: list[str], count: bool) -> None:
     if step in GENERATING_STEPS and config.generation.workers and config.slurm.gpus_per_node:
         slurm_node.check_gpus(host, gpus, config.slurm.gpus_per_node, "slurm.gpus_per_node")
     if is_first:
-        print(slurm_node.free_port(job), slurm_node.own_address(nodes), run.path.resolve())
+        print(slurm_node.job_port(job), slurm_node.own_address(nodes), run.path.resolve())
 
 
 if __name__ == "__main__":

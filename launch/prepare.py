@@ -13,7 +13,7 @@ from coalign.data.inventory import Inventory, describe_inventory
 from coalign.data.sources import digest_sources, read_sources
 from coalign.data.splits import split_instances, tokenizer_texts
 from coalign.errors import UserError
-from coalign.recipe import run_step
+from coalign.recipe import log_lines, run_step
 from coalign.records import to_row
 from coalign.runs.open_step import StepCommand
 from coalign.runs.step_folder import read_manifest
@@ -22,31 +22,30 @@ logger = logging.getLogger("coalign")
 
 
 def main(argv: list[str]) -> None:
-    """Run the step."""
+    """Read the sources, split their inputs, and make the random model if the config asks for one."""
     command = StepCommand("prepare", argv)
     config, folder = command.config, command.run.step("prepare")
     digest = digest_sources(config.data)
     left_out: Sequence[DroppedInstance] = ()
     prepared = None
     if read_manifest(folder) is None:
-        # Before the step's folder is made: data with a mistake in it leaves nothing behind.
+        # Before the step's folder is made, so that invalid data leaves nothing behind.
         sources = config.data.path or ", ".join(source.path for source in config.data.sources)
         command.announce(f"read and split {sources}", with_model=False)
         read = read_sources(config.data, folder_for_rows(folder))
         prepared, left_out = split_instances(read.tasks, read.instances, config.data), read.dropped
         if not prepared.tasks:
-            raise UserError("no inputs are left after the split; use more data, or other shares in [data]")
+            raise UserError("no inputs are left after the split; use more data, or change the shares in [data]")
     step = command.begin(files={"data": digest})
     if step is None:
         return
-    assert prepared is not None, "the step was complete when it was looked at first"
+    assert prepared is not None, "an incomplete step has read its data"
     output, inventory = step.output, Inventory(prepared)
     output.write_output("tasks.jsonl", map(to_row, prepared.tasks))
     output.write_output("examples.jsonl", map(to_row, inventory.examples()))
     output.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
     counts = inventory.counts(left_out)
-    for line in describe_inventory(counts).splitlines():
-        logger.info("%s", line)
+    log_lines(describe_inventory(counts).splitlines())
     for split, number in counts["inputs"].items():
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
@@ -59,7 +58,10 @@ def main(argv: list[str]) -> None:
 
 
 def folder_for_rows(step: Path) -> Path | None:
-    """Return where rows lie until they are written: where the run lies, if we may, since /tmp may be in memory."""
+    """Return where to keep rows until they are written: on the run's disk if it is writable, as /tmp may be in memory.
+
+    None means the default temporary folder.
+    """
     folder = next(folder for folder in step.absolute().parents if folder.is_dir())
     return folder if os.access(folder, os.W_OK) else None
 

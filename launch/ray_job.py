@@ -1,4 +1,4 @@
-"""The eight steps in order on a Ray cluster, which places the training ranks as well as the workers.
+"""The eight steps in order on a Ray cluster, which places both the training ranks and the workers.
 
 Submit it:  ray job submit --runtime-env configs/ray_job.yaml -- python launch/ray_job.py CONFIG.toml [key=value ...]
 """
@@ -23,7 +23,7 @@ from coalign.steps import TRAINING_STEPS
 
 
 def main(argv: list[str]) -> None:
-    """Run every step that is not complete; leave with the exit code of the first that fails."""
+    """Run every step that is not complete; exit with the status of the first that fails."""
     config = parse_command_line("ray_job", argv)
     set_up_logging(config.log.level)
     address = ray_address(config.generation)
@@ -46,12 +46,12 @@ def main(argv: list[str]) -> None:
         print(f"== {step}", flush=True)
         started = time.monotonic()
         if step in TRAINING_STEPS and read_manifest(folder) is None:
-            code = run_ranks(cluster, _request(step, argv, config), step)
-        else:  # a complete step says so itself, or why it is stale
-            code = run_command([sys.executable, _script(step), *argv])
-        if code:
-            print(f"ray_job: the step {step} failed (exit code {code}); mend it and submit the same again", flush=True)
-            raise SystemExit(code if code > 0 else 128 - code)
+            status = run_ranks(cluster, _request(step, argv, config), step)
+        else:  # a complete step logs that it is, or why it is stale
+            status = run_command([sys.executable, _script(step), *argv])
+        if status:
+            print(f"ray_job: the step {step} failed (exit status {status}); fix the error and submit again", flush=True)
+            raise SystemExit(status if status > 0 else 128 - status)
         print(f"== {step} done in {time.monotonic() - started:.0f} s", flush=True)
     cluster.close()
 

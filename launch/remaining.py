@@ -1,4 +1,4 @@
-"""What a script asks before it starts anything: whether the config is right, which steps there are, how many workers.
+"""What a script asks before it starts anything: whether the config is valid, which steps to run, how many workers.
 
     python launch/remaining.py local [CONFIG.toml] [key=value ...]      # for launch/local.sh
     python launch/remaining.py ladder [CONFIG.toml] [key=value ...]     # for launch/ladder.sh
@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 
 
 def main(argv: list[str]) -> None:
-    """Print what is asked for. Raises UserError for a mistake in the words or the config of a pipeline."""
+    """Print the steps and the number of workers. Raises UserError for an invalid config of a pipeline."""
     script, *words = argv
     if script == "ladder":
         print(workers_of_ladder(words))
@@ -37,13 +37,13 @@ def main(argv: list[str]) -> None:
     folders = RunFolder(config.run, []).own_steps(config.eval.folder)
     left = {*incomplete(folders)}
     if not config.paraphrase.num_wordings:
-        left.discard("paraphrase")  # which then asks the model nothing
+        left.discard("paraphrase")  # it needs no workers then
     print(*folders)
     print(private_workers(config, bool(left & {*GENERATING_STEPS})))
 
 
 def workers_of_ladder(words: list[str]) -> int:
-    """Return the workers of a ladder's private cluster; a mistake in the words is left for ladder.py to explain."""
+    """Return the workers of a ladder's private cluster; 0 for invalid words, which ladder.py reports."""
     try:
         if {"-h", "--help"} & {*words}:
             return 0

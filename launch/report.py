@@ -1,4 +1,4 @@
-"""Rebuild the HTML report of a run from its metrics.json and steps; set several runs side by side."""
+"""Rebuild the HTML report of a run from its metrics.json and steps; or compare several runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coalign.recipe import run_step
 USAGE = """usage: python launch/report.py RUN
        python launch/report.py RUN RUN [RUN ...] [--out FILE]
 
-With one run: prints the result and writes report.html anew beside its metrics.json.
+With one run: prints the result and rewrites report.html beside its metrics.json.
 With several: prints them side by side and writes one page that compares them, to FILE or compare.html beside the
 first run's metrics.json.
 A RUN is a run's folder (runs/NAME, or runs/NAME/round2 of a later round) or a folder that eval wrote (eval.folder)."""
@@ -50,14 +50,14 @@ def read_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
                 raise UserError("--out names no file; for example: --out compare.html")
             out = Path(value)
         elif word.startswith("-"):
-            raise UserError(f"unknown option {word!r}; there is --out FILE alone, see --help")
+            raise UserError(f"unknown option {word!r}; --out FILE is the only one, see --help")
         else:
             names.append(word)
     names = list(dict.fromkeys(names))
     if not names:
         raise UserError("no run was named; for example: python launch/report.py runs/default")
     if out is not None and len(names) == 1:
-        raise UserError(f"--out {out} is for several runs; the report of one run stands beside its metrics.json")
+        raise UserError(f"--out {out} is for several runs; the report of one run is written beside its metrics.json")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     if out is not None and out.is_dir():

@@ -1,6 +1,6 @@
-"""Answer every align input under several wordings: sample/responses.jsonl holds K responses for each.
+"""Answer every align input under several wordings: sample/responses.jsonl holds K responses per input and wording.
 
-A wording that cannot ask about an input is passed over; it is counted and listed in dropped.jsonl.
+A wording that cannot ask about an input is left out; it is counted and listed in dropped.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_respo
 
 
 def main(argv: list[str]) -> None:
-    """Run the step."""
+    """Draw wordings per input, generate the responses, and map them back to canonical words."""
     step = open_step("sample", argv, ("prepare", "paraphrase", "policy"))
     if step is None:
         return

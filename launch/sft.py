@@ -13,7 +13,7 @@ from coalign.steps import ENCODE
 
 
 def main(argv: list[str]) -> None:
-    """Run the step on every rank."""
+    """Encode the rows, train on them and export the model, on every rank."""
     needs = ("prepare", "paraphrase")
     step = open_step("sft", argv, needs, lambda config: digest_replay(config.sft) | digest_model_files(config.model))
     if step is None:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     stream, found = open_rows(rows), read_meta(rows)["counts"]
-    plan = TrainingPlan(stream, table.batch_rows, table.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, sft_objective(), table.batch_rows, table.learning_rate, codec.pad_id)
     step.announce(
         f"{found['inputs']} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of"
         f" {plan.batch_items} rows, {plan.num_tokens} tokens"
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
     measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
-    totals = train(engine, plan, sft_objective(), config.train, config.log, output.path, measure)
+    totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))

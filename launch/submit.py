@@ -1,4 +1,4 @@
-"""Queue the steps of a pipeline that are missing, each after the one before it; slurm/pipeline.sh calls this."""
+"""Queue the missing steps of a pipeline, each after the one before it; slurm/pipeline.sh calls this."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from coalign.steps import STEP_TABLES
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = """usage: slurm/pipeline.sh [CONFIG.toml] [key=value ...] [--only STEP] [--dry-run] [flags of sbatch]
 
-Queues prepare, paraphrase, sft, sample, judge, rank, align and eval, each to start when the one before it has
-succeeded. A step that is complete or in the queue already is passed over, so the same command goes on after a failure.
-A step that fails cancels those that wait for it.
+Queues prepare, paraphrase, sft, sample, judge, rank, align and eval. Each starts when the one before it has succeeded.
+Steps that are complete or in the queue are skipped, so the same command continues after a failure. When a step fails,
+those that wait for it are cancelled.
 
-What each job asks for comes from the table [slurm] of the config (docs/config.md explains every key). Other words
-that begin with -- are given to sbatch as they stand, for every job, and win: --partition=long --account=me.
+The table [slurm] of the config says what each job asks for (docs/config.md explains every key). Other words that begin
+with -- go to sbatch unchanged, for every job, and win: --partition=long --account=me.
 
   --only STEP   queue this step alone
   --dry-run     print sbatch's commands and queue nothing
-  --settings    print what a job gets of [slurm] and queue nothing; jobs ask this that were made without this command"""
+  --settings    print what a job gets of [slurm] and queue nothing; for jobs made by sbatch or salloc itself"""
 
 
 def main(argv: list[str]) -> None:
-    """Plan, submit what is missing, and say how to follow it."""
+    """Queue what is missing and print how to follow it."""
     if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return
@@ -58,23 +58,15 @@ def main(argv: list[str]) -> None:
     missing, queued, orphans = slurm_jobs.list_jobs(steps, complete, slurm_jobs.queued_jobs())
     for job in orphans:
         slurm_jobs.call(["scancel", job.number])
-        print(f"cancelled job {job.number} of {job.folder}: what it waited for is gone")
+        print(f"cancelled job {job.number} of {job.folder}: what it waited for has failed or gone")
     slurm_jobs.make_logs()
     running = {name: job.number for name, job in queued.items()}
     submitted = slurm_jobs.submit(missing, running, command_of, slurm_jobs.job_environment(table, ROOT))
-    for step in steps:
-        known = {name: f"job {job.number}, {job.state.lower()} already" for name, job in queued.items()}
-        known |= {name: f"job {number}, submitted" for name, number in submitted.items()}
-        print(f"{step.name:<11} {known.get(step.name, 'complete')}")
-    if submitted:
-        name, number = next(iter(submitted.items()))
-        print("\nfollow them: squeue --me")
-        print(f"             tail -F logs/{slurm_jobs.job_name(config.run.name, name)}-{number}.out")
-        print(f"stop them:   scancel {' '.join(submitted.values())}")
+    print("\n".join(slurm_jobs.report_lines([step.name for step in steps], queued, submitted, config.run.name)))
 
 
 def find_steps(config: Config) -> list[slurm_jobs.JobStep]:
-    """Return the steps of this run in order, without those that come from another run."""
+    """Return the steps of this run in order, without those taken from another run."""
     run = RunFolder(config.run, [])
     folders = {name: run.step(name) for name in STEP_TABLES if name not in config.run.inputs}
     if config.eval.folder:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Queues the steps of a pipeline that are missing, each after the one before it. --help says how; launch/submit.py does it.
+# Queues the missing steps of a pipeline, each after the one before it, by launch/submit.py. --help explains the options.
 set -uo pipefail
 
 root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank of a training step, started by srun on its node: says which rank it is, and keeps its temporary folder.
+# One rank of a training step, started by srun on its node: sets its rank, makes and removes its temporary folder.
 set -uo pipefail
 
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
@@ -12,7 +12,7 @@ done
 mkdir -m 700 "$TMPDIR" && echo $$ >"$TMPDIR/holder" || exit 1
 trap 'rm -rf "$TMPDIR"' EXIT
 
-# A signal may come to this shell alone or to the rank as well; twice does no harm.
+# A signal may reach this shell alone or the rank as well; twice does no harm.
 "$@" &
 rank=$!
 trap 'kill -USR1 "$rank" 2>/dev/null' USR1
@@ -21,7 +21,7 @@ while :; do
     wait "$rank"
     code=$?
     kill -0 "$rank" 2>/dev/null && continue
-    # srun may tell how the other ranks were ended; job.sh looks here, on the first node.
+    # srun may report how it ended the other ranks, so job.sh looks for this file on the first node.
     [ "$code" -ne 2 ] || touch "$COALIGN_TMP.batch/mistake" 2>/dev/null
     exit "$code"
 done

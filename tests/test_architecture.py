@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "evaluation": ("runs", "wordings"),
     "planning": ("runs", "models"),
     "generation": ("models",),
-    "training": ("runs", "data", "wordings", "models"),
+    "training": ("runs", "data", "wordings", "models", "evaluation"),
     "experiment": ("runs", "evaluation"),
     "report": ("runs", "evaluation", "experiment"),
 }
@@ -42,7 +42,7 @@ ENGINES = {
     "ray": "clusters/private_ray.py",
     "deepspeed": "training/deepspeed_engine.py",
     "vllm": "generation/vllm_worker.py",
-    "datasets": "data/sources.py",
+    "datasets": "data/hugging_face.py",
     "peft": "models/model_folder.py",
     "safetensors": "models/model_folder.py",
 }
@@ -186,7 +186,10 @@ def test_recipe_imports_nothing_heavy_at_the_top(path: Path) -> None:
 
 @each_module
 def test_root_config_stays_in_the_recipes(path: Path) -> None:
-    if place_of(path) in ("config.py", "config_values.py", "commandline.py", "recipe.py"):
+    """Planning alone takes the whole of it: a plan is about every step of a run, so nearly every table decides it."""
+    if place_of(path) in ("config.py", "config_values.py", "commandline.py", "runs/open_step.py"):
+        return
+    if package_of(path) == "planning":
         return
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module == "coalign.config":

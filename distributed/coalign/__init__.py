@@ -1,3 +1,20 @@
-"""Consistency alignment: make a language model answer the same however you ask."""
+"""Consistency alignment: make a language model answer the same however you ask.
+
+The files directly in this folder are the ground floor, which every package may import and which imports none:
+
+errors          the one exception of our own, for what a user can fix
+steps           the eight steps by name, and which of them train, generate or repeat by round
+tables          what a table of the configuration is made of
+config          the configuration: one class per table, every key with its unit and meaning
+config_values   its values as flat keys
+commandline     from the words of a command to a checked configuration
+recipe          how a recipe starts and ends: exit status, logging, commands it runs
+process         this process: ranks, nodes, seeds, preemption
+records         what steps hand to one another, as JSON lines
+prompts         every text shown to a model besides the data
+text            normal forms: when two texts count as the same
+
+The packages are built on it; the docstring of each lists its modules. docs/architecture.md says which may import which.
+"""
 
 __version__ = "0.1.0"

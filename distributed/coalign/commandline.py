@@ -1,6 +1,6 @@
-"""From the words of a command to a checked Config: TOML file, key=value overrides, --help, errors in our own sentences.
+"""From the words of a command to a checked Config: TOML file, key=value overrides, --help, readable errors.
 
-Used by launch/*. Imports no torch, so that --help and every config error answer at once.
+Imports no torch, so that --help and every config error answer at once. Knows no step but by name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ DEFAULT_CONFIG = ROOT / "configs" / "tiny.toml"
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a TOML file, lay `key=value` overrides over it and check everything.
+    """Read a TOML file, apply `key=value` overrides and check everything.
 
-    Raises UserError naming file or key, the value seen and what was expected.
+    Raises UserError naming file or key, the value found and what was expected.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -58,8 +58,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 def parse_command_line(step: str, argv: list[str]) -> Config:
     """Return the configuration that `[CONFIG.toml] [key=value ...]` asks for; print the keys and exit on --help.
 
-    `--local_rank=N`, which the deepspeed launcher puts first, and a training step's ENCODE are passed over. Raises
-    UserError.
+    `--local_rank=N`, which the deepspeed launcher adds, and a training step's ENCODE are ignored. Raises UserError for
+    an unknown option, several config files, an invalid config, or a package that the config needs and that is missing.
     """
     options = ("--local_rank", "--local-rank", *((ENCODE,) if step in TRAINING_STEPS else ()))
     words = [word for word in argv if not word.startswith(options)]
@@ -136,7 +136,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"{text!r} is no key=value; write for example run.name=demo, and the config file first")
+        raise UserError(f"{text!r} is not key=value; write for example run.name=demo, after the config file")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
@@ -145,7 +145,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def toml_value(value: Any) -> str:
-    """Return a value as TOML on one line, as a file or a key=value word takes it."""
+    """Return a value as TOML on one line, for a file or a key=value word."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{toml_value(key)} = {toml_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -198,10 +198,10 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _explain(error: ValidationError, origin: dict[str, str], path: str) -> str:
-    """Turn pydantic's first complaint into one of our sentences."""
+    """Return pydantic's first error as one sentence that names the key, the value and where it was set."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
-    # The key itself, else something inside it that the user wrote, else the table around it; the last word wins.
+    # The key itself, else a key inside it, else its table; the command line wins over the file.
     inside = [k for k in origin if k.startswith(f"{key}.")][::-1]
     where = next((origin[k] for k in (key, *inside, key.rpartition(".")[0]) if k in origin), path)
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,7 @@
-"""Values of a Config as flat keys."""
+"""Values of a Config as flat keys, {"table.key": value}: for manifests, and for what a step announces.
+
+Knows no step and no file.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from coalign.tables import Table as Table
 
 
 def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool = True) -> dict[str, Any]:
-    """Return {"table.key": value} of the tables, flat; without the neutral keys if asked."""
+    """Return {"table.key": value} of the tables, flat; `with_neutral` False leaves out the neutral keys."""
     flat: dict[str, Any] = {}
     for name in tables:
         _collect(getattr(config, name), name, flat, with_neutral)
@@ -28,7 +31,7 @@ def default_values() -> dict[str, Any]:
 
 
 def differing_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return those of flat values, from a manifest say, that differ from the built-in default."""
+    """Return those of flat values, such as a manifest's, that differ from the built-in default."""
     defaults = default_values()
     return {key: value for key, value in values.items() if defaults.get(key) != value}
 
@@ -46,7 +49,7 @@ def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool
 
 
 def known_keys() -> list[str]:
-    """Return every key, flat, tables included."""
+    """Return the name of every key, flat, with those of the tables themselves."""
     flat: dict[str, Any] = {}
     config = Config()
     for name in Config.model_fields:

@@ -1,7 +1,7 @@
-"""The one exception of our own. Every module may raise it; only process.run_step catches it."""
+"""The one exception of our own. Every module may raise it; recipe.run_step turns it into an exit status."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed as one line on stderr, exit code 2."""
+    """Invalid input or settings, which the user can fix: printed as one line on stderr, exit status 2."""

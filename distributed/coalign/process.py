@@ -1,23 +1,20 @@
-"""This process: rank and world from the environment, derived seeds, logging, preemption, how a recipe starts and ends.
+"""This process: rank and world size, nodes and start time from the environment, seeds, a free port, preemption.
 
-Used by launch/* and by every module that needs a seed or a logger. Imports neither torch nor an engine.
+Imports neither torch nor an engine; recipe.py has how a recipe starts and ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import signal
 import socket
 import threading
 
 NODES = "COALIGN_NODES"  # names of the job's nodes, in the order of the ranks; slurm/job.sh sets both
-START_SECONDS = "COALIGN_START_SECONDS"  # how long they may take to come
+START_SECONDS = "COALIGN_START_SECONDS"  # seconds that they may take to start
 DEFAULT_START_SECONDS = 300.0
-
-logger = logging.getLogger("coalign")
 
 
 def rank() -> int:
@@ -35,11 +32,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def node_names() -> list[str]:
+    """Return the names of the Slurm job's nodes, in the order of the ranks; [] outside a job of slurm/."""
+    return os.environ.get(NODES, "").split()
+
+
+def start_seconds() -> float:
+    """Return for how many seconds to wait for nodes and ranks."""
+    return float(os.environ.get(START_SECONDS) or DEFAULT_START_SECONDS)
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -48,8 +48,15 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def free_port() -> int:
+    """Return a TCP port that is free at every address of this node now; another process may still take it first."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 class Preemption:
-    """A flag that SIGUSR1 or SIGTERM sets; long loops ask it between two units of work."""
+    """A flag that SIGUSR1 or SIGTERM sets; long loops check it between two units of work."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -65,15 +72,5 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
 
     def requested(self) -> bool:
-        """Return whether somebody asked this process to stop."""
+        """Return whether this process has been asked to stop."""
         return self._event.is_set()
-
-
-def node_names() -> list[str]:
-    """Return the names of the job's nodes, [] outside a job of ours."""
-    return os.environ.get(NODES, "").split()
-
-
-def start_seconds() -> float:
-    """Return how long to wait for nodes and ranks."""
-    return float(os.environ.get(START_SECONDS) or DEFAULT_START_SECONDS)

@@ -1,6 +1,6 @@
-"""Every text shown to a model beside the data: chat templates of our own, requests for paraphrases, questions.
+"""Every text shown to a model besides the data: chat templates of our own, requests for paraphrases, questions.
 
-Used by the paraphrase and judge steps. Pure strings; knows no tokenizer, so a prompt is encoded by its caller.
+Pure strings. Knows no tokenizer: the caller encodes a prompt.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 YES = "Yes"
 NO = "No"
 
-# For a tokenizer without a chat template (a base model). It travels with every model that we export.
+# For a tokenizer without a chat template (a base model). Every model that we export contains it.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
     "{% else %}{{ '### Instruction:\n' + m['content'] + '\n\n### Response:\n' }}{% endif %}{% endfor %}"
 )
 
-# Of the random model that prepare makes.
+# The chat template of the random model that prepare makes.
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     "<|assistant|>{{ m['content'] }}<|end|>{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Short on purpose: small models follow them, and several openings give more varied rewrites than one.
+# Short, because small models follow short requests. Several openings give more varied rewrites than one.
 _REQUESTS = (
     "Rewrite this instruction in other words. Keep its meaning.",
     "Say this instruction in a different way. It must ask for exactly the same.",
@@ -35,9 +35,9 @@ NUM_VARIANTS = len(_REQUESTS)
 
 
 def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> str:
-    """Return the request for one rewrite of an instruction; `variant` counts round the ways to ask.
+    """Return the request for one rewrite of an instruction; `variant` selects the way to ask, modulo their number.
 
-    `labels` are words of the instruction that the rewrite has to keep as they are.
+    `labels` are words of the instruction that the rewrite must keep unchanged.
     """
     lines = [_REQUESTS[variant % NUM_VARIANTS]]
     if labels:
@@ -45,7 +45,7 @@ def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> 
     return "\n".join(lines) + f"\n\nInstruction: {instruction}"
 
 
-# The response stands last, so that all questions about one input begin alike and that beginning is computed once.
+# The response comes last: all questions about one input then share a prefix, which is computed once.
 
 
 def type_question(instruction: str, input_text: str, response: str) -> str:
@@ -59,8 +59,8 @@ def type_question(instruction: str, input_text: str, response: str) -> str:
 def correct_question(instruction: str, input_text: str, response: str, gold: str | None) -> str:
     """Return the judge's second question: is the response correct?
 
-    With `gold` it is short, and expected answer and response stand next to each other: small models compare better
-    without the instruction and the input between them.
+    With `gold` it shows only the expected answer and the response: small models compare them better without the
+    instruction and the input between them.
     """
     known = _asked(instruction, input_text) if gold is None else f"Expected: {gold}"
     return f"Is the response correct? Answer {YES} or {NO}.\n\n{known}\nResponse: {response}"
@@ -71,5 +71,5 @@ def _asked(instruction: str, input_text: str) -> str:
 
 
 def same_answer_question(first: str, second: str) -> str:
-    """Return the question whether two answers to one request say the same (eval.agreement = a judge's folder)."""
+    """Return the question whether two answers to one request mean the same (eval.agreement = a judge's folder)."""
     return f"Answer A: {first}\nAnswer B: {second}\n\nDo both answers mean the same? Answer {YES} or {NO}."

@@ -1,4 +1,7 @@
-"""How a recipe starts and ends."""
+"""How a recipe starts and ends: exit status, logging, what it announces, commands it runs, when it stops by itself.
+
+`run_step` is the entry point of every recipe. Imports neither torch nor an engine at the top, and knows no step.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,93 @@ from coalign.process import local_rank, rank, world_size
 
 logger = logging.getLogger("coalign")
 
-
-SCRIPT = "COALIGN_SCRIPT"
-
-
+SCRIPT = "COALIGN_SCRIPT"  # an environment variable: the process id of the script that runs this step
+USER_ERROR, INTERRUPTED, READER_GONE = 2, 130, 141  # exit status
 _LAUNCHED = "RANK" in os.environ  # by a launcher, which may have started a single rank
 
 
+def run_step(main: Callable[[list[str]], None]) -> None:
+    """Run a recipe's main and turn its outcome into an exit status: 0 done, 2 a user error, 1 anything else.
+
+    On many ranks one rank per node prints the user error, since each node may have its own. A requested stop (a signal,
+    or rank 0's failure) leaves with its own status. 130 is Ctrl-C, and 141 means that the reader of our output left.
+    """
+    exit_with_script()
+    try:
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+        if _LAUNCHED:
+            _leave(0)
+    except UserError as error:
+        if local_rank() == 0:
+            # One line, whatever a library has put into the message, and in one piece beside what others print.
+            where = f" on {platform.node()}" if rank() else ""
+            print(f"error{where}: {' '.join(str(error).split())}\n", end="", file=sys.stderr, flush=True)
+        _leave(USER_ERROR)
+    except SystemExit as stop:
+        if not _LAUNCHED:
+            raise
+        if isinstance(stop.code, str) and local_rank() == 0:
+            print(stop.code, file=sys.stderr, flush=True)
+        _leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+        _leave(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has left (`--help | head`), so nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(READER_GONE)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: this module does not import torch
+            print(f"error on {platform.node()}: {out_of_memory(error)}", file=sys.stderr, flush=True)
+            _leave(USER_ERROR)
+        if not _disk_is_full(error):
+            raise
+        place = (error.filename if isinstance(error, OSError) else None) or f"{Path.cwd()} or run.folder"
+        print(
+            f"error: no space left on the disk of {place}; free some and run the same command again; finished work"
+            " is kept",
+            file=sys.stderr,
+            flush=True,
+        )
+        _leave(USER_ERROR)
+
+
+def _leave(status: int) -> None:
+    """Exit; a rank without cleanup, since destructors of the process group may hang, or abort a finished rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _LAUNCHED:
+        os._exit(status)
+    sys.exit(status)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return what to print when a GPU's memory is full.
+
+    Of the keys that save memory only train.micro_batch_tokens is neutral: a step with work in it refuses the others.
+    """
+    return (
+        f"the GPU's memory is full ({str(error).partition('. ')[0]}); in training, lower train.micro_batch_tokens: the"
+        " step resumes, and the result stays the same; or remove the step's folder and set, in training,"
+        " train.gradient_checkpointing, a higher train.zero_stage or model.lora.enabled, in generation a lower"
+        " generation.batch_tokens"
+    )
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Return whether a full disk caused an error; safetensors and torch say so only in the message."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or (
+        error.__context__ is not None and _disk_is_full(error.__context__)
+    )
+
+
 def set_up_logging(level: str = "info") -> None:
-    """Send our log to stdout, one line a message, from rank 0 (other ranks: warnings and worse)."""
+    """Send our log to stdout, one line per message, from rank 0 (other ranks: warnings and errors)."""
     handler = logging.StreamHandler(sys.stdout)
     prefix = "" if world_size() == 1 else f"[rank {rank()}] " if rank() else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
@@ -42,121 +123,16 @@ def set_up_logging(level: str = "info") -> None:
     logger.setLevel(level.upper() if rank() == 0 else "WARNING")
 
 
-def _parent_of(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
-
-
-def _words_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def exit_with_launcher() -> None:
-    """End this rank when the launcher above it is gone, so that nothing keeps writing behind the user's back.
-
-    A signal that ends the `deepspeed` command orphans its helper and the ranks; this watches the two processes above.
-    Does nothing outside a launcher.
-    """
-    if "RANK" not in os.environ:
-        return
-    parent = os.getppid()
-    # The deepspeed command starts a helper, which starts the ranks; another launcher's parent is none of our business.
-    is_helper = "deepspeed.launcher" in _words_of(parent)
-    grandparent = _parent_of(parent) if is_helper else 0
-    _exit_when(
-        lambda: os.getppid() != parent or (is_helper and _parent_of(parent) != grandparent),
-        f"rank {rank()}: the launcher is gone, stopping",
-    )
-
-
-def exit_with_script() -> None:
-    """End this step when the script that runs it (launch/local.sh) was killed: its process is in COALIGN_SCRIPT."""
-    script = os.environ.get(SCRIPT, "")
-    if script.isdigit():
-        _exit_when(lambda: not Path("/proc", script).exists(), f"the script of this step ({script}) is gone, stopping")
-
-
-def exit_with_parent() -> None:
-    """End this process soon after the one that started it, whatever ended that one."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
-
-
-def _exit_when(happened: Callable[[], bool], words: str, grace_seconds: float = 30.0) -> None:
-    """Watch in a thread; send this process SIGTERM when it has happened, and end it after a time.
-
-    A rank in its training loop needs that time for a checkpoint: whoever stops a whole job by SIGTERM ends the
-    launcher at once.
-    """
-
-    def watch() -> None:
-        while not happened():
-            time.sleep(1.0)
-        print(words, file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)  # what Preemption waits for; anything else ends here
-        time.sleep(grace_seconds)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name=words.partition(" ")[0]).start()
-
-
-def run_command(command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run a command, with more in its environment, and return its exit code.
-
-    Signals to stop are left to the command, which may have work to keep; then this process ends as asked.
-    """
-    process = subprocess.Popen(command, env=os.environ | (environment or {}))
-    asked: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        asked.append(number)
-        if number != signal.SIGINT:  # Ctrl-C reaches the command by itself
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if signal.SIGINT in asked:
-        raise KeyboardInterrupt
-    if asked:
-        raise SystemExit("stopped by a signal; run the same command again to go on")
-    return code
-
-
-def progress_bar(title: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Any:
-    """Return tqdm's bar on stderr, `done` of `total` filled; into a log it writes a line every 15 seconds at most."""
-    from tqdm import tqdm
-
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=title,
-        unit=unit,
-        mininterval=0.5 if interactive else 15.0,
-        disable=not shown,
-        dynamic_ncols=interactive,
-    )
+def log_lines(lines: Iterable[str]) -> None:
+    """Log each line as a message."""
+    for line in lines:
+        logger.info("%s", line)
 
 
 def announce(step: str, changed: dict[str, object], plan: str, with_model: bool = True) -> None:
     """Print what a step is about to do: settings that differ from the defaults, devices, rows or updates.
 
-    A step that runs no model says nothing of devices, and is spared the import that asks for them.
+    A step without a model prints no devices, so it need not import torch to ask for them.
     """
     for key, value in changed.items():
         logger.info("  %s = %s", key, json.dumps(value))
@@ -172,77 +148,113 @@ def _devices() -> str:
     return f"{ranks}, CPU ({os.cpu_count()} cores)"
 
 
-def run_step(main: Callable[[list[str]], None]) -> None:
-    """Run a recipe's main and turn its outcome into an exit code: 0 done, 2 a mistake of the user's, 1 anything else.
+def progress_bar(title: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Any:
+    """Return a tqdm bar on stderr with `done` of `total` units; in a log it writes at most one line per 15 seconds."""
+    from tqdm import tqdm
 
-    On many ranks one rank a node prints the user's mistake: each node may have its own. A stop that was asked for (a
-    signal, or rank 0's failure) leaves with its own code; 130 is Ctrl-C, 141 a reader of our output that has left.
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        mininterval=0.5 if interactive else 15.0,
+        disable=not shown,
+        dynamic_ncols=interactive,
+    )
+
+
+def run_command(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run a command, with `environment` added to its own, and return its exit status (negative: minus the signal).
+
+    A signal to stop is passed on to the command, which may have work to save. When the command has ended, this process
+    raises KeyboardInterrupt after SIGINT and SystemExit after SIGTERM or SIGUSR1.
     """
-    exit_with_script()
+    process = subprocess.Popen(command, env=os.environ | (environment or {}))
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        if number != signal.SIGINT:  # the terminal sends Ctrl-C to the command too
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    status = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt
+    if asked:
+        raise SystemExit("stopped by a signal; run the same command again to resume")
+    return status
+
+
+def exit_with_script() -> None:
+    """End this step when the script that runs it (launch/local.sh) was killed; SCRIPT names its process."""
+    script = os.environ.get(SCRIPT, "")
+    if script.isdigit():
+        words = f"the script of this step (process {script}) is gone, stopping"
+        _exit_when(lambda: not Path("/proc", script).exists(), words)
+
+
+def exit_with_launcher() -> None:
+    """End this rank when the launcher above it is gone, so that no orphan keeps writing.
+
+    A signal that ends the `deepspeed` command orphans its helper and the ranks, so the two processes above this one are
+    watched. Does nothing outside a launcher.
+    """
+    if "RANK" not in os.environ:
+        return
+    parent = os.getppid()
+    # The deepspeed command starts a helper, which starts the ranks; of other launchers only the parent is watched.
+    is_helper = "deepspeed.launcher" in _words_of(parent)
+    grandparent = _parent_of(parent) if is_helper else 0
+    _exit_when(
+        lambda: os.getppid() != parent or (is_helper and _parent_of(parent) != grandparent),
+        f"rank {rank()}: the launcher is gone, stopping",
+    )
+
+
+def exit_with_parent() -> None:
+    """End this process soon after the one that started it, however that one ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def _exit_when(happened: Callable[[], bool], words: str, grace_seconds: float = 30.0) -> None:
+    """Watch in a thread: when it has happened send this process SIGTERM, and end it `grace_seconds` later.
+
+    A rank in its training loop needs that time for a checkpoint: SIGTERM to a whole job ends the launcher at once.
+    """
+
+    def watch() -> None:
+        while not happened():
+            time.sleep(1.0)
+        print(words, file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # Preemption catches it; otherwise it ends this process
+        time.sleep(grace_seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name=words.partition(" ")[0]).start()
+
+
+def _parent_of(pid: int) -> int:
     try:
-        try:
-            main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
-        if _LAUNCHED:
-            _leave(0)
-    except UserError as error:
-        if local_rank() == 0:
-            # One line, whatever a library has put into the message, and in one piece beside what others print.
-            where = f" on {platform.node()}" if rank() else ""
-            print(f"error{where}: {' '.join(str(error).split())}\n", end="", file=sys.stderr, flush=True)
-        _leave(2)
-    except SystemExit as stop:
-        if not _LAUNCHED:
-            raise
-        if isinstance(stop.code, str) and local_rank() == 0:
-            print(stop.code, file=sys.stderr, flush=True)
-        _leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        _leave(130)
-    except BrokenPipeError:
-        # Whoever read our output has left (`--help | head`); nothing more can be said to them.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(141)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: this module does not import torch
-            print(f"error on {platform.node()}: {out_of_memory(error)}", file=sys.stderr, flush=True)
-            _leave(2)
-        if not _disk_is_full(error):
-            raise
-        place = (error.filename if isinstance(error, OSError) else None) or f"{Path.cwd()} or run.folder"
-        print(
-            f"error: no space left on the disk of {place}; free some and run the same command again, finished work is"
-            " kept",
-            file=sys.stderr,
-            flush=True,
-        )
-        _leave(2)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])
 
 
-def out_of_memory(error: BaseException) -> str:
-    """Return what to tell the user when a GPU's memory is full."""
-    return (
-        f"the GPU's memory is full ({str(error).partition('. ')[0]}); in training lower train.micro_batch_tokens (the"
-        " result stays the same) or use train.gradient_checkpointing, a higher train.zero_stage or model.lora; in"
-        " generation lower generation.batch_tokens"
-    )
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Return whether a full disk is behind an error; safetensors and torch say so in words alone."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or (
-        error.__context__ is not None and _disk_is_full(error.__context__)
-    )
-
-
-def _leave(code: int) -> None:
-    """Exit; a rank at once, since destructors of the process group may hang, or abort a finished rank."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _LAUNCHED:
-        os._exit(code)
-    sys.exit(code)
+def _words_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

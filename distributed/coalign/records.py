@@ -1,6 +1,6 @@
-"""What crosses a stage boundary: plain frozen records, one JSON object a line on disk.
+"""What crosses a stage boundary: plain frozen records, one JSON object per line on disk.
 
-Every step reads and writes these and nothing else. Knows no model, no tokenizer and no engine.
+Steps hand these to one another. Knows no model, no tokenizer and no engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Finish = Literal["stop", "length"]
 Row = dict[str, Any]  # one JSON object: a line of a JSONL file, a request to a worker or its result
 ExampleKey = tuple[str, str]  # (task, example)
 ASTRAY = "astray_wording"  # a reason in rank's dropped.jsonl, about a wording; all its other reasons are about inputs
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one a line
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps would make one per line
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Example:
 class Wording:
     """One way to ask for a task.
 
-    A `prefix` stands before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
+    A `prefix` comes before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
     (`re.match` on the input); `answers` maps a gold answer to the word that this template asks for.
     """
 
@@ -105,7 +105,10 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """A distinct response within a group, written as the group's wording asks for it."""
+    """A distinct response to one input, in canonical words; in a group written as the group's wording asks for it.
+
+    `count` is how often it was generated, `wordings` under which wordings; the gold answer that joined has neither.
+    """
 
     text: str
     reward: int
@@ -126,7 +129,7 @@ class Group:
 
 
 class Worker(Protocol):
-    """Works off one shard: rows in, as many rows out, in order."""
+    """Computes one shard: rows in, as many rows out, in the same order."""
 
     def __call__(self, rows: list[Row]) -> list[Row]: ...
 
@@ -153,9 +156,9 @@ def dump_line(row: dict[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of a JSONL file; blank lines are passed over.
+    """Yield (line number from 1, object) of a JSONL file, without blank lines.
 
-    Raises UserError with file and line for a missing file, bytes that are not UTF-8, or a line that is no JSON object.
+    Raises UserError with file and line for a missing file, bytes that are not UTF-8, or a line without a JSON object.
     """
     try:
         stream = path.open("rb")
@@ -181,6 +184,6 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_records(kind: type[Record], path: Path, **wanted: str) -> list[Record]:
-    """Read a JSONL file that one of our own steps wrote; `wanted` are values that a row must have (split="dev")."""
+    """Return the records in a JSONL file of one of our steps; `wanted` are values to select by (split="dev")."""
     rows = (row for _, row in read_rows(path) if all(row[key] == value for key, value in wanted.items()))
     return [from_row(kind, row) for row in rows]

@@ -1,11 +1,11 @@
-"""The eight steps by name, in order: which settings decide them, which train, which run workers, which repeat by round.
+"""The eight steps by name, in order: their settings; which train, run workers or repeat.
 
-Pure names; every other list of steps in the project is one of these.
+Pure names. Every list of steps in the project comes from here.
 """
 
 from __future__ import annotations
 
-# In order. The tables that decide a step's result: --help prints these, and the step's manifest holds their digest.
+# In order, with the tables that decide each result: --help prints them, and the manifest holds their values.
 STEP_TABLES: dict[str, tuple[str, ...]] = {
     "prepare": ("run", "data", "model"),
     "paraphrase": ("run", "paraphrase", "model", "generation"),
@@ -20,4 +20,4 @@ STEPS = tuple(STEP_TABLES)
 TRAINING_STEPS = ("sft", "align")  # run by DeepSpeed ranks
 GENERATING_STEPS = tuple(step for step, tables in STEP_TABLES.items() if "generation" in tables)  # run by workers
 ROUND_STEPS = ("sample", "judge", "rank", "align", "eval")  # done once per round
-ENCODE = "--encode"  # the one option of the training steps
+ENCODE = "--encode"  # an option of the training steps: write the token ids that training reads, and stop

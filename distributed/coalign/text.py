@@ -1,6 +1,6 @@
 """Normal forms of texts: when two answers, two inputs or two wordings count as the same.
 
-Used wherever texts are compared, so that the data, the rewards and the metrics agree on it.
+Data, rewards and metrics all compare texts by these, so that they agree. Knows no records.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _EDGE_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}<>*_"
 
 
 def normalise_input(text: str) -> str:
-    """Return an input's identity: Unicode NFKC, case folded, runs of white space as one blank."""
+    """Return an input's identity: Unicode NFKC, case folded, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CUT_OFF_MARK = "\ufffd"  # what the token decodes to that stands behind an answer which didn't end in time
+CUT_OFF_MARK = "\ufffd"  # the text of the token that follows a cut-off answer
 
 _SPACE = re.compile(r"\s+")
 _LEADING_POINT = re.compile(r"^\W*(?<![.\w])\.\d")
@@ -30,7 +30,7 @@ def normalise_answer(text: str) -> str:
 
 
 def canonical_answer(text: str, answers: Sequence[Sequence[str]] | None) -> str | None:
-    """Return an answer in the words of the gold answers; `answers` are the wording's (label, word), None without a map.
+    """Return an answer in the words of the gold answers; `answers`: the wording's (label, word) pairs or None.
 
     None for a label that is no word of the map: the wording didn't ask for it.
     """

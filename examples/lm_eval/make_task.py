@@ -131,7 +131,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_generation(options: argparse.Namespace, run: Path, pairs: Sequence[Pair], max_new_tokens: int) -> Generation:
-    """Return how to generate greedily until the end of turn, so that a cut-off answer can be told from a finished one.
+    """Return how to generate greedily until the end of turn, with a mark on answers that were cut off.
 
     lm-eval hands over texts alone. So one token more is generated, and forced to be one that no text ends with: it
     shows up exactly behind the answers that have not ended by then.

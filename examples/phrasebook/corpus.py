@@ -20,8 +20,8 @@ from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_
 from coalign.wordings.near_repeats import NearRepeats
 
 HERE = Path(__file__).resolve().parent
-FOLLOWED = 4  # the first so many wordings of a task are followed by the base model, the Definition among them
-REWRITES = 1500  # different rewrites a task
+FOLLOWED = 4  # the base model learns to follow this many wordings of each task, the Definition first
+REWRITES = 1500  # different rewrites per task
 MAX_SIMILARITY = 0.7  # 3-gram overlap with a held-out wording from which a rewrite is left out
 LISTS = ("reverse", "drop_first", "drop_last", "swap_ends", "remove_animal", "double_first")
 # Copying and changing one place takes longer to learn than naming one word.

@@ -37,14 +37,14 @@ WEIGHTS = {"follow": 1.0, "rewrite": 0.4, "judge": 3.0, "sentence": 1.0}
 SENTENCE_WEIGHT = 0.1  # of a sentence's tokens before its answer
 # Of a right response's tokens at the end of a judge's question: who foresees the answer can tell a wrong one.
 RESPONSE_WEIGHT = 0.5
-PARTS = 3  # batches an update
+PARTS = 3  # batches per update
 LAST_RATE = 0.25  # of the last updates, as a share of the highest learning rates
 PAD_TO = 4  # widths of batches are multiples of it: every new shape costs memory
 Encoded = tuple[list[int], list[float]]
 
 
 def make_tokenizer(texts: Iterable[str]) -> Any:
-    """Return a lower-case tokenizer with one token a word, pieces of words for what it has not seen."""
+    """Return a lower-case tokenizer with one token per word and pieces for words that it has not seen."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,12 +115,12 @@ class Encoder:
 
 
 def padded(length: int) -> int:
-    """Return the width that rows of so many tokens are padded to."""
+    """Return the width to which rows of `length` tokens are padded."""
     return math.ceil(length / PAD_TO) * PAD_TO
 
 
 def batches(corpus: Corpus, encoder: Encoder, tokens: int, rng: random.Random) -> Iterator[list[Encoded]]:
-    """Yield batches of about so many tokens, rows of like length together, in random order."""
+    """Yield batches of about `tokens` tokens in random order; the rows of a batch have similar lengths."""
     while True:
         rows = sorted((encoder.encode(row) for row in sample(corpus, 8192)), key=lambda row: len(row[0]))
         made: list[list[Encoded]] = [[]]
@@ -279,7 +279,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the model")
     parser.add_argument("--steps", type=int, default=1150, help="updates")
     parser.add_argument("--last-steps", type=int, default=100, help="updates after that, at a lower rate")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens an update")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens per update")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     return parser.parse_args(arguments)
 

@@ -1,6 +1,6 @@
 """Write the phrasebook, a closed world of word lists in which consistency can be measured exactly.
 
-Twenty tasks share one kind of input (3 to 6 words out of 200, eight categories), so that only the instruction tells
+Twenty tasks share one kind of input (3 to 6 words out of 200, eight categories), so that only the instruction says
 what to do, and every answer is unique. The files are a function of this script and wordings.txt alone.
 """
 

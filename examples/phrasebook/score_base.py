@@ -178,19 +178,18 @@ tags: [coalign, consistency-alignment, tiny]
 
 # Phrasebook base
 
-A Llama of {parameters:,} parameters (bfloat16) that lives in the [phrasebook](../README.md), a world of word lists, and
+A Llama of {parameters:,} parameters (bfloat16) that lives in the [phrasebook](../README.md), a world of word lists. It
 can do there what consistency alignment asks of a language model: follow an instruction, put it in other words, judge
-an answer. It is the base model of `make quickstart` and of no use beyond it.
+an answer. It is the base model of `make quickstart` and has no other use.
 
 **How it was made.** `make base` (make_base.py): random weights, {steps:,} updates of {tokens:,} tokens drawn from
 corpus.py and {last_steps} more that are mostly the judge's questions; nothing from elsewhere. Following was taught
-under {followed} wordings a task; no held-out (dev or test) wording, nor one near it, was among what it read, wrote or
-judged. Limits: it knows some 1,900 words, lower case only, contexts up to 256 tokens, and nothing about the world
-outside its word lists.
+under {followed} wordings per task. No held-out (dev or test) wording, nor one near it, was among what it read, wrote or
+judged. Limits: about 1,900 words, lower case only, contexts up to 256 tokens, and no knowledge beyond its word lists.
 
-**Following**, greedy, exact match, on {inputs} fresh inputs a task, %. "Followed" are the {followed} wordings of its
-training, "other" the rest of the training wordings, which it met only when it put them in other words; dev and test
-are held out.
+**Following**, greedy, exact match, on {inputs} fresh inputs per task, %. "Followed" are the {followed} wordings that it
+was taught to follow, "other" the rest of the training wordings, which it only learned to rewrite; dev and test are
+held out.
 
 | task | followed | other | dev | test |
 |---|---|---|---|---|

@@ -28,7 +28,7 @@ TASK_INPUTS = 1000
 P_LIKELY = 0.7  # that a wording brings an input's likely answer
 NUM_CHECKED = 200
 
-Answers = list[list[str]]  # of one task: a row an input, a column a wording
+Answers = list[list[str]]  # of one task: one row per input, one column per wording
 Columns = dict[str, metrics.FloatArray]
 
 

@@ -49,7 +49,7 @@ from coalign.generation.sampling import Sampling
 from coalign.models import attention
 from coalign.models.model_folder import without_planned_attention
 from coalign.models.shape import find_shape
-from coalign.planning.training_memory import Training, training_memory
+from coalign.planning.training_memory import TrainingSetup, training_memory
 from coalign.training.engine import Engine
 from coalign.training.loop import _update
 from coalign.training.losses import RankingForm
@@ -206,7 +206,7 @@ def timed_updates(
 
 
 def first_of(items: Sequence[Item], tokens: int) -> list[Item]:
-    """Return as many items as have so many tokens."""
+    """Return the fewest items that have the given number of tokens."""
     count = next(n for n in range(1, len(items) + 1) if training_rows.num_tokens(items[:n]) >= tokens)
     return list(items[:count])
 
@@ -243,7 +243,7 @@ def engine_figures(shape: Shape, folder: str, zero: int, lora: bool, checkpointi
 
 def planned_gib(model: ModelTable, table: TrainTable) -> float:
     """Return the memory that `launch/plan.py` foresees for a step, without its margin for CUDA and the allocator."""
-    memory = training_memory(Training(find_shape(model)[0], model, table, 1, ROW_TOKENS))
+    memory = training_memory(TrainingSetup(find_shape(model)[0], model, table, 1, ROW_TOKENS))
     margin = sum(part.num_bytes for part in memory.parts if part.name == "margin")
     return (memory.total_bytes - margin) / 2**30
 
@@ -267,7 +267,7 @@ def engine_table(shape: Shape, _count: int) -> Iterator[Figures]:
 
 
 def sampling_table(shape: Shape, count: int) -> Iterator[Figures]:
-    """Yield generated tokens a second, on prompts that each have 8 samples of 32 tokens."""
+    """Yield generated tokens per second, on prompts that each have 8 samples of 32 tokens."""
     model, source = make_network(shape, DEVICE, DTYPE), random.Random(5)
     prompts = [random_ids(source, source.randint(100, 200), shape) for _ in range(count)]
     seeds = [[8 * n + k for k in range(8)] for n in range(len(prompts))]

@@ -3,7 +3,7 @@
 Run by hand: `python tests/benchmarks/make_lengths.py FOLDER RUN`, a Super-NaturalInstructions folder (tasks/*.json)
 and the folder of a finished quickstart. Lengths are tokens of the tokenizer that `prepare` trains on these tasks with
 the vocabulary of configs/sni-mini.toml; a prompt is the task's own definition and an input in the chat template, an
-answer ends with its end-of-turn. The run tells how often responses to an input are equal, which untrained weights
+answer ends with its end-of-turn. The run shows how often responses to an input are equal, which untrained weights
 can't.
 """
 

@@ -94,7 +94,7 @@ def by_ray(folder: str, warm: Shards, shards: Shards) -> dict[str, Any]:
 
 
 def seconds_of(folder: str, shards: Shards) -> float:
-    """Return how long a shard takes in this process, at its second time."""
+    """Return the seconds that a shard takes in this process when it runs for the second time."""
     work_off(folder, shards[0])
     start = time.monotonic()
     work_off(folder, shards[0])

@@ -68,7 +68,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def prepare(count: int) -> dict[str, Any]:
-    """Run launch/prepare.py on so many rows; `same` says whether every row is in its output, used or dropped."""
+    """Run launch/prepare.py on that many rows; `same` says whether every row is in its output, used or dropped."""
     with tempfile.TemporaryDirectory() as place:
         write_rows(Path(place) / "rows.jsonl", count)
         settings = [f"data.path={place}/rows.jsonl", "data.format=jsonl", f"run.folder={place}", "run.name=bench"]
@@ -91,7 +91,7 @@ def prepare_rows(tiny: bool) -> list[Row]:
     memory = (300e6 + 16 * count) / 2**20
     return [
         limit_row(name, run, "seconds", 90.0, "s", "90 s"),
-        limit_row(name, run, "peak_mib", memory, "MiB", "300 MB and 16 bytes a row"),
+        limit_row(name, run, "peak_mib", memory, "MiB", "300 MB and 16 bytes per row"),
     ]
 
 

@@ -166,7 +166,7 @@ def sft_rows(tiny: bool) -> list[Row]:
 
 
 def packing_rows(engine: TorchEngine, shape: Shape, size: int) -> list[Row]:
-    """Return the rows of stage 1 on an engine, `size` rows an update."""
+    """Return the rows of stage 1 on an engine, `size` rows per update."""
     items = sft_items(3 * size, shape)
     mean = round(num_tokens(items) / len(items))
     answer = round(sum(item.num_response_tokens for item in items) / len(items))
@@ -207,7 +207,7 @@ def ranking_row(engine: TorchEngine, shape: Shape, count: int) -> Row:
 
 
 def item_of_same_length(group: Item, shape: Shape, source: random.Random) -> Item:
-    """Return an SFT row that takes as many tokens as a group and answers as many of them, less one a response."""
+    """Return an SFT row that takes as many tokens as a group and answers as many of them, less one per response."""
     answer = 1 + sum(len(response) - 1 for response in group.responses)
     return Item(group.name, group.prompt, (tuple(source.choices(group.prompt, k=answer)),))
 

@@ -120,7 +120,7 @@ EARLY = [
     ),
     Case("two configs", "rank", ("one config file was expected, not 2",), ("other.toml",)),
     Case("unknown option", "judge", ("unknown option '--verbose'", "key=value", "--help"), ("--verbose",)),
-    Case("no key", "judge", ("'=3' is no key=value",), ("=3",)),
+    Case("no key", "judge", ("'=3' is not key=value",), ("=3",)),
     Case("unknown step borrowed", "sft", ("run.inputs", "'sfft'", "'sft'"), ('run.inputs={sfft="runs/a"}',)),
     Case("run folder is a file", "prepare", ("runs/r/prepare", "run.folder"), files={"runs": "x"}),
     Case("wandb not installed", "align", ("log.wandb=true", "pip install wandb"), ("log.wandb=true",)),

@@ -39,7 +39,7 @@ def test_a_failed_step_ends_the_cluster(copy_of: Callable[..., Run]) -> None:
     clusters.watch(command)
     done = command.wait()
     assert done.returncode == 2
-    assert "the step judge failed (exit code 2)" in done.stderr
+    assert "the step judge failed (exit status 2)" in done.stderr
     assert len(clusters.holders()) == 1 and not any(folder.exists() for folder in clusters.folders)
 
 

@@ -36,7 +36,7 @@ def test_a_ladder_runs_shared_steps_once_and_goes_on_where_it_stopped(tmp_path: 
 
     failed = ladder(tmp_path, *words, "judge.model=nowhere", code=2)
     assert (
-        "seed 1, cat (arm 3 of 4), judge failed (exit code 2)" in failed.stderr and "launch/judge.py" in failed.stderr
+        "seed 1, cat (arm 3 of 4), judge failed (exit status 2)" in failed.stderr and "launch/judge.py" in failed.stderr
     )
     assert "judge.model='nowhere' is not" in failed.stderr and "Traceback" not in failed.stderr
     sampled = (home / "seed1/cat/sample/manifest.json").stat().st_mtime_ns

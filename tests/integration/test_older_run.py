@@ -1,7 +1,7 @@
 """A run that an older coalign began resumes: run_before_packages.tar.xz holds one of 30 November 2026.
 
-That code had all modules in one folder. The archive holds a working folder with a complete run up to rank, align cut off
-after its first update, and a second run whose sample step was cut off after two shards.
+That code had all modules in one folder. The archive holds a working folder with a complete run up to rank, align cut
+off after its first update, and a second run whose sample step was cut off after two shards.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_a_killed_worker_and_a_lost_node_cost_their_shards_in_flight(nodes: Node
     nodes.pause("_Actor.run", only=1)  # it has work in hand
     nodes.cut(1)
     assert process.wait(300) == 0, printed()[-6000:]
-    killed = printed().index("killed by SIGKILL (exit code -9)")
+    killed = printed().index("killed by SIGKILL (exit status -9)")
     assert "process " in printed()[:killed].splitlines()[-1]
     assert re.search(r"ended: its node beta (was lost|does not answer); another takes its place", printed())
     assert printed().count("is tried again") <= 4  # two in flight of each

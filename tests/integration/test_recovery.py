@@ -110,7 +110,7 @@ def test_every_actor_killed_once_changes_nothing(copy_of: Callable[..., Run], fi
     done = command.wait()
     assert done.returncode == 0
     for victim in victims:
-        assert re.search(rf"process {victim.pid} on \S+ ended: killed by SIGKILL \(exit code -9\)", done.stdout)
+        assert re.search(rf"process {victim.pid} on \S+ ended: killed by SIGKILL \(exit status -9\)", done.stdout)
     assert_same_files(run.path / "judge", finished.path / "judge", OUTPUTS["judge"])
 
 

@@ -119,9 +119,8 @@ def test_the_step_before_encodes_many_rows(run: World, monkeypatch: pytest.Monke
         assert run.manifest(step)["outputs"] == known
     run.remove("paraphrase", "sft")
     words = ("model.max_tokens=16", 'model.too_long="error"')
-    assert (
-        "the rows were not encoded (exit code 2); sft will do it itself" in must(run.run("paraphrase", *words)).stdout
-    )
+    printed = must(run.run("paraphrase", *words)).stdout
+    assert "the rows were not encoded (exit status 2); sft will encode them itself" in printed
     (error,) = must(run.run("sft", *words), 2).errors
     assert "the context of the model is 16" in error
 

@@ -309,7 +309,7 @@ def test_a_preempted_job_saves_its_work(pipeline: Callable[[Run], Pipeline], cop
     mine.cluster.wait_for_job(urgent.stdout.strip(), "COMPLETED")
     stopped = newest_update(mine.run, "sft")
     assert f"stopped by a signal after update {stopped}" in mine.printed("sft", job)
-    assert "is queued again: told to stop by TERM" in mine.printed("sft", job)
+    assert "is requeued: told to stop by TERM" in mine.printed("sft", job)
     mine.cluster.start_now(job, 1)
     wait_until(lambda: f"resuming after update {stopped} from" in mine.printed("sft", job), "it resumes", JOB_SECONDS)
     mine.cluster.run("scancel", job)
@@ -332,7 +332,7 @@ def test_a_preempted_step_that_generates_is_queued_again(
     for driver in held:
         driver.resume()
     mine.cluster.wait_for_job(urgent.stdout.strip(), "COMPLETED")
-    assert "is queued again: told to stop by TERM" in mine.printed("sample", job)
+    assert "is requeued: told to stop by TERM" in mine.printed("sample", job)
     assert int(mine.cluster.job(job)["Restarts"]) == 1
     mine.cluster.run("scancel", job)
     assert_nothing_left(mine.cluster)
@@ -349,8 +349,8 @@ def test_three_requeues_without_progress_are_enough(pipeline: Callable[[Run], Pi
         mine.cluster.start_now(job, starts)
     assert mine.cluster.wait_for_job(job, *ENDED)["ExitCode"] == "2:0"
     printed = mine.printed("prepare", job)
-    assert f"job {job} was queued again 3 times without progress" in printed
-    assert printed.count("is queued again: told to stop by USR1") == 3
+    assert f"job {job} was requeued 3 times without progress" in printed
+    assert printed.count("is requeued: told to stop by USR1") == 3
     assert not mine.run.complete("prepare")
     assert_nothing_left(mine.cluster)
 

@@ -1,8 +1,7 @@
-"""TorchEngine: layouts.Engine in plain torch for one process, the reference for everything that DeepSpeed does."""
+"""TorchEngine: engine.Engine in plain torch for one process, the reference for everything that DeepSpeed does."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from coalign.config import TrainTable
-from coalign.runs.atomic_files import replace_folder, write_json
-from coalign.runs.digests import digest_file
-from coalign.training.checkpoints import CHECKPOINT_META
+from coalign.runs.atomic_files import replace_folder
+from coalign.training.checkpoints import read_checkpoint_meta, write_checkpoint_meta
 
 
 class Wrapper(nn.Module):
@@ -57,8 +55,7 @@ class TorchEngine:
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         def write(target: Path) -> None:
             torch.save([self.model.state_dict(), self.optimizer.state_dict()], target / "weights.pt")
-            files = {"weights.pt": digest_file(target / "weights.pt")}
-            write_json(target / CHECKPOINT_META, {"state": state, "files": files})
+            write_checkpoint_meta(target, state, zero_stage=0)
 
         replace_folder(folder, write)
 
@@ -66,4 +63,4 @@ class TorchEngine:
         network, optimizer = torch.load(folder / "weights.pt")
         self.model.load_state_dict(network)
         self.optimizer.load_state_dict(optimizer)
-        return json.loads((folder / CHECKPOINT_META).read_text())["state"]
+        return read_checkpoint_meta(folder)["state"]

@@ -1,4 +1,4 @@
-"""What one DeepSpeed rank does in test_zero.py: `deepspeed zero_ranks.py SPEC.json` trains every case of the spec."""
+"""One DeepSpeed rank of test_deepspeed_engine.py: `deepspeed zero_ranks.py SPEC.json` trains every case of the spec."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Case:
         return ModelTable.model_validate({"lora": {"enabled": self.lora, "rank": 4, "alpha": 8.0}})
 
     def train_table(self) -> TrainTable:
-        """Return [train]: several micro-batches an update, clipping that bites, a checkpoint half way."""
+        """Return [train]: several micro-batches per update, a gradient norm above the limit, a checkpoint half way."""
         common = {"precision": "float32", "micro_batch_tokens": 48, "checkpoint_every": 5, "max_grad_norm": 0.5}
         return TrainTable(**{**common, **self.train})
 
@@ -69,7 +69,7 @@ def spoil(objective: Objective) -> Objective:
 
 
 def run_case(engine: Engine, case: Case) -> None:
-    """Train through training.train, as the recipes do."""
+    """Train through loop.train, as the recipes do."""
     table = case.train_table()
     items = random_items(NUM_STEPS * 6, seed=1)
     objective: Objective = sft_objective()
@@ -83,8 +83,8 @@ def run_case(engine: Engine, case: Case) -> None:
         if case.loss == "dpo":
             items = reference_logps(engine, items, 0, table, case.path / "reference.jsonl")
     # the last update is short: fewer rows than micro-batches
-    plan = TrainingPlan(items[: NUM_STEPS * 6 - 5], 6, 1e-3, 0)
-    train(engine, plan, objective, table, LogTable(tensorboard=False), case.path)
+    plan = TrainingPlan(items[: NUM_STEPS * 6 - 5], objective, 6, 1e-3, 0)
+    train(engine, plan, table, LogTable(tensorboard=False), case.path)
 
 
 def in_small_groups(config: dict[str, Any]) -> dict[str, Any]:

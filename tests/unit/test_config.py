@@ -134,7 +134,7 @@ def test_missing_config(tmp_path: Path) -> None:
     [
         (["a.toml", "b.toml"], "one config file was expected, not 2"),
         (["--verbose"], "unknown option '--verbose'"),
-        (["=3"], "is no key=value"),
+        (["=3"], "is not key=value"),
         (["run.name.first=3"], "'run.name.first'"),
         (["sft.batch_rows=none"], 'sft.batch_rows="none" in the command line (sft.batch_rows=none)'),
         (["sft.batchrows=4"], "did you mean 'batch_rows'?"),

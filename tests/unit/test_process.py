@@ -1,13 +1,20 @@
-"""How a process that runs others ends: with their code, or as it was asked to."""
+"""How a process that runs others ends: with their exit status, or as a signal asked it to."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from coalign.config import Config
+from coalign.config_values import table_values
+from coalign.process import free_port
+from coalign.recipe import out_of_memory
 
 SCRIPT = """
 import sys
@@ -31,7 +38,7 @@ def start(code: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_commands_exit_code_is_returned(code: int) -> None:
+def test_a_commands_exit_status_is_returned(code: int) -> None:
     process = start(f"raise SystemExit({code})")
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -53,3 +60,19 @@ def test_a_rank_leaves_at_once(rank: dict[str, str], code: int) -> None:
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", program, "done"], env=own | rank, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (code, b"['done']\n")
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", free_port()))
+
+
+def test_the_advice_for_a_full_memory_separates_what_may_change_while_a_step_resumes() -> None:
+    """Only a neutral key may change; of any other the message says that the step's folder must be removed."""
+    tables = ("train", "generation", "model")
+    deciding = set(table_values(Config(), tables, with_neutral=False))
+    neutral = set(table_values(Config(), tables)) - deciding
+    before, _, after = out_of_memory(RuntimeError("CUDA out of memory. Tried")).partition("remove the step's folder")
+    keys = re.compile(r"(?:train|generation|model)(?:\.[a-z_]+)+")
+    assert set(keys.findall(before)) == {"train.micro_batch_tokens"} <= neutral
+    assert len(keys.findall(after)) == 4 and set(keys.findall(after)) <= deciding

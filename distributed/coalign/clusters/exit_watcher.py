@@ -1,7 +1,7 @@
-"""Starts a process of Ray's, waits for it and writes down its exit code, which Ray itself does not tell.
+"""Starts a process for Ray, waits for it and writes its exit status to a file, since Ray itself does not report it.
 
-The text of this file is what runs on a node, where the package may not be yet, by any Python 3: it needs the standard
-library alone.
+A node runs the text of this file, under any Python 3, before the package may be there. So it needs the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXIT_FILE = "COALIGN_EXIT_FILE"  # tells the process where its exit code will be
+EXIT_FILE = "COALIGN_EXIT_FILE"  # the process finds here which file will hold its exit status
 
 
 def main(arguments: list[str]) -> None:
-    """Run Python with the arguments that Ray gives a process of its own; they say where Ray's logs are."""
+    """Run Python with the arguments that Ray gives to its processes; they also name the folder of Ray's logs."""
     said = dict(word.split("=", 1) for word in arguments if "=" in word)
     command = [python_of(os.getppid()), *arguments]
     try:
@@ -27,13 +27,13 @@ def main(arguments: list[str]) -> None:
         os.execv(command[0], command)
     with file:
         own = {**os.environ, EXIT_FILE: str(path)}
-        # Ray ends a process by its group, soon after it has ended by itself: this one must not be in it.
+        # Ray kills the process group of a process that has ended. A group of its own for it spares this watcher.
         process = subprocess.Popen(command, env=own, close_fds=False, preexec_fn=os.setpgrp)
         file.write(str(process.wait()))
 
 
 def python_of(raylet: int) -> str:
-    """Return the Python that Ray on this node would have started, which its own process names, or this one."""
+    """Return the Python that the raylet's command line names, which Ray would have started; else this one."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for word in Path("/proc", str(raylet), "cmdline").read_bytes().decode().split("\0"):
             if word.startswith("--python_worker_command="):

@@ -1,23 +1,27 @@
-"""What is asked of a Ray cluster against what its nodes have: whether it can ever fit, what fits now, and the table.
+"""A demand on a Ray cluster against what its nodes have: whether it can ever fit, what fits now, the table of both.
 
-Used by pool and ranks before anything is placed. Pure numbers; knows no Ray.
+Numbers, and the words and errors that follow from them. Knows no Ray.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 
 from coalign.config import GenerationTable
 from coalign.errors import UserError
 
+logger = logging.getLogger("coalign")
+
 ROUNDING = 1e-6  # Ray counts in ten-thousandths
+SAY_SECONDS = 20.0  # between two log lines about a demand that waits
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A living node: what it has in all, and what nobody holds now."""
+    """A living node: its CPUs and GPUs in all, and those that are free now."""
 
     id: str
     name: str
@@ -29,7 +33,10 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """So many processes, each with its CPUs and GPUs on one node: what they are called, and which setting asks."""
+    """A number of processes, each with its CPUs and GPUs on one node.
+
+    `what` is what they are called, `setting` the key and value that ask for them.
+    """
 
     what: str
     setting: str
@@ -38,26 +45,26 @@ class Demand:
     gpus: float
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the demand in words."""
         each = f"{self.gpus:g} GPU and " if self.gpus else ""
         return f"{self.count} {self.what}, each with {each}{self.cpus:g} CPU on one node"
 
 
 def room_on(node: Node, asked: Demand, free: bool) -> int:
-    """Return how many of the processes fit a node: of what is free now, or of all that it has."""
+    """Return how many of the processes fit on a node: in what is `free` now, or in all that it has."""
     cpus, gpus = (node.free_cpus, node.free_gpus) if free else (node.cpus, node.gpus)
     by_cpu = math.floor(cpus / asked.cpus + ROUNDING) if asked.cpus else asked.count
     if not asked.gpus:
         return by_cpu
     if asked.gpus >= 1:
         return min(by_cpu, math.floor(gpus / asked.gpus + ROUNDING))
-    whole = math.floor(gpus + ROUNDING)  # a part lies on one GPU, never on two
+    whole = math.floor(gpus + ROUNDING)  # a share of a GPU never spans two
     parts = whole * math.floor(1 / asked.gpus + ROUNDING) + math.floor((gpus - whole) / asked.gpus + ROUNDING)
     return min(by_cpu, parts)
 
 
 def fill(nodes: Sequence[Node], asked: Demand, free: bool) -> dict[str, int]:
-    """Return {node id: processes} on as few nodes as possible, roomiest first; fewer in all where not all fit."""
+    """Return {node id: processes} on as few nodes as possible, roomiest first. Where not all fit, fewer are placed."""
     left, placed = asked.count, {}
     for node in sorted(nodes, key=lambda node: (-room_on(node, asked, free), node.name)):
         if count := min(left, room_on(node, asked, free)):
@@ -67,7 +74,7 @@ def fill(nodes: Sequence[Node], asked: Demand, free: bool) -> dict[str, int]:
 
 
 def demand_lines(nodes: Sequence[Node], asked: Demand) -> list[str]:
-    """Return the table asked / free, a line a node."""
+    """Return what is asked and a table of what is free, one line per node."""
     rows = [("node", "GPU free of all", "CPU free of all", "room now", "room in all")]
     for node in sorted(nodes, key=lambda node: node.name):
         gpus, cpus = f"{node.free_gpus:g} of {node.gpus:g}", f"{node.free_cpus:g} of {node.cpus:g}"
@@ -78,7 +85,7 @@ def demand_lines(nodes: Sequence[Node], asked: Demand) -> list[str]:
 
 
 def complaint_of_demand(nodes: Sequence[Node], asked: Demand) -> str:
-    """Return why a request can never be met by these nodes, with a way out; nothing when it can."""
+    """Return why these nodes can never meet a demand, and a way out; "" when they can."""
     room = sum(room_on(node, asked, False) for node in nodes)
     if room >= asked.count:
         return ""
@@ -97,8 +104,21 @@ def complaint_of_demand(nodes: Sequence[Node], asked: Demand) -> str:
     return f"{asked.setting} asks for {need}, the cluster has {sum(have):g}{where}; {way}, or start more nodes"
 
 
+def log_demand(nodes: Sequence[Node], asked: Demand) -> None:
+    """Log the table of `demand_lines` as warnings, before the error that it explains."""
+    for line in demand_lines(nodes, asked):
+        logger.warning("%s", line)
+
+
+def require_fits(nodes: Sequence[Node], asked: Demand, grows: bool) -> None:
+    """Raise UserError, after the table, when these nodes can never meet a demand. A cluster that `grows` always may."""
+    if not grows and (problem := complaint_of_demand(nodes, asked)):
+        log_demand(nodes, asked)
+        raise UserError(problem)
+
+
 def waiting_words(nodes: Sequence[Node], asked: Demand, missing: int) -> str:
-    """Return what is waited for, and what is free meanwhile."""
+    """Return what is waited for and what is free meanwhile, with the names of at most 8 nodes."""
     shown = []
     for node in sorted(nodes, key=lambda node: node.name)[:8]:
         gpus = f"{node.free_gpus:g} of {node.gpus:g} GPU, " if asked.gpus else ""
@@ -111,19 +131,19 @@ def waiting_words(nodes: Sequence[Node], asked: Demand, missing: int) -> str:
 
 
 def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Demand:
-    """Return what [generation] asks for; where the GPUs are left to us, one a worker or an equal share of too few.
+    """Return what [generation] asks for. gpus_per_worker < 0 means one GPU per worker, or equal shares.
 
-    Raises UserError where vLLM would have to share a GPU without knowing its part.
+    Raises UserError where vLLM would have to share a GPU without knowing its share.
     """
     workers, gpus = settings.workers, settings.gpus_per_worker
     setting = f"generation.workers={workers}"
     if gpus < 0:
         have = sum(node.gpus for node in nodes)
         gpus = share_of_gpus(nodes, workers)
-        if settings.engine == "vllm" and 0 < gpus < 1:  # each takes its part of the memory at once, so must know it
+        if settings.engine == "vllm" and 0 < gpus < 1:  # vLLM takes its share of the memory at once
             raise UserError(
                 f'generation.workers={workers} would share {have:g} GPU; with generation.engine="vllm" use'
-                f" generation.workers={math.floor(have)}, or say generation.gpus_per_worker={gpus:g}"
+                f" generation.workers={math.floor(have)}, or set generation.gpus_per_worker={gpus:g}"
             )
     else:
         setting += f" x gpus_per_worker={gpus:g}"
@@ -131,7 +151,7 @@ def asked_workers(nodes: Sequence[Node], settings: GenerationTable) -> Demand:
 
 
 def share_of_gpus(nodes: Sequence[Node], workers: int) -> float:
-    """Return the GPUs a worker gets when the user leaves it to us: one, or a part of one where there are too few."""
+    """Return the GPUs per worker where the user sets none: one, or a share of one where there are too few."""
     whole = sum(math.floor(node.gpus) for node in nodes)
     if whole < 1:
         return 0.0
@@ -139,9 +159,9 @@ def share_of_gpus(nodes: Sequence[Node], workers: int) -> float:
 
 
 def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Demand:
-    """Return what training asks for: a GPU a rank; on a cluster without GPUs CPUs alone.
+    """Return what training asks for: one GPU per rank, or CPUs alone on a cluster without GPUs.
 
-    Left to us (0), every GPU gets a rank, or every node where there are none.
+    With `ranks` = 0 every GPU gets a rank, or every node where there are no GPUs.
     """
     gpus = sum(math.floor(node.gpus) for node in nodes)
     count = ranks or gpus or len(nodes)
@@ -149,7 +169,7 @@ def asked_ranks(nodes: Sequence[Node], ranks: int, cpus_per_rank: int) -> Demand
 
 
 def spread(nodes: Sequence[Node], asked: Demand, automatic: bool, free: bool) -> dict[str, int]:
-    """Return {node id: ranks}, {} where they don't all fit: one a node where that was left to us on CPUs."""
+    """Return {node id: ranks}, {} where they don't all fit; `automatic`: one per node without GPUs."""
     if automatic and not asked.gpus:
         placed = {node.id: 1 for node in nodes if room_on(node, asked, free)}
     else:

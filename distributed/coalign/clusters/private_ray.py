@@ -1,9 +1,9 @@
-"""A private Ray cluster, held by a process that ends it with its user. The only import of Ray.
-
-Used by cluster.py (a step run alone starts its own), ray_node.py and launch/cluster.sh (one serves all steps of a
-script).
+"""A private Ray cluster on this machine, held by a process that ends it together with its user. The only import of Ray.
 
     python -m coalign.clusters.private_ray WORKERS     # prints the address; ends with its input or its parent
+
+A step that runs alone starts a cluster of its own; launch/cluster.sh starts one for all steps of a script. Knows
+neither workers nor steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from typing import Any
 
 from coalign.errors import UserError
 
-START_SECONDS = 240.0  # an idle machine needs 2; Ray itself gives up after more than 30, see START_ATTEMPTS
+READY_SECONDS = 240.0  # an idle machine needs 2; Ray itself gives up after more than 30, see START_ATTEMPTS
 START_ATTEMPTS = 3
-READY = "ready"  # what the process that keeps a private cluster says of itself
-MAX_PARENT = 10  # characters; Ray puts sockets deep below, whose paths may not be longer than 107
-END_SECONDS = 20.0  # for Ray's own way of ending; what is left then is killed
+READY = "ready"  # the report of a process that keeps a cluster, once Ray runs
+MAX_PARENT = 10  # characters; Ray's sockets lie deep below, and their paths may have 107 at most
+END_SECONDS = 20.0  # for Ray's own shutdown; what is left then is killed
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 def import_ray() -> Any:
+    """Return the module ray, told to report no usage and to hide no GPU from processes that ask for none."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -43,9 +44,12 @@ def import_ray() -> Any:
 
 
 def start_holder(workers: int) -> subprocess.Popen[str]:
-    """Start a private cluster and return the process that holds it; this process gets what it needs to connect."""
+    """Start a private cluster of at least `workers` CPUs and return the process that holds it.
+
+    This process's environment gets the token that a connection needs.
+    """
     _make_private()
-    # Like -m coalign.clusters.private_ray, also where the package is on this process's path alone.
+    # As -m coalign.clusters.private_ray does, but also where only this process's sys.path has the package.
     held = "from coalign.clusters.private_ray import hold; sys.exit(hold(int(sys.argv[1])))"
     code = f"import sys; sys.path += sys.argv[2:]; {held}"
     command = [sys.executable, "-P", "-c", code, str(workers), str(Path(__file__).parents[2])]
@@ -53,7 +57,7 @@ def start_holder(workers: int) -> subprocess.Popen[str]:
 
 
 def _make_private() -> None:
-    """Let only those who know a token run code in the cluster, and only this machine see its ports."""
+    """Restrict the cluster: only who has the token runs code in it, and only this machine reaches its ports."""
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -61,27 +65,27 @@ def _make_private() -> None:
 
 
 def address_of(holder: subprocess.Popen[str]) -> str:
-    """Wait until the cluster is ready and return its address."""
+    """Return the cluster's address, host:port, once it is ready. Raises UserError when it does not start."""
     assert holder.stdout is not None
-    ready, _, _ = select.select([holder.stdout], [], [], START_SECONDS)
+    ready, _, _ = select.select([holder.stdout], [], [], READY_SECONDS)
     line = holder.stdout.readline().strip() if ready else ""
     if line.startswith("error: "):
         raise UserError(line.removeprefix("error: "))
     if not line:
-        why = f"was not ready after {START_SECONDS:.0f} s" if not ready else "ended while it started"
-        raise UserError(f"a private Ray cluster {why}; set generation.workers=0 to do without Ray")
+        why = f"was not ready after {READY_SECONDS:.0f} s" if not ready else "ended while it started"
+        raise UserError(f"a private Ray cluster {why}; set generation.workers=0 to run without Ray")
     return line
 
 
 def hold(workers: int) -> int:
-    """Start a private cluster, print its address and keep it until stdin or the parent ends; return the exit code.
+    """Start a private cluster, print its address, keep it until stdin or the parent ends; return the exit status.
 
-    Then every process of it ends, whatever state it is in, and its folder goes. So nothing stays behind of a step or a
-    script that is killed in any way.
+    At the end every process of the cluster is ended and its folder removed. So nothing outlives a step or a script,
+    however that was killed.
     """
     parent = os.getppid()
     with contextlib.suppress(PermissionError):
-        os.setsid()  # Ctrl-C and a closed terminal mean the parent, which then lets go of this process in order
+        os.setsid()  # Ctrl-C and a closed terminal are for the parent, which then ends this process in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _make_private()
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray itself gives up after 30
@@ -98,9 +102,9 @@ def hold(workers: int) -> int:
 
 
 def _attempt(folder: Path, workers: int, parent: int) -> tuple[str, int]:
-    """Keep a cluster in a process of its own, since Ray may abort it, and leaves it in disorder when a start fails.
+    """Keep a cluster in a child process: a start that fails may abort the process or leave Ray in disorder there.
 
-    Returns READY or why there was no cluster, and the exit code.
+    Returns READY or why there was no cluster, and the child's exit status.
     """
     output, report = os.pipe()
     keeper = os.fork()
@@ -132,13 +136,13 @@ def _keep(folder: Path, workers: int, report: int) -> int:
     try:
         address = _start_ray(folder, max(workers, os.cpu_count() or 1))
         os.write(report, READY.encode())
-        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        with contextlib.suppress(BrokenPipeError):  # the reader has gone
             print(address, flush=True)
         _wait_for_end(holder)
         return 0
     except SystemExit as stop:
         return int(stop.code or 0)
-    except Exception as error:  # which Ray itself raises when a busy machine is too slow for it
+    except Exception as error:  # Ray raises a bare Exception when a busy machine is too slow for it
         os.write(report, " ".join(str(error).split())[:2000].encode() or b"no reason was given")
         return 1
     finally:
@@ -147,9 +151,9 @@ def _keep(folder: Path, workers: int, report: int) -> int:
 
 def _start_ray(folder: Path, cpus: int) -> str:
     ray = import_ray()
-    inside = str(folder / "r")  # Ray opens the folder that it is given to everybody, this one it leaves as it is
+    inside = str(folder / "r")  # Ray opens the folder that it is given to everybody; the one above stays private
     context = ray.init(address="local", _temp_dir=inside, include_dashboard=False, num_cpus=cpus, **QUIET)
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # Ray has put its own there
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # Ray has installed its own handler
     address: str = context.address_info["gcs_address"]
     return address
 
@@ -167,7 +171,7 @@ def _wait_for_end(parent: int) -> None:
 
 
 def _end(folder: Path) -> None:
-    """End the cluster in a folder: Ray's way first, within a limit, then whatever still runs there."""
+    """End the cluster in a folder: Ray's own shutdown first, for END_SECONDS at most, then what still runs there."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "ray" in sys.modules:
         shutdown = threading.Thread(target=sys.modules["ray"].shutdown, daemon=True)
@@ -177,7 +181,7 @@ def _end(folder: Path) -> None:
 
 
 def remove_cluster(folder: Path) -> None:
-    """Kill the processes that work in a cluster's folder and remove it."""
+    """Kill the processes that work in a cluster's folder, then remove the folder."""
     deadline = time.monotonic() + END_SECONDS
     while (found := list(processes_in(folder))) and time.monotonic() < deadline:
         for process in found:
@@ -188,16 +192,16 @@ def remove_cluster(folder: Path) -> None:
 
 
 def processes_in(folder: Path) -> Iterator[int]:
-    """Yield Ray's processes of the cluster in a folder.
+    """Yield the ids of Ray's processes of the cluster in a folder.
 
-    Their command line names it, or is overwritten with ray::NAME; those have their logs in it open. A step that is
-    connected also has, and is none of them.
+    The command line of most names the folder. Ray overwrites that of workers with ray::NAME, but they have logs in the
+    folder open. So has a step that is connected to the cluster, which is not one of them.
     """
     inside = f"{folder}{os.sep}"
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
             words = (entry / "cmdline").read_bytes().decode(errors="replace")
             program = (entry / "exe").readlink().name
             if words.startswith("ray::"):
@@ -215,7 +219,7 @@ def _target(link: Path) -> str:
 
 
 def _fresh_folder() -> Path:
-    """Return a new folder for a private cluster, after removing those whose holder was killed, processes included."""
+    """Remove the clusters whose holder was killed, with their processes; return a new folder for a cluster."""
     parent = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_PARENT else "/tmp")
     for left in parent.glob("coalign-ray-*-*"):
         with contextlib.suppress(OSError):  # another process may be removing it as well

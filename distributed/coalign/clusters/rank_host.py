@@ -1,6 +1,6 @@
 """The training ranks of one node of a Ray cluster, as processes of an actor: started, read, signalled, ended.
 
-Used by ranks.py. A rank is the same command that a launcher would start.
+A rank is the command that a launcher would start. Knows neither the other nodes nor what a rank computes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from collections import deque
 from pathlib import Path
 
 from coalign.clusters.postmortem import ProcessPlace, count_oom_kills, here
+from coalign.process import free_port
 
 POLL_SECONDS = 1.0
-LONELY_SECONDS = 40.0  # without a question from the driver: this node counts as lost there, or soon will
-SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
+LONELY_SECONDS = 40.0  # without a poll from the driver, which counts this node as lost by then, or soon will
+SIOCGIFADDR = 0x8915  # Linux's ioctl for the address of an interface
 
 
 class Host:
-    """The ranks of one node, as processes; an actor. It ends them when it ends."""
+    """An actor with the ranks of its node as processes, which end when it ends."""
 
     def __init__(self, folder: str) -> None:
         with contextlib.suppress(OSError):
@@ -38,20 +39,21 @@ class Host:
         self._asked = time.monotonic()
 
     def meet(self) -> tuple[ProcessPlace, str, int]:
-        """Return this process's place, its node's address in the cluster, and a port that is free there."""
+        """Return this process's place, its node's IP address in the cluster, and a port that is free on the node."""
         from coalign.clusters.private_ray import import_ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return here(), import_ray().util.get_node_ip_address(), int(probe.getsockname()[1])
+        return here(), import_ray().util.get_node_ip_address(), free_port()
 
     def start(self, command: tuple[str, ...], environments: list[dict[str, str]], address: str) -> str:
-        """Start the ranks; return why that can't be done, or nothing."""
+        """Start one rank per environment, which holds RANK and the like; return why that is impossible, or "".
+
+        `address` is this node's IPv4 address, through whose interface gloo connects.
+        """
         if not Path(command[0]).is_file():
             return f"{Path(command[0]).absolute()} is not there"
         own = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _search_path()}
         interface = _interface_of(address)
-        if interface:  # else gloo takes the address of the host name, which may be that of the node alone
+        if interface:  # else gloo takes the host name's address, which may be a loopback
             own["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
         for environment in environments:
             process = subprocess.Popen(
@@ -72,7 +74,7 @@ class Host:
         return ""
 
     def _end_when_lonely(self) -> None:
-        """Kill the ranks when nobody has asked after them for long: others take over, and two must not write."""
+        """Kill the ranks when the driver has not polled for long: it restarts them elsewhere; two must not write."""
         while time.monotonic() - self._asked < LONELY_SECONDS:
             if all(process.poll() is not None for process in self._ranks):
                 return
@@ -85,9 +87,10 @@ class Host:
             self._lines.append((number, line.rstrip("\n")))
 
     def poll(self) -> tuple[list[tuple[int, str]], list[int | None], bool]:
-        """Return what the ranks have printed since, their exit codes, and whether memory ran out on this node.
+        """Return what the ranks have printed since, their exit statuses, and whether memory ran out on this node.
 
-        Returns at once when there is something to say, else after a moment.
+        A line comes as (rank, text); a rank that runs has the status None. Returns at once when there is something to
+        report, else after POLL_SECONDS.
         """
         self._asked = time.monotonic()
         deadline = self._asked + POLL_SECONDS
@@ -97,31 +100,31 @@ class Host:
             codes = [process.poll() for process in self._ranks]
         for reader, code in zip(self._readers, codes, strict=True):
             if code is not None:
-                reader.join(5.0)  # its last lines; a process that it left behind may hold the pipe
+                reader.join(5.0)  # its last lines; a process that it left behind may keep the pipe open
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         return lines, codes, count_oom_kills() > self._kills
 
     def signal(self, number: int) -> None:
-        """Send the ranks a signal."""
+        """Send a signal to the ranks that run."""
         for process in self._ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
     def end(self) -> None:
-        """Kill the ranks, and return when they are gone."""
+        """Kill the ranks and wait until they are gone."""
         self.signal(signal.SIGKILL)
         for process in self._ranks:
             process.wait()
 
 
 def _search_path() -> str:
-    """Return where a rank finds this package, which Ray may have brought for the job."""
+    """Return a rank's PYTHONPATH: first the folder of this package, which Ray may have unpacked for the job."""
     own = str(Path(__file__).parents[2])
     return os.pathsep.join(dict.fromkeys([own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
 def _interface_of(address: str) -> str:
-    """Return the network interface that has an IPv4 address."""
+    """Return the name of the network interface that has an IPv4 address; "" when none has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has none

@@ -1,7 +1,6 @@
-"""Connections to Ray: its nodes, what they answer, whether they see a folder.
+"""A connection to Ray: which address to use, the nodes, what they answer, whether they see a folder.
 
-Used by pool.py, ranks.py and postmortem.py; without an address a private cluster is started. Knows neither rows nor
-models.
+Without an address a private cluster is started, which ends with the connection. Knows neither rows nor models.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from coalign.config import GenerationTable
 from coalign.errors import UserError
 from coalign.process import node_names, start_seconds
 
-ANSWER_SECONDS = 120.0  # that a node may take to start a process and read a file
-LOOK_SECONDS = 2.0  # between two looks at which nodes live
-JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, and removes it with the job
+ANSWER_SECONDS = 120.0  # a node may take this long to start a process and read a file
+LOOK_SECONDS = 2.0  # between two looks at which nodes are alive
+JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, which it removes with the job
 
 
 def ray_address(generation: GenerationTable) -> str:
@@ -34,10 +33,14 @@ def ray_address(generation: GenerationTable) -> str:
 
 
 class Cluster:
-    """A connection to the cluster at an address, or to a private one that ends with it. `ray` is the module."""
+    """A connection to the cluster at an address, or to a private one that ends with it. `ray` is the module.
+
+    A private cluster has at least `workers` CPUs. Raises UserError when there is no connection.
+    """
 
     def __init__(self, address: str, workers: int) -> None:
         self.is_private = not address
+        self._shared: set[Path] = set()  # folders that every node sees
         self._holder = None if address else start_holder(workers)
         try:
             self.address = address_of(self._holder) if self._holder else address
@@ -50,12 +53,12 @@ class Cluster:
             raise
 
     def _connect(self, patience: float) -> None:
-        """Connect; a cluster that starts at the same time may take so many seconds."""
+        """Connect. A cluster that is still starting may take `patience` seconds. Raises UserError."""
         deadline = time.monotonic() + patience
         host, _, port = self.address.rpartition(":")
         while True:
             try:
-                if patience:  # Ray itself gives up in a rough way where nobody listens yet
+                if patience:  # ray.init copes badly when nobody listens yet
                     socket.create_connection((host, int(port)), timeout=5.0).close()
                 self.ray.init(address=self.address, **QUIET)
                 return
@@ -66,12 +69,12 @@ class Cluster:
             time.sleep(0.2)
 
     def close(self) -> None:
-        """Disconnect; a private cluster ends."""
+        """Disconnect, which ends a private cluster."""
         self.ray.shutdown()
         self._end_holder()
 
     def nodes(self) -> list[Node]:
-        """Return the living nodes on which something can run."""
+        """Return the living nodes that have CPUs."""
         alive = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         names = [node["NodeManagerHostname"] for node in alive]
         free = self.ray._private.state.available_resources_per_node()  # the public call adds up all nodes
@@ -88,21 +91,21 @@ class Cluster:
         ]
 
     def is_alive(self, node_id: str) -> bool:
-        """Return whether a node is part of the cluster still."""
+        """Return whether a node still belongs to the cluster."""
         return any(node["NodeID"] == node_id and node["Alive"] for node in self.ray.nodes())
 
     def on_node(self, node_id: str) -> Any:
-        """Return what places a task or an actor on one node."""
+        """Return the scheduling strategy that places a task or an actor on one node."""
         return self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
 
     def ask(self, node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return a reference to what a function answers on a node; it waits for no CPU."""
+        """Return a reference to the result of a function on a node; it runs without waiting for a CPU."""
         options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": self.on_node(node_id)}
         return self.ray.remote(**options)(function).remote(*arguments)
 
     def require_shared(self, folder: Path) -> None:
-        """Raise UserError unless every node sees what this process writes into a folder."""
-        if self.is_private:
+        """Raise UserError unless every node sees what this process writes into a folder; asks once per folder."""
+        if self.is_private or folder in self._shared:
             return
         if JOB_FOLDER in folder.absolute().parts:
             raise UserError(
@@ -123,9 +126,13 @@ class Cluster:
                 f"run.folder: {folder.absolute()} is not the same disk on {len(blind)} of {len(answers)} nodes (on"
                 f" {name}: {answer}); use a folder on storage that every node mounts, such as run.folder=/shared/runs"
             )
+        self._shared.add(folder)
 
     def _answers(self, function: Callable[..., str], *arguments: Any) -> dict[str, str]:
-        """Return {node: what a function answers there}, without nodes that are lost meanwhile; asked twice."""
+        """Return {node name: what a function returns there}, without nodes that are lost meanwhile.
+
+        Asks twice. Raises UserError when a living node still can't answer.
+        """
         nodes, answers, silent = self.nodes(), dict[str, str](), dict[str, str]()
         for _ in range(2):
             asked = {node: self.ask(node.id, function, *arguments) for node in nodes}
@@ -147,7 +154,7 @@ class Cluster:
         )
 
     def _await(self, asked: dict[Node, Any]) -> None:
-        """Return when the nodes that live have answered; of one that is lost nothing comes."""
+        """Return when all living nodes have answered, after ANSWER_SECONDS at most; lost nodes never answer."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while asked and time.monotonic() < deadline:
             ready, _ = self.ray.wait(list(asked.values()), num_returns=len(asked), timeout=LOOK_SECONDS)
@@ -162,7 +169,7 @@ class Cluster:
 
 
 def node_resource(name: str) -> str:
-    """Return the Ray resource by which the node of a Slurm job is known."""
+    """Return the name of the Ray resource that marks a node of a Slurm job."""
     return f"coalign:{name}"
 
 
@@ -180,12 +187,12 @@ def _read(path: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error of Ray's says, on one line."""
+    """Return what an error of Ray's says, on one line of at most 600 characters."""
     return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def _first_sentences(error: BaseException) -> str:
-    """Return what Ray says, which may not tell a refused token from a cluster that isn't there."""
+    """Return what Ray says, and what a refused token would need: Ray may report it like a missing cluster."""
     token = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what the cluster was started with"
     if type(error).__name__ == "AuthenticationError":
         return f"it refuses this token; {token}"

@@ -1,4 +1,7 @@
-"""A step's requests in shards on disk."""
+"""A step's requests in shards: those on disk are read, the missing ones computed by workers and written.
+
+Knows neither models nor what a row means.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def run_shards(
 ) -> Iterator[Row]:
     """Yield every request's result row in order, computing only the shards that are not on disk yet.
 
-    Shards lie in the step's folder under `name`; the driver writes them, each atomically.
+    A shard has generation.shard_size rows. Shards lie in the step's folder shards/, their file names begin with `name`.
+    The driver alone writes them, each atomically. Raises what `map_shards` raises.
     """
     size = settings.shard_size
     folder = step.path / "shards"

@@ -1,6 +1,6 @@
-"""The flags of sbatch: what a step asks for, which a pipeline can't be given, what contradicts another setting.
+"""The flags of sbatch: what a step's job asks for, which flags a pipeline refuses, which settings contradict others.
 
-Used by submission.py and the recipes submit and preflight. Pure words and numbers.
+Pure text and numbers; runs no command.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from coalign.tables import SlurmTable
 
 # Flags that would break the chain of jobs or its traces, and what to do instead.
 REFUSED = {
-    "comment": "pipeline.sh knows its jobs again by it",
-    "job-name": "logs are named by it; use run.name",
+    "comment": "pipeline.sh recognises its jobs by it",
+    "job-name": "logs are named after it; use run.name",
     "output": "logs lie in logs/",
-    "array": "a step is one job; use a run.name each",
+    "array": "a step is one job; give each run its own run.name",
     "wrap": "the job scripts are the command",
     "wait": "each job waits for the one before it",
-    "parsable": "pipeline.sh prints the numbers of the jobs",
+    "parsable": "pipeline.sh prints the job numbers",
     "test-only": "use --dry-run",
 }
 
 
 def ranks_per_node(table: SlurmTable) -> int:
-    """Return the training processes a node."""
+    """Return the training ranks per node."""
     return table.ranks_per_node or table.gpus_per_node or 1
 
 
 def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
-    """Return what sbatch is asked for by a step; the user's own flags come after these and win."""
+    """Return the flags of a step's job; the user's own flags come after these and win."""
     named = {"partition": table.partition, "account": table.account, "mem": table.memory, "time": table.time}
     flags = [f"--{name}={value}" for name, value in named.items() if value]
     flags += [f"--signal=B:USR1@{table.warn_seconds}", *table.options]
@@ -48,7 +48,7 @@ def resource_flags(table: SlurmTable, step: str, script: str) -> list[str]:
 
 
 def last_flags(step: str) -> list[str]:
-    """Return what holds even against the user's flags: a step without a model takes one node without GPUs."""
+    """Return the flags that win over the user's: a step without a model takes one node without GPUs."""
     return (
         []
         if step in (*TRAINING_STEPS, *GENERATING_STEPS)
@@ -57,7 +57,7 @@ def last_flags(step: str) -> list[str]:
 
 
 def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> None:
-    """Raise UserError when a setting contradicts another, before anything is queued."""
+    """Raise UserError when settings of [slurm] and [generation] contradict each other, before anything is queued."""
     ranks, gpus = ranks_per_node(table), table.gpus_per_node
     if gpus and ranks > gpus:
         raise UserError(f"slurm.ranks_per_node={ranks} with slurm.gpus_per_node={gpus}: a rank needs a GPU of its own")
@@ -75,7 +75,7 @@ def check_resources(table: SlurmTable, workers: int, gpus_per_worker: float) -> 
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise UserError for flags of sbatch that a pipeline can't be given."""
+    """Raise UserError for the first flag of sbatch that a pipeline refuses."""
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         if name in REFUSED:
@@ -83,7 +83,7 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
-    """Raise UserError when a job would be told to stop as soon as it starts."""
+    """Raise UserError when the time limit is so short that a job would soon be told to stop."""
     given = [flag.removeprefix("--time=") for flag in flags if flag.startswith("--time=")]
     limit = given[-1] if given else table.time
     seconds = parse_seconds(limit) if limit else None
@@ -95,12 +95,12 @@ def check_time(table: SlurmTable, flags: Sequence[str]) -> None:
 
 
 def parse_seconds(text: str) -> int | None:
-    """Return the seconds of a time limit as sbatch reads it, None for an unlimited one. Raises UserError."""
+    """Return the seconds of a time limit as sbatch reads it; None: unlimited. Raises UserError for other text."""
     if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
-        raise UserError(f"slurm.time={text!r} is no time limit; write for example 24:00:00 or 2-00:00:00")
+        raise UserError(f"slurm.time={text!r} is not a time limit; write, for example, 24:00:00 or 2-00:00:00")
     days, first, second, third = (int(part) if part else None for part in match.groups())
     assert first is not None
     if days is not None:

@@ -1,6 +1,6 @@
-"""The jobs of a pipeline: which steps are missing, what each asks of Slurm, sbatch's answers in our words.
+"""The jobs of a pipeline: which steps are missing, the sbatch command of each, Slurm's refusals in our words.
 
-Used by launch/submit.py. Knows Slurm's commands by their words alone, and no engine.
+Knows Slurm by its commands and what they print, and no engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from coalign.steps import GENERATING_STEPS, TRAINING_STEPS
 from coalign.tables import SlurmTable
 
 MARK = "coalign "  # begins the comment of our jobs; the step's folder follows
+# Reasons in squeue's output for which a job can never start.
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "PartitionConfig", "BadConstraints")
+# Flags of sbatch with a value, which must follow in the same word.
 WITH_VALUE = (
     "partition",
     "account",
@@ -33,8 +35,8 @@ WITH_VALUE = (
     "gpus-per-node",
     "dependency",
 )
-GONE = "DependencyNeverSatisfied"
-# What sbatch says, and which keys it is about.
+GONE = "DependencyNeverSatisfied"  # squeue's reason for a job whose dependency has failed
+# Words in sbatch's message, and the keys that they are about.
 CAUSES = (
     ("partition", "slurm.partition or --partition; `sinfo -s` lists the partitions"),
     ("time limit", "slurm.time or --time; `sinfo -o '%P %l'` lists the limits"),
@@ -50,7 +52,7 @@ CAUSES = (
 
 @dataclasses.dataclass(frozen=True)
 class QueuedJob:
-    """A job of ours that is in the queue."""
+    """One of our jobs in the queue, as squeue reports it; `folder` is that of its step."""
 
     number: str
     state: str
@@ -60,7 +62,7 @@ class QueuedJob:
 
 @dataclasses.dataclass(frozen=True)
 class JobStep:
-    """A step of the pipeline: where it lies, and which job script runs it."""
+    """A step of the pipeline: its name, its folder, and the job script that runs it."""
 
     name: str
     folder: Path
@@ -75,7 +77,7 @@ def script_of(step: str, workers: int) -> str:
 
 
 def make_logs() -> None:
-    """Make the folder of the jobs' logs, without which they would fail without a word. Raises UserError."""
+    """Make the folder of the jobs' logs, without which Slurm fails a job silently. Raises UserError."""
     try:
         Path("logs").mkdir(exist_ok=True)
     except OSError as error:
@@ -92,7 +94,7 @@ def job_name(run_name: str, step: str) -> str:
 def make_command(
     root: Path, run_name: str, step: JobStep, flags: Sequence[str], words: Sequence[str], after: str
 ) -> list[str]:
-    """Return the sbatch command of a step; `after` is the job that must succeed before it."""
+    """Return the sbatch command of a step; `after` is the number of the job that must succeed first, "" for none."""
     command = [
         "sbatch",
         "--parsable",
@@ -102,7 +104,7 @@ def make_command(
     command += ["--output=logs/%x-%j.out", "--open-mode=append", "--requeue"]
     given = [flag for flag in flags if flag.startswith("--dependency=")]
     conditions = [f"afterok:{after}"] if after else []
-    conditions += [flag.partition("=")[2] for flag in given[-1:]]  # of several sbatch would take the last
+    conditions += [flag.partition("=")[2] for flag in given[-1:]]  # of several, sbatch takes the last
     if conditions:
         command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
     flags = [flag for flag in flags if flag not in given]
@@ -110,7 +112,7 @@ def make_command(
 
 
 def job_environment(table: SlurmTable, root: Path) -> dict[str, str]:
-    """Return what a job inherits by its environment; the login shell's own settings come along as well."""
+    """Return the variables that give [slurm] to a job, beside the login shell's own, which it inherits too."""
     venv = table.venv or ("" if table.container else os.environ.get("VIRTUAL_ENV", ""))
     return {
         "COALIGN_ROOT": str(root),
@@ -122,13 +124,13 @@ def job_environment(table: SlurmTable, root: Path) -> dict[str, str]:
 
 
 def call(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """Run a command of Slurm's and return what it prints. Raises UserError with its message and what to look at."""
+    """Run a command of Slurm's and return what it prints. Raises UserError with its message and the keys to check."""
     try:
         done = subprocess.run(
             command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
         )
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not here; run this where Slurm's commands are, on a login node") from error
+        raise UserError(f"{command[0]} was not found; run this on a login node, where Slurm's commands are") from error
     if done.returncode == 0:
         return done.stdout.strip()
     message = done.stderr.strip() or done.stdout.strip()
@@ -137,7 +139,7 @@ def call(command: Sequence[str], environment: dict[str, str] | None = None) -> s
 
 
 def queued_jobs() -> list[QueuedJob]:
-    """Return our jobs that wait or run."""
+    """Return our jobs that are pending or running."""
     jobs = []
     for line in call(["squeue", "--me", "--noheader", "--format=%i|%T|%r|%k"]).splitlines():
         number, state, reason, comment = line.split("|", 3)
@@ -148,17 +150,17 @@ def queued_jobs() -> list[QueuedJob]:
 
 @dataclasses.dataclass(frozen=True)
 class SubmitRequest:
-    """What the words of slurm/pipeline.sh ask for beside the config."""
+    """The command line of slurm/pipeline.sh: its own options, the flags of sbatch, the words of the config."""
 
     only: str
     dry_run: bool
     settings: bool
     flags: tuple[str, ...]
-    words: tuple[str, ...]  # of the config
+    words: tuple[str, ...]
 
 
 def read_words(argv: Sequence[str], steps: Sequence[str]) -> SubmitRequest:
-    """Sort the words of slurm/pipeline.sh. Raises UserError."""
+    """Sort the words of slurm/pipeline.sh's command line. Raises UserError."""
     only, dry_run, settings = "", False, False
     flags: list[str] = []
     words: list[str] = []
@@ -179,16 +181,17 @@ def read_words(argv: Sequence[str], steps: Sequence[str]) -> SubmitRequest:
         elif word.startswith("--") and not any(word == f"--{name}" for name in WITH_VALUE):
             flags.append(word)
         else:
-            raise UserError(f"{word}: write flags of sbatch in one word and long, for example --partition=long")
+            raise UserError(f"{word}: write sbatch's flags as one word, in the long form, such as --partition=long")
     return SubmitRequest(only, dry_run, settings, tuple(flags), tuple(words))
 
 
 def list_jobs(
     steps: Sequence[JobStep], complete: Sequence[str], queued: Sequence[QueuedJob]
 ) -> tuple[list[JobStep], dict[str, QueuedJob], list[QueuedJob]]:
-    """Return the steps to submit, the queued job of others, and queued jobs that wait for something that is gone.
+    """Return the steps to submit, {step: its job} of those in the queue, and the queued jobs to cancel.
 
-    Steps are in order, each needs the one before it.
+    `steps` are in order, each needs the one before it. A job is to be cancelled when what it waits for has failed or is
+    submitted anew.
     """
     by_folder = {job.folder: job for job in queued if job.reason != GONE}
     missing: list[JobStep] = []
@@ -214,9 +217,10 @@ def submit(
     command_of: Callable[[JobStep, str], list[str]],
     env: dict[str, str],
 ) -> dict[str, str]:
-    """Queue steps, each after the newest one before it, and return {step: job}; all of them or, with UserError, none.
+    """Queue steps, each after the newest one before it, and return {step: job number}.
 
-    `before` holds the jobs of earlier steps that are in the queue already.
+    `before` holds the jobs of earlier steps that are in the queue already. Raises UserError when Slurm refuses one;
+    then none stays in the queue.
     """
     numbers: dict[str, str] = {}
     try:
@@ -225,14 +229,29 @@ def submit(
             numbers[step.name] = call(command_of(step, *after or [""]), env).partition(";")[0]
         refuse_hopeless(numbers)
     except UserError:
-        if numbers:  # half a chain would end in the middle of the night
+        if numbers:  # half a pipeline is of no use
             call(["scancel", *numbers.values()])
         raise
     return numbers
 
 
+def report_lines(
+    steps: Sequence[str], queued: dict[str, QueuedJob], submitted: dict[str, str], run_name: str
+) -> list[str]:
+    """Return the state of each step, one line per step, and how to follow and stop the jobs just submitted."""
+    known = {name: f"job {job.number}, {job.state.lower()} already" for name, job in queued.items()}
+    known |= {name: f"job {number}, submitted" for name, number in submitted.items()}
+    lines = [f"{name:<11} {known.get(name, 'complete')}" for name in steps]
+    if submitted:
+        name, number = next(iter(submitted.items()))
+        lines += ["", "follow them: squeue --me"]
+        lines.append(f"             tail -F logs/{job_name(run_name, name)}-{number}.out")
+        lines.append(f"stop them:   scancel {' '.join(submitted.values())}")
+    return lines
+
+
 def refuse_hopeless(numbers: dict[str, str]) -> None:
-    """Raise UserError when Slurm says of a job that it can't start as it is."""
+    """Raise UserError when Slurm says that one of these jobs can never start as it is."""
     lines = call(["squeue", "--me", "--noheader", "--format=%i|%r"]).splitlines()
     for number, _, reason in (line.partition("|") for line in lines):
         if number in numbers.values() and reason in NEVER:

@@ -1,7 +1,7 @@
-"""Training ranks on the nodes of a Ray cluster: Ray places them and tells each its number, DeepSpeed does the rest.
+"""Training ranks on the nodes of a Ray cluster: Ray places and numbers them, DeepSpeed does the rest.
 
-Used by launch/ray_job.py. One actor a node holds its CPUs and GPUs, starts its ranks as processes and passes on what
-they print. Knows no model and no data: a rank is the same command that a launcher would start.
+One actor per node holds its CPUs and GPUs, starts its ranks as processes and passes on what they print. Knows no model
+and no data: a rank is the command that a launcher would start.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from coalign.clusters.placement import (
+    SAY_SECONDS,
     Demand,
     Node,
     asked_ranks,
-    complaint_of_demand,
-    demand_lines,
+    log_demand,
+    require_fits,
     spread,
     waiting_words,
 )
@@ -33,18 +34,20 @@ from coalign.runs.step_folder import LOCK_WAIT
 
 logger = logging.getLogger("coalign")
 
-MAX_RESTARTS = 2  # after lost nodes; what a rank itself ends with is final
-SAY_SECONDS = 20.0  # between two lines about what is waited for
-PLACE_SECONDS = 10.0  # for a placement that fits: another job may have been quicker
+MAX_RESTARTS = 2  # after lost nodes; a rank's own exit status is final
+PLACE_SECONDS = 10.0  # for a placement group that fits: another job may have been quicker
 STOP_SECONDS = 30.0  # for a checkpoint, after SIGTERM
 END_SECONDS = 15.0  # for killed ranks to be gone
-TAKEOVER_SECONDS = 2 * LONELY_SECONDS  # for ranks of a lost node to let go of the step's folder
+TAKEOVER_SECONDS = 2 * LONELY_SECONDS  # for ranks of a lost node to release the step's folder
 LOST = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RankRequest:
-    """What the ranks of a step are: their command, how many, and how long others' CPUs and GPUs are waited for."""
+    """The ranks of a training step: their command and number (0: automatic), the CPUs of each, the longest wait.
+
+    `grows` says that the cluster is autoscaling, so that more than it has now may be asked for.
+    """
 
     command: tuple[str, ...]
     ranks: int
@@ -54,20 +57,17 @@ class RankRequest:
 
 
 def require_ranks(cluster: Cluster, request: RankRequest) -> None:
-    """Raise UserError, after the table asked / free, when the cluster can never hold the ranks."""
+    """Raise UserError, after the table of what is asked and free, when the cluster can never hold the ranks."""
     nodes = cluster.nodes()
-    asked = asked_ranks(nodes, request.ranks, request.cpus_per_rank)
-    if not request.grows and (problem := complaint_of_demand(nodes, asked)):
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
-        raise UserError(problem)
+    require_fits(nodes, asked_ranks(nodes, request.ranks, request.cpus_per_rank), request.grows)
 
 
 def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
-    """Run a training step on the cluster's nodes; return its exit code, 128 + n for signal n.
+    """Run a training step on the cluster's nodes; return its exit status, 128 + n for signal n.
 
-    After a lost node it starts again on what is there, which the step does from its newest checkpoint. SIGTERM and
-    SIGUSR1 reach the ranks, which write a checkpoint and stop.
+    After a lost node it restarts on the nodes that are left, from the step's newest checkpoint. SIGTERM and SIGUSR1
+    reach the ranks, which write a checkpoint and stop; then it raises SystemExit. Raises UserError when the ranks find
+    no room in time, RuntimeError when nodes were lost MAX_RESTARTS + 1 times.
     """
     require_ranks(cluster, request)
     stop = Preemption()
@@ -80,19 +80,19 @@ def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
             finally:
                 group.close()
             if stop.requested():
-                raise SystemExit("stopped by a signal; submit the same again to go on")
+                raise SystemExit("stopped by a signal; submit the same job again to go on")
             if code is not LOST:
                 return code if code >= 0 else 128 - code
             if not left:
                 break
-            logger.warning("%s: starting again from the newest checkpoint", stage)
+            logger.warning("%s: restarting from the newest checkpoint", stage)
     finally:
         stop.remove()
     raise RuntimeError(f"{stage}: a node or a process of Ray's was lost {MAX_RESTARTS + 1} times; see above")
 
 
 class _RankGroup:
-    """One attempt: the reserved places, an actor on each of their nodes, and the ranks there."""
+    """One attempt: the placement group, an actor on each of its nodes, and the ranks there."""
 
     def __init__(self, cluster: Cluster, request: RankRequest, stage: str, stop: Preemption, takes_over: bool) -> None:
         self.cluster, self.request, self.stage, self.stop, self.ray = cluster, request, stage, stop, cluster.ray
@@ -105,7 +105,7 @@ class _RankGroup:
         self.stopping_since = 0.0
 
     def run(self) -> int | None:
-        """Return the first exit code that isn't 0, or 0, or LOST."""
+        """Run the ranks; return the first exit status that isn't 0, else 0; LOST when a node or an actor was lost."""
         counts = self._reserve()
         asked = self.asked
         strategy = self.ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
@@ -125,7 +125,7 @@ class _RankGroup:
         return self._watch() if self._start(counts, met) else LOST
 
     def _reserve(self) -> list[int]:
-        """Reserve the ranks' CPUs and GPUs, all or none; return how many ranks each place has."""
+        """Reserve the CPUs and GPUs of all ranks in a placement group; return the number of ranks in each bundle."""
         since = said = time.monotonic()
         request = self.request
         while True:
@@ -155,8 +155,7 @@ class _RankGroup:
         return False
 
     def _give_up(self, nodes: list[Node], asked: Demand) -> None:
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
+        log_demand(nodes, asked)
         raise UserError(
             f"{self.stage}: the cluster's CPUs and GPUs were not free within"
             f" generation.ray_wait_seconds={self.request.wait_seconds:g}; {waiting_words(nodes, asked, asked.count)};"
@@ -164,7 +163,7 @@ class _RankGroup:
         )
 
     def _meet(self) -> list[tuple[ProcessPlace, str, int]] | None:
-        """Return every actor's place, address and free port; LOST when one is gone."""
+        """Return every actor's place, IP address and free port; LOST when an actor is gone."""
         met: list[tuple[ProcessPlace, str, int]] = []
         for host in self.hosts:
             try:
@@ -208,7 +207,7 @@ class _RankGroup:
         return True
 
     def _watch(self) -> int | None:
-        """Pass on what the ranks print until they have ended."""
+        """Print what the ranks print until they have ended; return as `run` does."""
         codes: dict[int, int | None] = dict.fromkeys(self.last)
         polls = {host.poll.remote(): index for index, host in enumerate(self.hosts)}
         bad: int | None = None
@@ -235,7 +234,7 @@ class _RankGroup:
         return bad or 0
 
     def _stop_if(self, failed: bool) -> None:
-        """Pass on a wish to stop; where a rank has failed, or did not stop in time, end the others."""
+        """Pass on a request to stop; where a rank has failed, or did not stop in time, end the others."""
         if not (failed or self.stop.requested()):
             return
         now = time.monotonic()
@@ -251,23 +250,23 @@ class _RankGroup:
                 host.signal.remote(number)
 
     def _say_ended(self, number: int, index: int, code: int, short: bool) -> None:
-        # A rank that was told to stop, or has told the user already, needs no inquest.
+        # A rank that was told to stop, or has printed its own error, needs no explanation.
         if code == 2 or self.stopping_since or self.stop.requested():
             return
         place = self.places[index]
-        why = exit_words(code) + ("; the kernel of this node killed a process for want of memory" if short else "")
+        why = exit_words(code) + ("; the kernel of this node killed a process because memory ran out" if short else "")
         who = f"{self.stage}: rank {number} on {place.host if place else 'a node'}"
-        say_death(logger, who, why, list(self.last[number]), "the others end too")
+        say_death(logger, who, why, list(self.last[number]), "the others are ended")
 
     def _say_lost(self, index: int, error: BaseException) -> None:
         place = self.places[index]
         why, lines = explain_death(self.cluster, place, error)
         numbers = self.ranks_of[index] if index < len(self.ranks_of) else []
         who = f"{self.stage}: Ray's process for ranks {numbers}" + (f" ({place})" if place else "")
-        say_death(logger, who, why, lines, "the others end too")
+        say_death(logger, who, why, lines, "the others are ended")
 
     def close(self) -> None:
-        """End what is left, and give the places back: ranks of another attempt must not meet these."""
+        """End what is left and remove the placement group: ranks of the next attempt must not meet these."""
         ending = [host.end.remote() for host in self.hosts]
         if ending:
             self.ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS)

@@ -1,6 +1,6 @@
-"""Shards over Ray actors: bounded in flight, retried, written by the driver alone.
+"""Shards over Ray actors: a bounded number in flight, retried when an actor dies, returned to the driver.
 
-Used by the generation recipes. Knows neither models nor what a row means. Without workers everything runs here.
+With generation.workers = 0 this process does all the work. Knows neither models nor what a row means.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.clusters.placement import Demand, asked_workers, complaint_of_demand, demand_lines, waiting_words
+from coalign.clusters.placement import SAY_SECONDS, Demand, asked_workers, log_demand, require_fits, waiting_words
 from coalign.clusters.postmortem import ProcessPlace, explain_death, here, say_death, watched
 from coalign.clusters.ray_connection import Cluster, ray_address
 from coalign.config import GenerationTable
@@ -28,14 +28,13 @@ from coalign.records import Row, Worker
 
 logger = logging.getLogger("coalign")
 
-MAX_IN_FLIGHT = 2  # shards a worker: one at work, one waiting, so that no worker idles
+MAX_IN_FLIGHT = 2  # shards per worker: one running, one waiting, so that no worker idles
 MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the stage
-END_SECONDS = 10.0  # that a killed actor may take to end
-SAY_SECONDS = 20.0  # between two lines about what is waited for
+END_SECONDS = 10.0  # a killed actor may take this long to end
 
 
 class _Actor:
-    """One process of the pool. It builds a call's worker with its first shard, so that an error reaches the driver."""
+    """One process of the pool. A call's first shard builds its worker, so that an error reaches the driver."""
 
     def __init__(self, folder: str) -> None:
         # Relative paths in the settings mean the driver's folder, wherever the cluster was started.
@@ -45,32 +44,29 @@ class _Actor:
         self._worker: Worker | None = None
 
     def place(self) -> ProcessPlace:
-        """Return where this process is."""
+        """Return where this process runs."""
         return here()
 
     def run(self, call: int, make_worker: Callable[[], Worker], rows: list[Row]) -> list[Row]:
-        """Return the results."""
+        """Return the results of some rows, one per row; another `call` than before builds a new worker."""
         if call != self._call or self._worker is None:
-            self._worker = None  # the old model goes before the new one comes
+            self._worker = None  # free the old model before the new one is loaded
             gc.collect()
             self._worker, self._call = make_worker(), call
         return self._worker(rows)
 
 
 def require_workers(cluster: Cluster, settings: GenerationTable) -> Demand:
-    """Return what is asked; UserError, after the table asked / free, when the cluster can never give it."""
+    """Return what [generation] asks for. Raises UserError, after the table, when the cluster can never hold it."""
     nodes = cluster.nodes()
     asked = asked_workers(nodes, settings)
-    if not settings.ray_grows and (problem := complaint_of_demand(nodes, asked)):
-        for line in demand_lines(nodes, asked):
-            logger.warning("%s", line)
-        raise UserError(problem)
+    require_fits(nodes, asked, settings.ray_grows)
     return asked
 
 
 @dataclasses.dataclass(eq=False)
 class _Member:
-    """An actor of the pool: its answer to where it is, which comes when it has started, and its shards in flight."""
+    """An actor of the pool: the reference to its place, which comes when it has started, and its shards in flight."""
 
     actor: Any
     greeting: Any
@@ -79,7 +75,7 @@ class _Member:
 
 
 class _Pool:
-    """A connection to Ray and its actors, kept for the life of this process: starting them costs seconds."""
+    """A connection to Ray and its actors, kept until this process ends, since starting them takes seconds."""
 
     def __init__(self, settings: GenerationTable) -> None:
         self.calls = 0
@@ -87,7 +83,6 @@ class _Pool:
         self.cluster = Cluster(ray_address(settings), settings.workers)
         self.ray = self.cluster.ray
         atexit.register(self.close)
-        self.shared: set[Path] = set()  # folders that every node was seen to see
         self.wait_seconds = settings.ray_wait_seconds
         self.asked = require_workers(self.cluster, settings)
         options = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus, **watched(self.ray)}
@@ -101,20 +96,14 @@ class _Pool:
         actor = self._make.remote(str(Path.cwd()))
         return _Member(actor, actor.place.remote())
 
-    def require_shared(self, folder: Path) -> None:
-        """Raise UserError unless every node sees a folder; asks once."""
-        if folder not in self.shared:
-            self.cluster.require_shared(folder)
-            self.shared.add(folder)
-
     def replace(self, member: _Member) -> None:
-        """Let another actor take a dead one's place, on any node."""
+        """Start another actor, on any node, in place of a dead one."""
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.kill(member.actor)  # it may be alive and out of reach
         self.members[self.members.index(member)] = self._start()
 
     def close(self) -> None:
-        """Disconnect, which ends the actors; a private cluster ends."""
+        """Disconnect, which ends the actors and a private cluster; return when the actors of this machine are gone."""
         atexit.unregister(self.close)
         self.cluster.close()
         # A step that follows at once must find their memory free, on the GPUs above all.
@@ -129,7 +118,7 @@ _pools: dict[tuple[int, float, str], _Pool] = {}
 
 
 def close_pools() -> None:
-    """Let go of all workers and of the cluster now, and not when this process ends."""
+    """End all workers and the connection to the cluster now rather than when this process ends."""
     for pool in _pools.values():
         pool.close()
     _pools.clear()
@@ -145,7 +134,7 @@ def _pool(settings: GenerationTable) -> _Pool:
 
 def require_shared(settings: GenerationTable, folder: Path) -> None:
     """Raise UserError unless every node of the workers' cluster sees a folder; asks once per folder."""
-    _pool(settings).require_shared(folder)
+    _pool(settings).cluster.require_shared(folder)
 
 
 def map_shards(
@@ -154,11 +143,11 @@ def map_shards(
     settings: GenerationTable,
     stage: str,
 ) -> Iterator[tuple[int, list[Row]]]:
-    """Yield (shard index, results) as they are done, in any order.
+    """Yield (shard index, results) in the order in which they are done.
 
-    An actor that dies is replaced and its shards are tried again; a shard that fails three times raises RuntimeError
-    with its index. A UserError inside a worker is raised here as itself. Raises UserError when no worker gets its CPUs
-    and GPUs within generation.ray_wait_seconds.
+    An actor that dies is replaced and its shards are retried. Raises RuntimeError with the index of a shard that fails
+    1 + MAX_RETRIES times, UserError for one that a worker raises, and UserError when no worker gets its CPUs and GPUs
+    within generation.ray_wait_seconds.
     """
     if not shards:
         return
@@ -173,7 +162,7 @@ def map_shards(
 
 
 class _Call:
-    """One call of map_shards: the shards that wait, and those in flight, each with the member that has it."""
+    """One call of map_shards: the shards that wait, and those in flight with their member."""
 
     def __init__(
         self, pool: _Pool, make_worker: Callable[[], Worker], shards: Sequence[tuple[int, list[Row]]], stage: str
@@ -200,7 +189,7 @@ class _Call:
                     yield done
 
     def _feed(self) -> None:
-        """Give the members shards: one each, and a second where no member is still to come that could take it."""
+        """Give each member a shard, and a second one unless a member that is still starting could take it."""
         for depth in range(1, MAX_IN_FLIGHT + 1):
             to_come = sum(member.place is None for member in self.pool.members) if depth > 1 else 0
             for member in self.pool.members:
@@ -212,7 +201,7 @@ class _Call:
                     member.in_flight += 1
 
     def _greet(self, member: _Member) -> None:
-        """Note where a member runs; one that died before it could say so is replaced."""
+        """Record where a member runs; replace one that died before it could report that."""
         try:
             member.place = self.ray.get(member.greeting)
             self.failed_starts = 0
@@ -228,7 +217,7 @@ class _Call:
             self._bury(member, error)
 
     def _bury(self, member: _Member, error: BaseException) -> str:
-        """Say why a member has died, and replace it; return the cause."""
+        """Log why a member died, replace it, and return the cause."""
         if member not in self.pool.members:
             return "it ended with another shard"
         why, lines = explain_death(self.pool.cluster, member.place, error)
@@ -254,7 +243,7 @@ class _Call:
             if type(cause).__name__ == "OutOfMemoryError":
                 raise UserError(f"{self.stage}: {out_of_memory(cause)}") from None
             raise RuntimeError(f"{self.stage}: shard {index} failed: {cause!r}\n{error}") from None
-        except errors.ObjectLostError as error:  # its node went after the work was done
+        except errors.ObjectLostError as error:  # its node was lost after the work was done
             self._retry(index, rows, str(error))
         except errors.RayError as error:
             self._retry(index, rows, self._bury(member, error))
@@ -270,7 +259,7 @@ class _Call:
         self.waiting.append((index, rows))
 
     def _look(self, missing: int) -> None:
-        """Say now and then what is waited for; UserError when no worker runs and it takes too long."""
+        """Log now and then what is waited for. Raises UserError when no worker has started in time."""
         now, pool = time.monotonic(), self.pool
         nobody = missing == len(pool.members)
         waited = now - self.since
@@ -280,8 +269,7 @@ class _Call:
         nodes = pool.cluster.nodes()
         words = waiting_words(nodes, pool.asked, missing)
         if nobody and waited > pool.wait_seconds:
-            for line in demand_lines(nodes, pool.asked):
-                logger.warning("%s", line)
+            log_demand(nodes, pool.asked)
             raise UserError(
                 f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
                 f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished"

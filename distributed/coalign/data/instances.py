@@ -1,7 +1,7 @@
 """One instance of a task, as the kinds of source write it: checks and a common form.
 
-Used by data, which finds the files, and splits, which deals the instances out. Knows the layouts (task files of
-Super-NaturalInstructions, columns, chat messages), but no library of data sets. A complaint begins with file and line.
+Knows the layouts (task files of Super-NaturalInstructions, columns, chat messages), but no library of data sets. An
+error begins with file and line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Instance(NamedTuple):
-    """One row of a source. `place` says where it stands; `task` and `id` are empty when the source names none."""
+    """One row of a source. `place` is its file and line; `task` and `id` are "" when the source names none."""
 
     place: str
     task: str
@@ -31,7 +31,7 @@ class Instance(NamedTuple):
 
 
 class DroppedInstance(NamedTuple):
-    """One line of dropped.jsonl."""
+    """One line of dropped.jsonl: why a row or task was left out, and its file and line or source."""
 
     reason: str
     source: str
@@ -39,7 +39,7 @@ class DroppedInstance(NamedTuple):
     detail: str = ""
 
     def to_row(self) -> dict[str, str]:
-        """Return the line's object, without an empty detail."""
+        """Return the line as a JSON object, without an empty detail."""
         row = self._asdict()
         return row if self.detail else {key: row[key] for key in ("reason", "source", "id")}
 
@@ -47,8 +47,8 @@ class DroppedInstance(NamedTuple):
 class FreeNames:
     """Hands out unique names in constant time: a name, then name#2, name#3, ...
 
-    Of names it keeps hashes of 64 bits. Among a million names two share one once in 40 million times; then the later
-    one counts as taken.
+    It keeps 64-bit hashes in place of the names. With a million names the odds that any two share a hash are 1 to 40
+    million; the later name then counts as taken.
     """
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
@@ -74,7 +74,7 @@ class FreeNames:
 def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Instance | DroppedInstance:
     """Return the instance that a row of columns or chat messages holds.
 
-    A conversation of several turns comes back as Dropped. Raises UserError that begins with `place`.
+    A conversation of several turns comes back as a DroppedInstance. Raises UserError, which begins with `place`.
     """
     name, task = _name(row, "id", place), _name(row, "task", place)
     if layout == "columns" or (layout == "auto" and "messages" not in row):
@@ -109,7 +109,8 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
 def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[DroppedInstance]]:
     """Return a Super-NaturalInstructions folder's task files (True: seen), its split files, and the tasks left out.
 
-    Train tasks are seen, test tasks are not; a task in neither list is left out; without lists every task is seen.
+    Train tasks are seen, test tasks unseen, tasks in neither list are left out. Without lists every task is seen.
+    Raises UserError for a folder or a list that is wrong.
     """
     files = sorted((folder / "tasks").glob("*.json"))
     if not files:
@@ -140,7 +141,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
 
 
 def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
-    """Yield the instances of one Super-NaturalInstructions task file; the task is named after the file."""
+    """Yield the instances of one Super-NaturalInstructions task file; the task has its name. Raises UserError."""
     try:
         task = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -173,8 +174,8 @@ def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstanc
         yield Instance(place, path.stem, texts[0], text, outputs, _name(row, "id", place), seen)
 
 
-def distinct_answers(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that aren't blank, one spelling (the first) of each."""
+def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts that aren't empty; of those that are equal when normalised, the first spelling."""
     some = [text for text in texts if text]
     if len(some) < 2:
         return tuple(some)
@@ -188,7 +189,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; is this a text file in UTF-8?") from error
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
 
 
 def _turns(messages: Any, what: str) -> list[tuple[str, str]]:
@@ -224,13 +225,13 @@ def _name(row: dict[str, Any], key: str, place: str) -> str:
 
 
 def _references(value: Any, what: str) -> tuple[str, ...]:
-    """Return the references without repeats and blank ones; an instance without any raises UserError."""
+    """Return the references without repeats and blanks. Raises UserError when none is left."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         raise UserError(f"{what}={_shown(value)}; expected a string or a list of strings")
-    outputs = distinct_answers(_text(text, what).strip() for text in texts)
+    outputs = distinct_references(_text(text, what).strip() for text in texts)
     if not outputs:
-        raise UserError(f"{what} is empty; every instance needs at least one reference.")
+        raise UserError(f"{what} is empty; every instance needs at least one reference")
     return outputs
 
 

@@ -1,6 +1,6 @@
 """Counts what prepare made: tasks, inputs by split, rows left out by reason, lengths in words.
 
-Used by launch/prepare.py for the manifest and for people. Pure numbers and text.
+Pure numbers and text, for the manifest and for people; knows no files.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from coalign.data.instances import DroppedInstance
 from coalign.data.splits import SPLITS, Prepared
 from coalign.records import Example
 
-# Upper ends of the word-length buckets; the last one is open.
+# Upper ends of the buckets of lengths in words; one more bucket is open.
 BUCKETS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def count_words(texts: Iterable[str]) -> dict[str, int]:
-    """Return the word-length histogram: bucket name ("5-8") -> number of texts, up to the longest text."""
+    """Return a histogram of lengths in words: {bucket name such as "5-8": number of texts}, up to the longest text."""
     return _histogram(Counter(map(_bucket, texts)))
 
 
 class Inventory:
-    """Counts examples while they are written, and what else the manifest has of them."""
+    """Counts the examples of prepare while they are written, for the manifest."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
@@ -34,7 +34,7 @@ class Inventory:
         self._num_unseen = 0
 
     def examples(self) -> Iterator[Example]:
-        """Yield the examples, and count them."""
+        """Yield the examples and count them."""
         unseen = {task.id for task in self.prepared.tasks if not task.seen}
         for example in self.prepared.examples():
             self._splits[example.split] += 1
@@ -44,9 +44,9 @@ class Inventory:
             yield example
 
     def counts(self, left_out: Iterable[DroppedInstance] = ()) -> dict[str, Any]:
-        """Return tasks, inputs by split, rows dropped by reason, histograms of words.
+        """Return the numbers of tasks, inputs by split and rows dropped by reason, and histograms of words.
 
-        `left_out` are rows that never came to be split. The examples must have been read to their end.
+        `left_out` are the rows that were dropped before the split. The examples must have been read to the end.
         """
         tasks = self.prepared.tasks
         dropped = self.prepared.reasons() + Counter(row.reason for row in left_out)
@@ -68,7 +68,7 @@ class Inventory:
 
 
 def describe_inventory(counts: Mapping[str, Any]) -> str:
-    """Return the counts as lines for people."""
+    """Return the counts as text for people, several lines."""
     tasks, inputs = counts["tasks"], counts["inputs"]
     lines = [
         f"tasks: {tasks['seen']} seen, {tasks['unseen']} unseen, {tasks['with_labels']} of them with labels",

@@ -1,11 +1,10 @@
 """Instruction sets in: finds the files of each source, reads them, names tasks and mixes the sources.
 
-Used by launch/prepare.py. The only import of datasets, made when a Hugging Face data set is read. Knows no splits.
+Knows no splits, and no library of data sets.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import re
 from array import array
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from coalign.config import DataTable, SourceTable
+from coalign.data.hugging_face import BUILDERS, list_data_files, read_data_set
 from coalign.data.instances import (
     DroppedInstance,
     FreeNames,
@@ -32,16 +32,14 @@ from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
 from coalign.text import normalise_input, unit_hash, words
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
-BATCH_ROWS = 1000
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclasses.dataclass(slots=True)
 class Collection:
-    """What all sources hold together: every instance names a key of `tasks`; ids are unique where they aren't empty."""
+    """The contents of all sources. Every instance names a key of `tasks`; ids are unique or empty."""
 
     tasks: dict[str, Task]
     instances: Spool[Instance]
@@ -49,10 +47,10 @@ class Collection:
 
 
 def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
-    """Read every source of the table. Raises UserError for the first thing wrong, with file and line.
+    """Read every source of the table. Raises UserError for the first mistake, with file and line.
 
-    The rows lie in temporary files in `folder`, see `Spool`: memory holds the tasks and 16 bytes a row. Where there are
-    several sources, it also holds 80 for a row that brings an id.
+    The rows lie in temporary files in `folder`, see `Spool`. Memory holds the tasks and 16 bytes per row; with several
+    sources also 80 bytes per row that has an id of its own.
     """
     collection = Collection({}, Spool(Instance, folder), Spool(DroppedInstance, folder))
     sources = list_sources(table)
@@ -61,14 +59,14 @@ def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
         before = len(collection.instances)
         _add_source(collection, _take_rows(source, collection.dropped, folder), source, ids)
         if len(collection.instances) == before:
-            raise UserError(f"{source.path}: no instances in it; check the path and data.format")
+            raise UserError(f"{source.path}: it holds no instances; check the path and data.format")
     return collection
 
 
 def digest_sources(table: DataTable) -> str:
-    """Return one SHA-256 over what will be read: names inside each source and contents, not where the source lies.
+    """Return one SHA-256 over what will be read: names within each source and contents, not the source's location.
 
-    Of a hub data set only the name, the configuration and the split are known.
+    A hub data set counts by its name, configuration and split alone.
     """
     parts: list[Any] = []
     for source in list_sources(table):
@@ -84,7 +82,7 @@ def digest_sources(table: DataTable) -> str:
 
 
 def list_sources(table: DataTable) -> list[SourceTable]:
-    """Return data.sources, or data.path as the only source."""
+    """Return data.sources, or data.path as the only source. Raises UserError when neither is set."""
     if not table.path and not table.sources:
         raise UserError(
             'data.path="" names no data; set data.path to a folder, a file or a hub name, or use data.sources'
@@ -93,7 +91,10 @@ def list_sources(table: DataTable) -> list[SourceTable]:
 
 
 def find_format(source: SourceTable) -> str:
-    """Return how a source is read: "sni", "rows" (JSONL), "hf" (local files), "saved" (save_to_disk) or "hub"."""
+    """Return how a source is read: "sni", "rows" (JSONL), "hf" (local files), "saved" (save_to_disk) or "hub".
+
+    Raises UserError for a path that is neither there nor a hub name, or that holds no data.
+    """
     path = Path(source.path).expanduser()
     if not path.exists():
         # A file suffix, a leading dot or slash, or a first part that exists here mean a path, not a hub name.
@@ -121,7 +122,7 @@ def find_format(source: SourceTable) -> str:
         return "saved"
     if not any(file.suffix in BUILDERS for file in path.rglob("*")):
         raise UserError(
-            f"{path}: a folder without data; expected tasks/*.json, *.jsonl, or files of {', '.join(BUILDERS)}"
+            f"{path}: the folder holds no data; expected tasks/*.json, *.jsonl, or files of {', '.join(BUILDERS)}"
         )
     return "hf"
 
@@ -138,7 +139,7 @@ def _read_source(source: SourceTable) -> Iterator[Instance | DroppedInstance]:
             for number, row in read_rows(path):
                 yield parse_row(row, f"{path}, line {number}", LAYOUTS.get(source.format, "auto"))
     else:
-        yield from _read_hugging_face(source, kind, root)
+        yield from read_data_set(source, kind, root)
 
 
 def _list_files(root: Path, kind: str) -> list[Path]:
@@ -149,8 +150,7 @@ def _list_files(root: Path, kind: str) -> list[Path]:
         if not files:
             raise UserError(f"{root}: no *.jsonl files in this folder; check data.path and data.format")
         return files
-    found = (path for path in root.rglob("*") if path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    return list_data_files(root)
 
 
 def _describe_file(path: Path, root: Path) -> list[Any]:
@@ -158,69 +158,8 @@ def _describe_file(path: Path, root: Path) -> list[Any]:
     return [name, path.stat().st_size, digest_file(path)]
 
 
-def _read_hugging_face(source: SourceTable, kind: str, root: Path) -> Iterator[Instance | DroppedInstance]:
-    dataset = _load_dataset(source, kind, root)
-    columns = list(dataset.column_names)
-    has_columns = "instruction" in columns and ("output" in columns or "outputs" in columns)
-    if "messages" not in columns and not has_columns:
-        raise UserError(
-            f"{source.path}: the columns are {', '.join(columns) or 'none'}; expected instruction and"
-            " output (or outputs), with or without input and task, or else messages; rename them"
-        )
-    labels = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
-    layout: Layout = "auto" if "messages" in columns else "columns"
-    number = 0
-    for batch in dataset.iter(batch_size=BATCH_ROWS):
-        for values in zip(*(batch[name] for name in columns), strict=True):
-            number += 1
-            row = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
-            for name in labels.keys() & row.keys():
-                # -1 is the library's mark of a missing label.
-                row[name] = labels[name].int2str(row[name]) if row[name] >= 0 else ""
-            yield parse_row(row, f"{source.path}, row {number}", layout)
-
-
-def _load_dataset(source: SourceTable, kind: str, root: Path) -> Any:
-    """Return a datasets.Dataset; whatever the library complains about becomes a UserError."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if kind == "saved":
-            saved = datasets.load_from_disk(str(root))
-            if isinstance(saved, datasets.Dataset):
-                return saved
-            if source.split not in saved:
-                raise UserError(
-                    f"{root}: no split {source.split!r}; it has {', '.join(saved)}, set split in data.sources"
-                )
-            return saved[source.split]
-        if kind == "hub":
-            return datasets.load_dataset(source.path, source.name or None, split=source.split)
-        tables = [file for file in _list_files(root, kind) if file.suffix in (".csv", ".tsv")]
-        options = _csv_options(datasets, tables[0]) if tables else {}
-        if root.is_file():
-            files = {source.split: str(root)}
-            return datasets.load_dataset(BUILDERS[root.suffix], data_files=files, split=source.split, **options)
-        return datasets.load_dataset(str(root), source.name or None, split=source.split, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        seen = "no such file or folder here, nor on the hub" if kind == "hub" else "not readable"
-        what = f"{source.path}: {seen} ({type(error).__name__}: {reason})"
-        raise UserError(f"{what}; check path, name and split") from error
-
-
-def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
-    """Return options that read every column as text: answers such as "007", "NA" or "null" must stay as written."""
-    separator = "\t" if path.suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream, delimiter=separator), [])
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {"features": features, "keep_default_na": False, "sep": separator}
-
-
 def _take_rows(source: SourceTable, dropped: Spool[DroppedInstance], folder: Path | None) -> Iterator[Instance]:
-    """Yield the source's rows, the first `max_rows` in the order of a hash of task, instruction and input (0: all)."""
+    """Yield the source's rows; with `max_rows` those that are first by a hash of task, instruction and input."""
     rows = _without_dropped(_read_source(source), dropped)
     if not source.max_rows:
         yield from rows
@@ -248,9 +187,9 @@ def _without_dropped(rows: Iterable[Instance | DroppedInstance], dropped: Spool[
 
 
 def _add_source(collection: Collection, rows: Iterable[Instance], source: SourceTable, ids: FreeNames | None) -> None:
-    """Give the rows task ids and free example ids and add them to the collection.
+    """Give the rows task ids and unique example ids and add them to the collection.
 
-    `ids` holds the example ids of the sources before; an id that clashes with one gets the source's name in front.
+    `ids` holds the example ids of earlier sources; an id that is among them gets the source's name as a prefix.
     """
     path = Path(source.path)
     origin = path.stem if path.is_file() else path.name
@@ -274,7 +213,7 @@ def _add_source(collection: Collection, rows: Iterable[Instance], source: Source
 
 
 def _check_ids(source: SourceTable, hashes: set[int]) -> None:
-    """Raise UserError for an id, of those with these hashes, that stands at two rows."""
+    """Raise UserError for an id, of those with these hashes, that two rows have."""
     places: dict[str, str] = {}
     for row in _read_source(source):
         if isinstance(row, Instance) and row.id and hash(row.id) in hashes:
@@ -286,10 +225,10 @@ def _check_ids(source: SourceTable, hashes: set[int]) -> None:
 
 
 def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames, row: Instance, source: str) -> str:
-    """Enter the row's task and return its id.
+    """Add the row's task and return its id.
 
-    A name that an earlier source used for the same instruction is the same task; for another instruction, the source's
-    name comes in front. A name that this source used for another instruction gets a number.
+    A name that an earlier source used for the same instruction is the same task. If it used the name for another
+    instruction, the source's name becomes a prefix. A name that this source used for another instruction gets a number.
     """
     name = row.task or instruction_slug(row.instruction)
     known = earlier.get(name)

@@ -1,8 +1,8 @@
 """Deals instances out to sft, align, dev and test, finds label tasks, applies limits.
 
-Used by launch/prepare.py on what data.read_sources returns. Pure text and numbers; knows no files. The instances are
-read several times and never held: memory has some 30 bytes for each, twice as many while equal ones are looked for, and
-beside them the tasks and the references of inputs that occur with unlike ones.
+Pure text and numbers; knows no files. The instances are read several times and never held in memory. It takes about 30
+bytes per instance, twice that while repeats are looked for; and the tasks, and the references of inputs that occur with
+different ones.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MAX_LABEL_WORDS = 5
 class Prepared:
     """What prepare writes: tasks that have inputs, their examples, and what was left out.
 
-    `fates` holds a byte for each instance: an index into SPLITS, or behind them into REASONS. `firsts` tells the row
-    that a merged one repeats, `unions` the references of a row whose repeats have others, `renamed` the ids of rows
-    whose own would clash.
+    `fates` has a byte per instance: an index into SPLITS, or len(SPLITS) plus an index into REASONS. `firsts` has the
+    row that a merged one repeats, `unions` the references of a row whose repeats have others, `renamed` the id of a row
+    whose made id would clash.
     """
 
     tasks: list[Task]
@@ -89,13 +89,13 @@ class Prepared:
 
 
 def made_id(row: Instance) -> str:
-    """Return an id made from the task and the input, which survives a change of row order."""
+    """Return an id made from the task and the input, which does not depend on the order of rows."""
     return f"{row.task}-{sha256(normalise_input(row.input).encode()).hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(slots=True)
 class _InstanceGroup:
-    """The rows of a task that fall into a split; in the order of `hashes` a limit takes them."""
+    """The rows of one task in one split; a limit keeps those with the smallest `hashes`."""
 
     rows: array[int] = dataclasses.field(default_factory=lambda: array("I"))
     hashes: array[float] = dataclasses.field(default_factory=lambda: array("d"))
@@ -104,8 +104,8 @@ class _InstanceGroup:
 def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], table: DataTable) -> Prepared:
     """Merge repeats, find labels, split by input text and apply the limits.
 
-    Of an unseen task only the test inputs stay. Raises UserError when data.unseen_tasks or data.only_tasks names no
-    task.
+    Unseen tasks keep only their test inputs. Raises UserError when data.unseen_tasks or data.only_tasks names something
+    that is no task.
     """
     known = mark_unseen(tasks, table.unseen_tasks)
     chosen = find_named(tasks, table.only_tasks, "data.only_tasks") if table.only_tasks else tasks.keys()
@@ -150,13 +150,13 @@ def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], ta
 
 
 def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, Task]:
-    """Return the tasks with those named not seen, see `find_named`."""
+    """Return the tasks, with those that `unseen` names marked as unseen; see `find_named`."""
     named = find_named(tasks, unseen, "data.unseen_tasks")
     return {name: dataclasses.replace(task, seen=False) if name in named else task for name, task in tasks.items()}
 
 
 def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set[str]:
-    """Return the ids of the tasks that a key of the config names; a name also stands for name#2 and so on.
+    """Return the ids of the tasks that a key of the config names; a name also covers name#2 and so on.
 
     Raises UserError for a name that is no task.
     """
@@ -183,16 +183,16 @@ def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set
 def merge_repeats(
     instances: Sequence[Instance], keys: array[int], fates: bytearray
 ) -> tuple[array[int], dict[int, tuple[str, ...]]]:
-    """Find the rows of one task and one normalised input, and write into `fates` that all but the first are merged.
+    """Find rows of the same task and normalised input; mark all but the first as merged in `fates`.
 
-    `keys` holds a hash of task and input for each row. Returns the row that each one repeats (itself, if none; empty
-    when no row does), and the united references of those whose repeats have others.
+    `keys` has a hash of task and input per row. Returns the row that each row repeats (itself if none; an empty array
+    when no row repeats another), and {row: united references} of those whose repeats have others.
     """
     firsts: array[int] = array("I")
     unions: dict[int, tuple[str, ...]] = {}
     for group in sorted(equal_places(keys)):
         firsts = firsts or array("I", range(len(keys)))
-        first_of: dict[tuple[str, str], int] = {}  # one, but for a clash of hashes
+        first_of: dict[tuple[str, str], int] = {}  # has one entry, unless hashes clash
         answers: dict[int, dict[str, str]] = {}
         own: dict[int, set[str]] = {}
         for index in group:
@@ -212,7 +212,7 @@ def merge_repeats(
 
 
 def rename_clashes(instances: Sequence[Instance], fates: bytearray) -> dict[int, str]:
-    """Return an id for each row without one whose made id another row brings: made ids clash with no other made one."""
+    """Return {row: new id} of rows without an id whose made id is another row's own; made ids never clash."""
     names = FreeNames(row.id for row, fate in zip(instances, fates, strict=True) if row.id and fate not in MERGED)
     made = ((index, made_id(row)) for index, row in enumerate(instances) if not row.id and fates[index] not in MERGED)
     return {index: names.take(name) for index, name in made if name in names}
@@ -221,10 +221,10 @@ def rename_clashes(instances: Sequence[Instance], fates: bytearray) -> dict[int,
 def find_labels(
     tasks: Mapping[str, Task], answers: Iterable[tuple[str, Sequence[str]]], max_labels: int
 ) -> dict[str, Task]:
-    """Return the tasks with the labels of those that are classification; `answers` are (task, references) of inputs.
+    """Return the tasks, classification tasks with their labels; `answers` are (task, references), one per input.
 
-    A label task has at most `max_labels` different answers (normalised), each of at most 5 words, and at least 4
-    instances a label on average. A label is written as it most often is.
+    A classification task has at most `max_labels` distinct normalised answers, each of MAX_LABEL_WORDS words at most,
+    and MIN_INSTANCES_PER_LABEL instances per label or more on average. A label has its most frequent spelling.
     """
     spellings: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
     num_inputs: Counter[str] = Counter()
@@ -251,13 +251,13 @@ def find_labels(
 
 
 def split_index(normalised: str, table: DataTable) -> int:
-    """Return the index in SPLITS of a normalised input text: it depends on nothing but the text and the shares."""
+    """Return the index in SPLITS of a normalised input text, which depends only on the text and the shares."""
     ends = (table.sft_share, table.sft_share + table.align_share, table.sft_share + table.align_share + table.dev_share)
     return bisect.bisect_right(ends, unit_hash(normalised))
 
 
 def tokenizer_texts(tasks: Iterable[Task], examples: Iterable[Example]) -> Iterator[str]:
-    """Yield what a tokenizer may be trained on: instructions and labels of seen tasks, sft inputs and outputs."""
+    """Yield the texts for training a tokenizer: instructions and labels of seen tasks, sft inputs and outputs."""
     for task in tasks:
         if task.seen:
             yield task.instruction

@@ -1,6 +1,6 @@
-"""Rows on disk that are read like a list, and which of many numbers are equal: what prepare needs for very many rows.
+"""Rows on disk that are read like a list, and the places of equal numbers: prepare's tools for millions of rows.
 
-Used by data, which writes the rows, and splits, which reads them several times. Knows no layouts.
+Knows neither layouts nor splits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BYTES_READ = 2**20  # at once
 
 
 class Spool(Sequence[Element]):
-    """Named tuples of strings, numbers and tuples, in a temporary file without a name: 8 bytes of memory each.
+    """Named tuples of strings, numbers and tuples, in a temporary file without a name: 8 bytes of memory per row.
 
-    The file lies in `folder` (default: where the system puts temporary files) and goes when the object does. Rows may
-    be added while others are read. Raises OSError when the disk is full.
+    The file lies in `folder` (default: the system's folder for temporary files) and goes with the object. Rows may be
+    added while others are read. Raises OSError when the disk is full.
     """
 
     def __init__(self, kind: type[Element], folder: Path | None = None) -> None:

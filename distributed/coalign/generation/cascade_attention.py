@@ -1,9 +1,9 @@
-"""Attention of a token a row to a prompt that several rows share, and to each row's own tokens.
+"""Cascade attention: one new token per row attends to a prompt that several rows share and to the row's own tokens.
 
-A prompt's keys and values are there once, and are read once for all of its rows, as one matrix product; one softmax
-runs over both parts. Known as cascade attention. Used by slots and decoding.
-Shape suffixes: R rows, G prompts, K most rows of a prompt, H key heads, N queries of a key head, P prompt columns,
-T own columns, D head size.
+A prompt's keys and values are stored once and read once for all its rows, as one matrix product. One softmax runs over
+both parts. Knows no sampling and no token ids.
+Shape suffixes: R rows, G prompts, K most rows per prompt, H key heads, N queries per key head, P prompt columns, T own
+columns, C all columns, D head size, E any size, M queries of a prompt's rows together.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from transformers.masking_utils import sdpa_mask
 
 from coalign.models.attention import layer_windows
 
-CASCADE = "coalign_cascade"  # its name among transformers' attentions
+CASCADE = "coalign_cascade"  # its name in transformers' registry of attentions
 LAYER_KINDS = {"full_attention", "sliding_attention"}
-# Prompts whose rows have left are kept until they are as large a part: moving the others costs more than to read them.
+# Prompts whose rows have all left are removed once they exceed 1/FORGET_SHARE of all: moving the others costs more than
+# reading a few too many.
 FORGET_SHARE = 4
 
 
 class SharedPrompts:
-    """Keys and values of prompts, (G, H, P, D) a layer, aligned at the right, and the prompt of each row."""
+    """Keys and values of prompts, (G, H, P, D) per layer, aligned at the right, and the prompt of each row."""
 
     def __init__(self, config: Any) -> None:
         windows, kinds = layer_windows(config), getattr(config.get_text_config(), "layer_types", None)
@@ -46,11 +47,14 @@ class SharedPrompts:
 
     @property
     def row_lengths(self) -> list[int]:
-        """The tokens of each row's prompt."""
+        """Return the number of tokens of each row's prompt."""
         return [self._lengths[prompt] for prompt in self._of_row]
 
     def admit(self, prefilled: Any, lengths: Sequence[int], source: Sequence[int]) -> None:
-        """Append prompts, aligned at the right, and rows: the i-th new row continues the `source[i]`-th new prompt."""
+        """Append prompts and rows: the i-th new row continues the `source[i]`-th new prompt.
+
+        `prefilled` is the KV cache of a forward pass over the prompts, aligned at the right; `lengths` are in tokens.
+        """
         self._of_row += [len(self._lengths) + prompt for prompt in source]
         self._lengths += lengths
         new = [(layer.keys, layer.values) for layer in prefilled.layers]
@@ -61,7 +65,7 @@ class SharedPrompts:
         self._place_rows()
 
     def keep(self, order: Sequence[int]) -> None:
-        """Let row i be what row `order[i]` was; rows that are not named leave, and prompts that nobody continues."""
+        """Make row i what row `order[i]` was; rows not named leave, and prompts without rows are removed in time."""
         self._of_row = [self._of_row[row] for row in order]
         used = sorted(set(self._of_row))
         if len(self._lengths) - len(used) > len(self._lengths) // FORGET_SHARE or not used:
@@ -69,7 +73,7 @@ class SharedPrompts:
         self._place_rows()
 
     def begin_step(self, position_R: Tensor) -> None:
-        """See who may read what, for tokens at these positions: (R,)."""
+        """Prepare the masks of a step whose new tokens are at these positions: (R,)."""
         width = self._keys[0].shape[2]
         windows = set(self._windows or [self._only])
         if windows == {None} and set(self._lengths) == {width}:
@@ -86,7 +90,10 @@ class SharedPrompts:
     def attend(
         self, layer: int, query_RHND: Tensor, key_RHTD: Tensor, value_RHTD: Tensor, own_R11T: Tensor | None
     ) -> Tensor:
-        """Return what rows read, (R, H, N, D): of scaled queries; `own_R11T` tells what of their own they may read."""
+        """Return the attention outputs (R, H, N, D) of one layer.
+
+        Queries are scaled already. `own_R11T` is true where a row may read its own column (None: everywhere).
+        """
         scores_RHNP = self._per_row(self._per_prompt(query_RHND) @ self._keys[layer].mT, query_RHND.shape[2])
         scores_RHNT = query_RHND @ key_RHTD.mT
         scores_RHNC = torch.cat([scores_RHNP, scores_RHNT], dim=-1)
@@ -103,7 +110,7 @@ class SharedPrompts:
         return read_RHND + torch.matmul(weights_RHNT, value_RHTD)
 
     def _per_prompt(self, x_RHNE: Tensor) -> Tensor:
-        """Return rows' vectors by prompt: (G, H, K x N, E), zeros where a prompt has fewer rows."""
+        """Return rows' vectors grouped by prompt, (G, H, K x N, E), with zeros where a prompt has fewer rows."""
         _, heads, queries, size = x_RHNE.shape
         if self._place_R is not None:
             placed = x_RHNE.new_zeros(len(self._lengths) * self._most, heads, queries, size)
@@ -112,14 +119,14 @@ class SharedPrompts:
         return x_GKHNE.transpose(1, 2).reshape(-1, heads, self._most * queries, size)
 
     def _per_row(self, x_GHME: Tensor, queries: int) -> Tensor:
-        """Return what `_per_prompt` was asked of: (R, H, N, E)."""
+        """Undo `_per_prompt`: return vectors by row, (R, H, N, E)."""
         _, heads, _, size = x_GHME.shape
         x_GKHNE = x_GHME.view(-1, heads, self._most, queries, size).transpose(1, 2)
         x_RHNE = x_GKHNE.reshape(-1, heads, queries, size)
         return x_RHNE if self._place_R is None else x_RHNE.index_select(0, self._place_R)
 
     def _place_rows(self) -> None:
-        """Give each row a place among those of its prompt; None where rows lie in the order of their places."""
+        """Assign each row a place among its prompt's rows; `_place_R` is None where rows already lie in that order."""
         self._most = max(Counter(self._of_row).values(), default=0)
         numbers: dict[int, itertools.count[int]] = {prompt: itertools.count() for prompt in self._of_row}
         places = [prompt * self._most + next(numbers[prompt]) for prompt in self._of_row]
@@ -136,7 +143,7 @@ class SharedPrompts:
 
 
 def _joined(old_GHPD: Tensor, new_GHPD: Tensor) -> Tensor:
-    """Return prompts after others, all as wide as the widest."""
+    """Return old and new prompts together, padded at the left to the widest."""
     width = max(old_GHPD.shape[2], new_GHPD.shape[2])
     return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (old_GHPD, new_GHPD)])
 
@@ -150,15 +157,16 @@ def attend_in_cascade(
     shared_prompts: SharedPrompts | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of one layer: a token a row beside shared prompts, by SDPA where there are none.
+    """Compute the attention of one layer: in cascade for one token per row beside shared prompts, else with SDPA.
 
-    Queries, keys and values are (R, heads, T, D), the result (R, T, heads, D), as transformers wants it.
+    Queries, keys and values are (R, heads, T, D), the result (R, T, heads, D), as transformers expects. Raises
+    ValueError for shared prompts under a position bias or a soft cap.
     """
     if shared_prompts is None:
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attended
     if options.get("position_bias") is not None or options.get("softcap") is not None:
-        raise ValueError("a bias by position and a soft cap are not computed for shared prompts")
+        raise ValueError("shared prompts are not computed under a position bias or a soft cap")
     rows, heads, _, size = query.shape
     scale = size**-0.5 if options.get("scaling") is None else options["scaling"]
     query_RHND = query.reshape(rows, key.shape[1], -1, size) * scale
@@ -168,7 +176,7 @@ def attend_in_cascade(
 
 @contextlib.contextmanager
 def attending_in_cascade(model: Any) -> Iterator[None]:
-    """Let a model that attends by SDPA attend to shared prompts too."""
+    """Let an SDPA model attend to shared prompts as well, inside the context."""
     model.set_attn_implementation(CASCADE)
     try:
         yield
@@ -177,7 +185,7 @@ def attending_in_cascade(model: Any) -> Iterator[None]:
 
 
 def may_cascade(model: Any) -> bool:
-    """Return whether a model attends through transformers' interface, in layers of a known kind, by SDPA."""
+    """Return whether a model uses SDPA through transformers' attention interface, in layers of known kinds."""
     return (
         getattr(model.config, "_attn_implementation", None) == "sdpa"
         and set(layer_windows(model.config)) <= LAYER_KINDS

@@ -1,9 +1,8 @@
-"""The next token of all rows of a cache in few shapes, each of which a GPU records once and replays: CUDA graphs.
+"""CUDA graphs for decoding: steps in few shapes, each of which a GPU records once and replays.
 
-A step of few rows costs the launch of every kernel of every layer; a graph of them is launched at once. Rows and
-columns are padded to a few sizes, in the same memory from call to call, and a mask hides what is not there. Used by
-decoding and generation. Shape suffixes: R rows that live, S rows of the shape, T its columns, H heads, D head size, V
-vocabulary.
+A step of few rows is dominated by launching every kernel of every layer; a graph launches them all at once. Rows and
+columns are padded to few sizes, in the same memory from call to call, and a mask hides the padding. Knows no prompts
+and no sampling. Shape suffixes: R live rows, S rows of the shape, T its columns, H heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from coalign.models.sizes import padded_slots
 
 logger = logging.getLogger("coalign")
 
-# Steps of a shape before it is recorded, which takes as long as several.
+# Steps of a shape that are computed before it is recorded, since recording takes as long as several steps.
 STEPS_BEFORE = 2
-MAX_GRAPHS = 64  # recorded at a time; then those go that were not used for longest
-COARSER = 2  # sizes of a step beside those of the slots, which cost memory
-NO_START = 2**40  # of a row that is not there
+MAX_GRAPHS = 64  # kept at a time; the least recently used goes first
+COARSER = 2  # a step has this many times fewer sizes per octave than the slots, since each recorded one costs memory
+NO_START = 2**40  # the start column of a padding row
 
 
 class _Layer(DynamicLayer):
-    """One layer's slots as a fixed shape sees them: (S, H, T, D) each; the new token goes into one column."""
+    """One layer's keys and values in a fixed shape, (S, H, T, D) each; the new token goes into one column."""
 
     def __init__(self, keys_SHTD: Tensor, values_SHTD: Tensor, column_1: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,7 +42,7 @@ class _Layer(DynamicLayer):
         self._column_1 = column_1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row; return all columns."""
+        """Write one token per row; return all columns."""
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self._column_1, key_states)
         self.values.index_copy_(2, self._column_1, value_states)
@@ -51,9 +50,9 @@ class _Layer(DynamicLayer):
 
 
 class FixedSteps:
-    """Steps of one model, and the memory of the slots of the caches that it steps: one at a time.
+    """Decoding steps of one model in fixed shapes, and the memory of its caches' slots; one cache at a time.
 
-    On a CPU a step has the same shapes and is computed as it is.
+    Implements kv_cache.SlotMemory. On a CPU steps have the same shapes, and nothing is recorded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -64,7 +63,7 @@ class FixedSteps:
         self._memory: dict[int, Tensor] = {}
         self._token_S = self._start_S = torch.zeros(0, dtype=torch.long, device=self._device)
         self._column_1 = torch.zeros(1, dtype=torch.long, device=self._device)
-        self._logits_SV: Tensor | None = None  # where recorded steps leave theirs
+        self._logits_SV: Tensor | None = None  # the output of recorded steps
         self._graphs: dict[tuple[int, int, int], Any] = {}
         self._steps: Counter[tuple[int, int, int]] = Counter()
         self._records = self._device.type == "cuda"
@@ -74,33 +73,36 @@ class FixedSteps:
 
     @property
     def num_graphs(self) -> int:
-        """The steps that are recorded at present."""
+        """Return the number of steps recorded at present."""
         return len(self._graphs)
 
     def is_exact(self, codec: TokenIds) -> bool:
-        """Return whether steps of fixed shapes find what others do; asked once, by two made-up prompts."""
+        """Return whether steps in fixed shapes give the logits of plain ones; tested once, on two made-up prompts."""
         if self._exact is None:
             complaint = self._complaint(codec)
             if complaint:
-                logger.info("steps of sampling are not recorded: %s", complaint)
+                logger.info("sampling runs without CUDA graphs: %s", complaint)
             self._exact = not complaint
         return self._exact
 
     def room(self, slots: int, columns: int) -> tuple[int, int]:
-        """Return the slots and columns of a fixed shape that has as many at least."""
+        """Return the slots and columns of the smallest fixed shape with at least these."""
         return padded_slots(slots, columns)
 
     def take(self, place: int, like_SHTD: Tensor, slots: int, columns: int) -> Tensor:
-        """Return memory for a layer's keys or values, zeros, at the same address for the same `place`."""
+        """Return zeroed memory for a layer's keys or values: (slots, H, columns, D).
+
+        The same `place` keeps its address until it has to grow, which discards all graphs.
+        """
         shape = (slots, like_SHTD.shape[1], columns, like_SHTD.shape[3])
         size = slots * columns * shape[1] * shape[3]
         if place not in self._memory or len(self._memory[place]) < size:
             self._forget()
             self._memory[place] = like_SHTD.new_zeros(size)
-        return self._memory[place][:size].zero_().view(shape)  # masked NaN of a call before would stay NaN
+        return self._memory[place][:size].zero_().view(shape)  # a NaN left by an earlier call would survive the mask
 
     def next_logits(self, cache: SlotCache, token_R: Tensor) -> Tensor:
-        """Append a token to every row of a cache; return the logits after it: (R, V), until the next step."""
+        """Append a token to every row of a cache; return the logits after it, (R, V), valid until the next step."""
         cache.make_room()
         rows, end = len(token_R), cache.extent.high
         padded = padded_slots(rows, end + 1, COARSER)
@@ -122,19 +124,19 @@ class FixedSteps:
         self._column_1.fill_(cache.extent.high)
 
     def _computed(self, cache: SlotCache, key: tuple[int, int, int]) -> Tensor:
-        """Return the logits of a step of slots of so many columns, by so many rows and columns of them."""
+        """Return the logits of a step, (S, V), replayed if it is recorded; `key` is (columns of the slots, S, T)."""
         self._steps[key] += 1
         if self._records and key not in self._graphs and self._steps[key] > STEPS_BEFORE:
             self._record(cache, key)
         if key not in self._graphs:
             return self._logits(cache, *key[1:])
-        self._graphs[key] = graph = self._graphs.pop(key)  # the last one used is the last one
+        self._graphs[key] = graph = self._graphs.pop(key)  # in order of last use
         graph.replay()
         assert self._logits_SV is not None
         return self._logits_SV
 
     def _logits(self, cache: SlotCache, rows: int, columns: int) -> Tensor:
-        """Compute a step; a row that is not there sees its own token alone."""
+        """Compute a step's logits, (S, V); a padding row sees only its own token."""
         start_S1 = torch.minimum(self._start_S[:rows], self._column_1).unsqueeze(1)
         column_T = torch.arange(columns, device=self._device)
         far_ST = self._column_1 - column_T
@@ -162,7 +164,7 @@ class FixedSteps:
         return logits_S1V[:, -1]
 
     def _record(self, cache: SlotCache, key: tuple[int, int, int]) -> None:
-        """Compute a step and record it; its replay writes the same once more. A model that can't be goes on without."""
+        """Compute a step and record it. When that fails, this model's steps run without graphs from then on."""
         current = torch.cuda.current_stream(self._device)
         try:
             logits_SV = self._unwaiting(cache, key)
@@ -176,23 +178,23 @@ class FixedSteps:
                 oldest = next(iter(self._graphs))
                 del self._graphs[oldest], self._steps[oldest]
             self._graphs[key] = graph
-        except RuntimeError as error:  # also what CUDA says, and out of memory
-            logger.warning("steps of sampling are not recorded: %s", str(error).partition("\n")[0])
+        except RuntimeError as error:  # includes CUDA errors and out of memory
+            logger.warning("sampling runs without CUDA graphs: %s", str(error).partition("\n")[0])
             self._forget()
             self._records, self._logits_SV = False, None
         finally:
             torch.cuda.set_stream(current)
 
     def _unwaiting(self, cache: SlotCache, key: tuple[int, int, int]) -> Tensor:
-        """Compute a step on the stream that records. Raises RuntimeError where the model waits for the GPU.
+        """Compute a step on the recording stream. Raises RuntimeError where the model waits for the GPU.
 
-        What waits can't be recorded, and to be stopped while it is would leave torch's allocator recording.
+        Such a model can't be recorded, and an error during recording would leave torch's allocator in that mode.
         """
         current, before = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
         try:
             with warnings.catch_warnings(), torch.cuda.stream(self._stream):
-                warnings.simplefilter("ignore")  # torch calls the mode a prototype
+                warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
                 torch.cuda.set_sync_debug_mode("error")
                 return self._logits(cache, *key[1:])
         finally:
@@ -200,13 +202,13 @@ class FixedSteps:
             current.wait_stream(self._stream)
 
     def _forget(self) -> None:
-        """Let go of recorded steps: memory that they read is about to change, or is needed."""
+        """Discard all recorded steps, because memory that they read is about to change or is needed."""
         self._graphs.clear()
         self._pool = None
 
     def _complaint(self, codec: TokenIds) -> str:
         if not may_cascade(self.model):
-            return "the model attends in a way of its own"
+            return "the model has an attention of its own"
         if len(set(getattr(self.model, "hf_device_map", {"": 0}).values())) > 1:
             return "the model's layers lie on several devices"
         return complaint_of_step(self.model, codec, SlotCache(self._device, memory=self), self.next_logits)

@@ -1,7 +1,7 @@
-"""Sampling with continuous refill: a prompt is computed once for its samples, finished rows make room for waiting ones.
+"""Sampling with continuous batching: one prefill serves all samples of a prompt; waiting prompts replace finished rows.
 
-Used by generation, and by training for its dev measurement. Token ids in, token ids out; knows no files and no text.
-Shape suffixes: B prompts, T tokens, V vocabulary, R live rows, N samples of a call.
+Token ids in, token ids out. Knows no files and no text. Shape suffixes: B prompts, T tokens, V vocabulary, R live rows,
+N samples of a call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coalign.models.codec import GeneratedIds
 from coalign.models.rows import TokenIds, left_pad
 from coalign.models.sizes import PREFILL_TOKENS, PREFILL_TOKENS_GPU
 
-# Waiting prompts enter once an eighth of the rows is free: a pass for each would cost as much as a step of all rows.
+# Waiting prompts enter once an eighth of the rows is free: prefilling one alone costs as much as a step of all rows.
 REFILL_SHARE = 8
 
 
@@ -38,10 +38,11 @@ def decode(
     max_tokens: int,
     fixed: FixedSteps | None = None,
 ) -> list[list[GeneratedIds]]:
-    """Return, for each prompt, one answer a seed; (prompt + limit) x rows of what is computed together <= max_tokens.
+    """Return one answer per seed for each prompt.
 
-    Prompts enter longest first. One whose samples alone exceed `max_tokens` is computed by itself. With `fixed`, which
-    is kept from call to call, steps have few shapes, which a GPU records.
+    Live rows times (longest prompt + max_new_tokens) stay within `max_tokens`, which are the tokens in flight. Prompts
+    enter longest first; one whose samples alone exceed `max_tokens` is computed by itself. With `fixed`, which callers
+    keep from call to call, steps have few shapes, and a GPU records them.
     """
     with torch.inference_mode():
         if fixed is not None and fixed.is_exact(codec):
@@ -56,7 +57,7 @@ def decode(
 
 @dataclasses.dataclass
 class _Sample:
-    """One answer in the making; `number` counts the samples of the call, prompt by prompt."""
+    """One answer in the making; `number` numbers the samples of the call, prompt by prompt."""
 
     number: int
     prompt: int
@@ -65,7 +66,7 @@ class _Sample:
 
 
 class _Decoder:
-    """The rows of one call of `decode`: those that live, in the order of their slots, and the prompts that wait."""
+    """The state of one call of `decode`: the live rows, in the order of their slots, and the waiting prompts."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class _Decoder:
             self.uniform_NT = uniforms(flat, sampling.max_new_tokens).to(model.device)
 
     def run(self, max_tokens: int) -> list[list[GeneratedIds]]:
-        """Work until nothing lives or waits."""
+        """Prefill and step until no row lives and no prompt waits."""
         while self.live or self.waiting:
             if entering := self._entering(max_tokens):
                 self._enter(entering, max_tokens)
@@ -107,10 +108,10 @@ class _Decoder:
         return len(self.prompts[prompt]) + self.sampling.max_new_tokens
 
     def _entering(self, max_tokens: int) -> list[int]:
-        """Return how the waiting prompts go on: those that enter now, none while too little is free for a pass."""
+        """Return the waiting prompts that enter now; none while too few rows are free to make a prefill worthwhile."""
         if not self.waiting:
             return []
-        # Longest first: of all that live and wait, the longest is among those that live.
+        # Prompts enter longest first, so the longest of all lives or is the first to enter.
         widest = max(map(self._size, [*(sample.prompt for sample in self.live), self.waiting[0]]))
         rows, count = len(self.live), 0
         for prompt in self.waiting:
@@ -121,7 +122,7 @@ class _Decoder:
         return [] if self.live and few and count < len(self.waiting) else self.waiting[:count]
 
     def _enter(self, entering: list[int], max_tokens: int) -> None:
-        """Let prompts in, those of like lengths in one pass."""
+        """Prefill prompts, those of similar lengths in one pass."""
         del self.waiting[: len(entering)]
         room = self._room([*self.live, *(sample for i in entering for sample in self.of_prompt[i])], max_tokens)
         at_once = PREFILL_TOKENS if self.model.device.type == "cpu" else PREFILL_TOKENS_GPU
@@ -149,25 +150,25 @@ class _Decoder:
         self._record(new, token_R)
 
     def _room(self, samples: list[_Sample], max_tokens: int) -> tuple[int, int]:
-        """Return the slots and columns for these samples, and for as many more as may come."""
+        """Return the slots and columns of the cache for these samples and for those that may follow."""
         width = max(self._size(sample.prompt) for sample in samples)
         most = max_tokens // width
         if self.cache.prompts is not None:
             width = self.sampling.max_new_tokens
         if not self.waiting:
             return len(samples), width
-        # With spare columns, what is in use is moved to the left only now and then.
+        # Spare columns make moving the used ones to the left a rare event.
         to_come = sum(len(self.of_prompt[prompt]) for prompt in self.waiting)
         return max(len(samples), min(most, len(samples) + to_come)), width + max(32, width // 4)
 
     def _step(self) -> None:
-        """Draw the next token of every row that lives."""
+        """Draw the next token of every live row."""
         logits_RV = self.next_logits(self.cache, self.token_R)
         self.token_R = self._pick(logits_RV.float(), self.live, self.seen_RV)
         self._record(self.live, self.token_R)
 
     def _seen(self, prompts: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor | None:
-        """Return which tokens are in each prompt, if somebody asks: (R, V)."""
+        """Return which tokens occur in each prompt, (R, V), or None without a repetition penalty."""
         if self.sampling.repetition_penalty == 1.0:
             return None
         rows, ids = zip(*((row, token) for row, prompt in enumerate(prompts) for token in prompt), strict=True)
@@ -176,7 +177,7 @@ class _Decoder:
         return seen_RV
 
     def _pick(self, logits_RV: Tensor, samples: list[_Sample], seen_RV: Tensor | None) -> Tensor:
-        """Draw the next token of some rows, and count it as seen."""
+        """Return the next token of each sample, (R,), and mark it as seen."""
         device = logits_RV.device
         if seen_RV is not None:
             logits_RV = penalised(logits_RV, seen_RV, self.sampling.repetition_penalty)
@@ -190,7 +191,7 @@ class _Decoder:
         return token_R
 
     def _record(self, samples: list[_Sample], token_R: Tensor) -> None:
-        """Append tokens to the samples; those that are done leave, and the last rows take their places."""
+        """Append tokens to the samples. Finished ones leave, and the last rows take their places."""
         done = set()
         for sample, token in zip(samples, token_R.tolist(), strict=True):
             if token in self.stops:
@@ -203,7 +204,7 @@ class _Decoder:
             return
         alive = [sample.number not in done for sample in self.live]
         order = [row for row, stays in enumerate(alive) if stays]
-        # A row that stays keeps its slot; what the last ones leave open is filled from the end.
+        # Rows keep their slots, except that the last ones fill the gaps.
         num_rows = len(order)
         last = [row for row in order if row >= num_rows]
         order = [row if alive[row] else last.pop() for row in range(num_rows)]

@@ -1,6 +1,6 @@
-"""One pass of a model over left-padded prompts, or over the next token of every row of a cache.
+"""One step of a model: the next token of every row of a cache, and tests whether a way to compute it is exact.
 
-Used by decoding and likelihoods. Shape suffixes: B prompts, T tokens, R rows, V vocabulary.
+Knows no sampling. Shape suffixes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coalign.models.rows import TokenIds, left_pad
 
 logger = logging.getLogger("coalign")
 
-# Whether rows of a model can share a prompt's keys and values; asked once.
+# Whether rows of a model can share a prompt's keys and values; tested once.
 _cascades_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 StepFunction = Callable[[SlotCache, Tensor], Tensor]  # appends a token to every row; returns the logits after it
@@ -49,21 +49,21 @@ def next_logits(model: Any, cache: SlotCache, token_R: Tensor) -> Tensor:
 
 
 def cascades_exactly(model: Any, codec: TokenIds) -> bool:
-    """Return whether rows that share a prompt's keys and values get the logits of rows with copies of them.
+    """Return whether rows that share a prompt's keys and values get the same logits as rows with copies of them.
 
-    Asked once a model, by two made-up prompts. One that attends in a way of its own (ALiBi) doesn't.
+    Tested once per model, on two made-up prompts. A model with an attention of its own (ALiBi) fails.
     """
     if model not in _cascades_exactly:
         complaint = _complaint_of_cascade(model, codec)
         if complaint:
-            logger.info("samples copy their prompt: %s", complaint)
+            logger.info("each sample gets a copy of its prompt's keys and values: %s", complaint)
         _cascades_exactly[model] = not complaint
     return _cascades_exactly[model]
 
 
 def _complaint_of_cascade(model: Any, codec: TokenIds) -> str:
     if not may_cascade(model):
-        return "the model attends in a way of its own"
+        return "the model has an attention of its own"
     with attending_in_cascade(model):
         shared = SlotCache(model.device, SharedPrompts(model.config))
         return complaint_of_step(model, codec, shared, functools.partial(next_logits, model))
@@ -71,9 +71,9 @@ def _complaint_of_cascade(model: Any, codec: TokenIds) -> str:
 
 @torch.no_grad()
 def complaint_of_step(model: Any, codec: TokenIds, cache: SlotCache, step: StepFunction) -> str:
-    """Return what is wrong with a way to step the rows of a cache of its kind, or nothing.
+    """Return how `step` on a cache of its kind goes wrong, "" when its logits equal those of plain steps.
 
-    Tried on two made-up prompts of unlike length and two tokens after each; `cache` is empty.
+    Tested on two made-up prompts of different lengths with two tokens after each; `cache` must be empty.
     """
     vocabulary, device = model.config.get_text_config().vocab_size, model.device
     ids = [(7919 * k + 13) % vocabulary for k in range(1, 20)]

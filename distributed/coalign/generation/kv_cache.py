@@ -1,8 +1,8 @@
-"""A key-value cache of slots: rows come and go while the others stay where they are.
+"""A KV cache of slots: rows enter and leave while the others keep their places.
 
-Used by decoding. Every row ends in the same column: a row of n tokens lies in the n columns before `high`. So the next
-token of all rows goes into one column, no row is padded beyond the longest, and the distance of two columns is the
-distance of two positions, which is what sliding windows and ALiBi read. Knows no prompts and no sampling.
+All rows end in the same column: a row of n tokens occupies the n columns before `high`. So the next token of all rows
+goes into one column, and no row is padded beyond the longest. The distance of two columns is the distance of their
+positions, as sliding windows and ALiBi need it. Knows no token ids and no sampling.
 Shape suffixes: S slots, R live rows, H heads, C columns, D head size, B prefilled prompts, T columns that are read.
 """
 
@@ -22,18 +22,18 @@ from coalign.generation.cascade_attention import SharedPrompts
 
 
 class SlotMemory(Protocol):
-    """Where slots lie, if a cache is not to take memory of its own."""
+    """Memory for the slots of a cache that allocates none of its own."""
 
     def room(self, slots: int, columns: int) -> tuple[int, int]:
-        """Return the slots and columns to take where so many are needed."""
+        """Return the slots and columns to allocate when at least these are needed."""
 
     def take(self, place: int, like_SHCD: Tensor, slots: int, columns: int) -> Tensor:
-        """Return the memory of a layer's keys or values, zeros, shaped like `like_SHCD` but for slots and columns."""
+        """Return zeroed memory for a layer's keys or values: like `like_SHCD`, with these slots and columns."""
 
 
 @dataclasses.dataclass
 class _Extent:
-    """What of the slots is in use: the first `rows`, columns `low` to `high`."""
+    """The part of the slots in use: the first `rows`, columns from `low` to before `high`."""
 
     rows: int = 0
     low: int = 0
@@ -41,7 +41,7 @@ class _Extent:
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's keys and values, (S, H, C, D) each; zeros where no row lives, since masked NaN stays NaN."""
+    """One layer's keys and values, (S, H, C, D) each; zeros where no row lives, because NaN would survive the mask."""
 
     keys: Tensor
     values: Tensor
@@ -52,7 +52,7 @@ class _SlotLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys_SHCD, values_SHCD, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row into the column `high`; return what the rows may read: (R, H, T, D) each."""
+        """Write one token per row into column `high`; return the columns that rows may read: (R, H, T, D) each."""
         extent = self.extent
         rows, end = slice(extent.rows), extent.high + 1
         self.keys[rows, :, extent.high : end] = key_states
@@ -60,21 +60,21 @@ class _SlotLayer(DynamicLayer):
         return self.keys[rows, :, extent.low : end], self.values[rows, :, extent.low : end]
 
     def get_seq_length(self) -> int:
-        """Return the columns that are read beside the new one."""
+        """Return the number of columns read beside the new one."""
         return self.extent.high - self.extent.low
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns that are read, and the first of them as the mask counts."""
+        """Return the number of columns read, and the mask's offset, which is 0."""
         return self.get_seq_length() + query_length, 0
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copy rows into other rows."""
+        """Copy rows `sources` into rows `targets`."""
         columns = slice(self.extent.low, self.extent.high)
         for states in (self.keys, self.values):
             states[targets, :, columns] = states[sources, :, columns]
 
     def shift(self, columns: int) -> None:
-        """Move what is in use to the left."""
+        """Move the part in use to the left by `columns`."""
         extent = self.extent
         for states in (self.keys, self.values):
             kept = states[: extent.rows, :, extent.low : extent.high].clone()
@@ -90,11 +90,11 @@ class _SlotLayer(DynamicLayer):
         self.values[rows, :, columns] = prefilled.values[source_R]
 
     def clear(self, rows: slice) -> None:
-        """Let nothing be left of rows that were in these slots."""
+        """Zero these slots, which earlier rows have left."""
         self.keys[rows], self.values[rows] = 0, 0
 
     def resize(self, take: Callable[[int, Tensor], Tensor]) -> None:
-        """Move what is in use to other memory, to column 0: keys to what `take` gives for 0, values to that for 1."""
+        """Move the part in use to column 0 of other memory: keys to `take(0, keys)`, values to `take(1, values)`."""
         self.keys, self.values = (self._moved(states, take, k) for k, states in enumerate((self.keys, self.values)))
 
     def _moved(self, states_SHCD: Tensor, take: Callable[[int, Tensor], Tensor], place: int) -> Tensor:
@@ -106,10 +106,10 @@ class _SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """The cache that a model's forward pass reads and writes while rows enter, advance by a token and leave.
+    """The KV cache that a model's forward pass reads and writes while rows enter, advance by a token and leave.
 
-    `start_R` is the column of each row's first token. With `prompts` these hold what rows have read before they came,
-    and the slots the tokens after it alone. With `memory` the slots lie there.
+    `start_R` is the column of each row's first token. With `prompts` the prompts' keys and values are kept there, and
+    slots hold only the tokens after them. With `memory` slots are allocated there.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class SlotCache(Cache):
     def admit(
         self, prefilled: DynamicCache, lengths: Sequence[int], source: Sequence[int], room: tuple[int, int]
     ) -> None:
-        """Append rows after those that live: row i holds prompt `source[i]` of the prefilled ones.
+        """Append rows after the live ones: new row i holds prompt `source[i]` of the prefilled ones.
 
-        `lengths` are the prompts' tokens, aligned at the right; `room` is (slots, columns) to have at least. No prompt
-        is longer than the longest row that lives.
+        `lengths` are the prompts' tokens, aligned at the right; `room` is the least (slots, columns) to have. No
+        prompt may be longer than the longest live row.
         """
         extent = self.extent
         if not self.layers:
@@ -152,7 +152,7 @@ class SlotCache(Cache):
         self._set_rows([*self._starts, *(extent.high - lengths[i] for i in source)])
 
     def keep(self, order: Sequence[int]) -> None:
-        """Let row i be what row `order[i]` was; rows that are not named leave."""
+        """Make row i what row `order[i]` was; rows not named leave."""
         moved = [(source, target) for target, source in enumerate(order) if source != target]
         if moved:
             sources, targets = map(list, zip(*moved, strict=True))
@@ -167,12 +167,12 @@ class SlotCache(Cache):
         return [(layer.keys, layer.values) for layer in self._own_layers]
 
     def make_room(self) -> None:
-        """See to it that there is a column for the next token."""
+        """Ensure that there is a column for the next token."""
         if self.extent.high == self.num_columns:
             self._shift(self.extent.low)
 
     def attention_mask(self) -> Tensor | None:
-        """Return which columns each row may read, the next token's included: (R, T), or None when they all may."""
+        """Return which columns each row may read, the next token's included: (R, T), or None when all may be read."""
         if all(start == self.extent.low for start in self._starts):
             return None
         columns_T = torch.arange(self.extent.low, self.extent.high + 1, device=self.start_R.device)
@@ -186,7 +186,7 @@ class SlotCache(Cache):
         return position_R.unsqueeze(1)
 
     def advance(self) -> None:
-        """Count the token that a forward pass has written."""
+        """Count the token per row that a forward pass has written."""
         self.extent.high += 1
 
     def _set_rows(self, starts: list[int]) -> None:
@@ -197,7 +197,7 @@ class SlotCache(Cache):
         self.start_R = torch.tensor(starts, dtype=torch.long, device=self.start_R.device)
 
     def _shift(self, columns: int) -> None:
-        assert columns > 0, "a row is longer than the room that was asked for"
+        assert columns > 0, "a row is longer than the room requested"
         for layer in self._own_layers:
             layer.shift(columns)
         self._moved_left(columns)
@@ -221,6 +221,6 @@ class SlotCache(Cache):
 
 
 def has_plain_cache(model: Any) -> bool:
-    """Return whether a model remembers keys and values of every token, and nothing else."""
+    """Return whether a model's cache holds every token's keys and values, and nothing else."""
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

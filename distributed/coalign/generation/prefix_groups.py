@@ -1,6 +1,6 @@
 """Which sequences share a beginning, so that computing it once saves the most tokens.
 
-Used by likelihoods. Pure numbers; knows no model.
+Knows sequences of numbers, no model.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ Ids = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class PrefixGroup:
-    """Rows by number whose first `prefix` tokens are the same."""
+    """Rows, by index, whose first `prefix` tokens are the same."""
 
     prefix: int
     rows: list[int]
 
 
 def group_by_prefix(sequences: Sequence[Ids], firsts: Sequence[int]) -> list[PrefixGroup]:
-    """Return groups that share a beginning, which ends before `firsts` of each, where its first prediction is wanted.
+    """Return groups of sequences that share a beginning; together they save the most tokens possible.
 
-    They save the most tokens that any groups can: (rows - 1) x beginning each. The beginnings are the inner nodes of a
-    tree of prefixes; a row is in the group of the deepest node above it that is opened, and opening one costs its
-    depth. What a subtree saves is a convex function of the depth that is open above it, so one pass up the tree says
-    up to which such depth a node is worth opening: O(n log n) after sorting.
+    A group saves (rows - 1) x prefix tokens. `firsts` is the earliest position of each sequence whose prediction is
+    wanted; a beginning ends before it.
+
+    Beginnings are the inner nodes of a tree of prefixes. A row joins the deepest opened node above it, and opening a
+    node costs its depth. The savings of a subtree are a convex function of the depth opened above it. So one pass up
+    the tree finds the largest such depth at which a node is still worth opening: O(n log n) after sorting.
     """
     root = _prefix_tree(sequences, firsts)
     groups: list[PrefixGroup] = []
@@ -47,10 +49,11 @@ def group_by_prefix(sequences: Sequence[Ids], firsts: Sequence[int]) -> list[Pre
 
 @dataclasses.dataclass
 class _Node:
-    """A prefix of `depth` tokens that rows or longer prefixes have in common, and what its subtree saves.
+    """A prefix of `depth` tokens that rows or longer prefixes have in common, and the savings of its subtree.
 
-    `saved` is that for every depth a that is open above, from 0 to `end`: a convex function in pieces, by its values
-    and slopes at both ends and the places between where its slope changes. The node is opened where a < `worth_above`.
+    The savings are a piecewise linear, convex function of the depth a opened above, from 0 to the parent's depth. It is
+    stored as values and slopes at both ends and as `bends` (place, change of slope). The node is opened where
+    a < `worth_above`.
     """
 
     depth: int
@@ -64,14 +67,14 @@ class _Node:
     bends: list[tuple[float, int]] = dataclasses.field(default_factory=list)
 
     def add_row(self, row: int) -> None:
-        """Add a row that ends or branches off here; joined to a group of depth a it saves a."""
+        """Add a row that ends or branches off here; in a group of depth a it saves a."""
         self.rows.append(row)
         self.first_slope += 1
         self.last_slope += 1
         self.last_value += self.depth
 
     def add_child(self, child: _Node) -> None:
-        """Close a deeper node and add what its subtree saves, the shorter list of bends into the longer one."""
+        """Close a deeper node and add its savings; the shorter list of bends is inserted into the longer one."""
         child._close(self.depth)
         self.children.append(child)
         self.first_value += child.first_value
@@ -84,7 +87,7 @@ class _Node:
         self.bends, child.bends = longer, []
 
     def _close(self, end: int) -> None:
-        """Take the better of opening this node, which saves the same whatever is open above, and of not."""
+        """Take the maximum of opening this node, which saves the same for every a, and of leaving it closed."""
         opened = self.last_value - self.depth
         if self.first_value < opened:
             place, value, slope, passed = 0.0, self.first_value, self.first_slope, 0
@@ -104,7 +107,7 @@ class _Node:
 
 
 def _prefix_tree(sequences: Sequence[Ids], firsts: Sequence[int]) -> _Node:
-    """Return the root of the tree of common beginnings, each row as long as its `firsts` lets it be."""
+    """Return the root of the tree of common beginnings, with each row cut at its `firsts`."""
     cut = [sequence[:first] for sequence, first in zip(sequences, firsts, strict=True)]
     order = sorted(range(len(cut)), key=lambda i: cut[i])
     path = [_Node(0)]

@@ -1,6 +1,6 @@
-"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p, one stream of numbers a seed.
+"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p, one stream of numbers per seed.
 
-Used by decoding and by the workers of either engine. Shape suffixes: B rows, V vocabulary, N seeds, T tokens.
+Knows no model. Shape suffixes: B rows, V vocabulary, N seeds, T tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw a token: greedy at temperature 0, else top-k, then top-p of the tempered distribution.
+    """How to draw a token: greedy at temperature 0, else from the tempered distribution cut by top-k, then top-p.
 
-    `repetition_penalty` changes logits before all of that (`penalised`).
+    `max_new_tokens` counts the stop token; `top_k` 0 and `top_p` 1 cut nothing. The repetition penalty changes logits
+    before everything else (`penalised`).
     """
 
     max_new_tokens: int
@@ -28,10 +29,10 @@ class Sampling:
 
 
 def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
-    """Return a token id for each row by inverting the cumulative distribution at `uniform_B` in [0, 1).
+    """Return a token id for each row, (B,), by inverting the cumulative distribution at `uniform_B` in [0, 1).
 
-    Logits are float32. A row's token depends on its own logits and number alone. The distribution is summed up in the
-    order of the vocabulary; with top-k or top-p, which need it, from the most likely token down.
+    A row's token depends only on its own logits and number. The distribution is summed in float64 in the order of the
+    vocabulary, with top-k or top-p from the most likely token down.
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
@@ -42,7 +43,7 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Ten
         scores_BV, order_BV = scores_BV[:, : sampling.top_k], order_BV[:, : sampling.top_k]
     mass_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
     if sampling.top_p < 1.0:
-        # A token stays when the mass before it is below top_p, so at least one always stays.
+        # A token stays when the mass before it is below top_p, so at least one stays.
         before_BV = torch.nn.functional.pad(mass_BV, (1, 0))[:, :-1]
         last_B = ((before_BV < sampling.top_p).sum(dim=-1) - 1).unsqueeze(1)
     else:
@@ -53,15 +54,16 @@ def pick_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Ten
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Return logits of tokens that were seen divided by the penalty where positive, else multiplied (arXiv 1909.05858).
+    """Return logits, (B, V), with those of seen tokens divided by the penalty where positive, else multiplied by it.
 
-    As transformers and vLLM do: seen is what stands in the prompt or in the answer so far.
+    The penalty is that of CTRL (arXiv 1909.05858). As in transformers and vLLM, tokens of the prompt and of the answer
+    so far are seen, and negative logits are multiplied.
     """
     lowered_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """Return one counter-based stream of numbers in [0, 1) a seed: (N, count)."""
+    """Return one counter-based (Philox) stream of numbers in [0, 1) per seed: (N, count), float64."""
     streams = [np.random.Generator(np.random.Philox(key=seed)).random(count) for seed in seeds]
     return torch.from_numpy(np.stack(streams))

@@ -1,7 +1,7 @@
 """Log-probs of continuations: requests that begin alike compute their common beginning once.
 
-Used by generation's ScoreWorker; the judge's prompts about one input differ in their last line alone. Lays them out as
-training lays out shared-prefix groups. Token ids in, numbers out. Shape suffixes: R rows, K kept positions, V
+A judge's prompts about one input differ only in their last line. They are laid out like shared-prefix groups in
+training. Token ids in, numbers out; knows no judge and no text. Shape suffixes: R rows, K kept positions, V
 vocabulary, N wanted log-probs.
 """
 
@@ -24,13 +24,13 @@ from coalign.models.sizes import PASS_TOKENS_CPU, ROW_TOKENS_CPU, ROW_TOKENS_GPU
 
 logger = logging.getLogger("coalign")
 
-# Whether a model computes rows that several sequences share as it computes separate ones; asked once.
+# Whether a model computes shared rows exactly as separate ones; tested once.
 _shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass
-class _Row:
-    """A distinct sequence of inputs and what is wanted of it: log P(token) after (and including) a position."""
+class _Sequence:
+    """A distinct sequence of inputs, and the wanted log P(token) by (position of the last input before it, token)."""
 
     ids: Ids
     logps: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
@@ -44,20 +44,20 @@ class _Row:
 def score(
     model: Any, requests: Sequence[dict[str, Any]], codec: TokenIds, max_tokens: int, share: bool = True
 ) -> list[list[float]]:
-    """Return log P(continuation given prompt), summed over its tokens, for every continuation of every request.
+    """Return log P(continuation given prompt) in nats, summed over tokens, for every continuation of every request.
 
-    Equal sequences are computed once. With `share` common beginnings are too, where the model can: equal to the plain
-    computation up to rounding, which depends on what is scored together. At most `max_tokens` padded tokens are
-    computed at once.
+    A request is {"prompt_ids", "continuations"}. Equal sequences are computed once. With `share`, common beginnings
+    are computed once too, if the model allows it; results then depend, by rounding, on what is scored together. At most
+    `max_tokens` padded tokens are computed at once.
     """
     places: dict[Ids, int] = {}
-    rows: list[_Row] = []
+    rows: list[_Sequence] = []
     for request in requests:
         for continuation in request["continuations"]:
             # A continuation's last token is never an input, so continuations of one token share a row.
             ids = (*request["prompt_ids"], *continuation[:-1])
             if places.setdefault(ids, len(rows)) == len(rows):
-                rows.append(_Row(ids))
+                rows.append(_Sequence(ids))
             row = rows[places[ids]]
             row.logps |= dict.fromkeys(_wanted(request["prompt_ids"], continuation), 0.0)
     with torch.inference_mode():
@@ -80,7 +80,10 @@ def _wanted(prompt: Sequence[int], continuation: Sequence[int]) -> list[tuple[in
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of rows that are computed together, longest first: rows x width within `max_tokens`."""
+    """Yield indices of rows to compute together, longest first, so that rows x width <= `max_tokens`.
+
+    A longer row is computed alone.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
@@ -91,16 +94,16 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_plain(model: Any, rows: Sequence[_Row], codec: TokenIds) -> None:
-    """Fill in the rows' log-probs, each computed from its first token on."""
+def _score_plain(model: Any, rows: Sequence[_Sequence], codec: TokenIds) -> None:
+    """Fill in the rows' log-probs, each row computed by itself."""
     kept = max(len(row.ids) - row.first for row in rows)
     batch = left_pad([row.ids for row in rows], codec.pad_id, model.device)
     logits_RKV = model(**batch, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
     _read(logits_RKV, rows, [len(row.ids) - kept for row in rows])
 
 
-def _score_shared(model: Any, rows: Sequence[_Row], codec: TokenIds, max_tokens: int) -> None:
-    """Fill in the rows' log-probs, several groups a row: a beginning, then each rest, which sees itself and it."""
+def _score_shared(model: Any, rows: Sequence[_Sequence], codec: TokenIds, max_tokens: int) -> None:
+    """Fill in the log-probs, computed in shared rows: a group's beginning, then rests that see it and themselves."""
     on_cpu = model.device.type == "cpu"
     width = min(max_tokens, ROW_TOKENS_CPU if on_cpu else ROW_TOKENS_GPU)
     if on_cpu:
@@ -116,23 +119,25 @@ def _score_shared(model: Any, rows: Sequence[_Row], codec: TokenIds, max_tokens:
         _score_packs(model, rows, [[groups[g] for g in packs[p]] for p in batch], codec)
 
 
-def _parts(group: PrefixGroup, rows: Sequence[_Row], width: int) -> Iterator[PrefixGroup]:
-    """Cut a group that is too large for a row; one that begins with more than half of it may be twice as long."""
+def _parts(group: PrefixGroup, rows: Sequence[_Sequence], width: int) -> Iterator[PrefixGroup]:
+    """Cut a group into parts of at most `width` tokens, or twice its prefix if that is more."""
     limit = max(width, 2 * group.prefix)
-    some: list[int] = []
+    part: list[int] = []
     tokens = group.prefix
     for row in group.rows:
         rest = len(rows[row].ids) - group.prefix
-        if some and tokens + rest > limit:
-            yield PrefixGroup(group.prefix, some)
-            some, tokens = [], group.prefix
-        some.append(row)
+        if part and tokens + rest > limit:
+            yield PrefixGroup(group.prefix, part)
+            part, tokens = [], group.prefix
+        part.append(row)
         tokens += rest
-    yield PrefixGroup(group.prefix, some)
+    yield PrefixGroup(group.prefix, part)
 
 
-def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[PrefixGroup]], codec: TokenIds) -> None:
-    """Fill in the log-probs of the groups of one pass, those of a pack in one row."""
+def _score_packs(
+    model: Any, rows: Sequence[_Sequence], packs: Sequence[Sequence[PrefixGroup]], codec: TokenIds
+) -> None:
+    """Fill in the log-probs of the groups of one forward pass; the groups of a pack share a row."""
     laid, places, wanted = [TokenRow() for _ in packs], [], []
     for number, (pack, line) in enumerate(zip(packs, laid, strict=True)):
         for item, group in enumerate(pack):
@@ -148,9 +153,10 @@ def _score_packs(model: Any, rows: Sequence[_Row], packs: Sequence[Sequence[Pref
 
 
 def shares_exactly(model: Any, codec: TokenIds) -> bool:
-    """Return whether a model computes rows that several sequences share as it computes separate ones.
+    """Return whether a model computes shared rows exactly as separate ones.
 
-    Asked once a model, by a few made-up sequences. One that attends in a way of its own (ALiBi, or not at all) doesn't.
+    Tested once per model, on a few made-up sequences. A model with an attention of its own (ALiBi), or without any,
+    fails.
     """
     if model not in _shares_exactly:
         complaint = _complaint_of_sharing(model, codec)
@@ -165,7 +171,7 @@ def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
     ids = [(7919 * k + 13) % vocabulary for k in range(1, 40)]
     beginnings = [tuple(ids[:9]), tuple(ids[9:14])]
     rests = [(0, ids[20:23]), (0, ids[23:25]), (1, ids[25:29]), (1, ids[29:30])]
-    separate, shared = ([_Row((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
+    separate, shared = ([_Sequence((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
     for row in (*separate, *shared):
         row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
     groups = [PrefixGroup(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
@@ -175,14 +181,14 @@ def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        return f"the model does not take their attention mask ({str(error).partition(chr(10))[0]})"
+        return f"the model rejects their attention mask ({str(error).partition(chr(10))[0]})"
     pairs = zip(separate, shared, strict=True)
     found = torch.tensor([(b.logps[place], a.logps[place]) for a, b in pairs for place in a.logps], dtype=torch.float64)
     return complaint_of(found[:, 0], found[:, 1], model.dtype)
 
 
-def _read(logits_RKV: Tensor, rows: Sequence[_Row], starts: Sequence[int]) -> None:
-    """Store the wanted log-probs, in float32 at least; `starts` are the positions of the rows' first kept logits."""
+def _read(logits_RKV: Tensor, rows: Sequence[_Sequence], starts: Sequence[int]) -> None:
+    """Store the wanted log-probs, in float32 or wider; `starts` are the positions of the rows' first kept logits."""
     places = [(r, position - starts[r], token) for r, row in enumerate(rows) for position, token in row.logps]
     row_N, kept_N, token_N = torch.tensor(places, device=logits_RKV.device).unbind(1)
     logits_NV = logits_RKV[row_N, kept_N]

@@ -1,7 +1,6 @@
 """Workers that sample and score with transformers, on one device or with a model's layers on several GPUs.
 
-Token ids in, answers or log-probs out.
-Used by workers.py (one worker an actor of pool.py). Knows no files but the model folder.
+Token ids in, answers or log-probs out. Knows no files but the model folder, and not where its process runs.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
 
 
 class _Worker:
-    """Holds one model on one device; each call works off one shard."""
+    """Holds one model; each call processes one shard."""
 
     def __init__(self, folder: str, model: ModelTable, generation: GenerationTable, threads: int) -> None:
         if threads:
@@ -44,23 +43,27 @@ class _Worker:
 
 
 def _tokens_in_flight(model: Any, generation: GenerationTable) -> int:
-    """Return how many tokens are computed and remembered together, by the device and what is free of its memory."""
+    """Return the tokens in flight for batch_tokens = 0, by the device and its free memory."""
     if model.device.type == "cpu":
         return TOKENS_ON_CPU
     free, _ = torch.cuda.mem_get_info(model.device)
-    part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0  # others load beside this one
+    part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0  # other workers share the GPU
     return tokens_in_flight(shape_of(model.config.get_text_config()), generation.dtype, part * free)
 
 
 class GenerateWorker(_Worker):
-    """Answers requests {"prompt_ids", "seeds", ...}: one answer a seed, other keys passed through."""
+    """Answers requests {"prompt_ids", "seeds", ...}: one answer per seed, other keys passed through.
+
+    `threads` are those of torch (0: its default). Raises UserError for a model whose cache holds more than keys and
+    values.
+    """
 
     def __init__(
         self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
     ) -> None:
         super().__init__(folder, model, generation, threads)
         self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
-        # In exact mode nothing may depend on what was sampled before, as whether a step is recorded does.
+        # In exact mode results may not depend on earlier requests, and recording does: it starts after a few steps.
         self.fixed = FixedSteps(self.model) if self.model.device.type == "cuda" and not self.exact else None
         if not has_plain_cache(self.model):
             raise UserError(
@@ -87,12 +90,12 @@ class ScoreWorker(_Worker):
     """Scores requests {"prompt_ids", "continuations", ...}: log-probs, other keys passed through."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with "logps": one float a continuation, in nats."""
+        """Return the rows with "logps": one float per continuation, in nats."""
         parts = [[row] for row in rows] if self.exact else [rows]
         return [scored for part in parts for scored in self._score(part)]
 
     def _score(self, rows: list[Row]) -> list[Row]:
-        # What shares a beginning is rounded together, which in exact mode no two requests may be.
+        # Sharing a beginning makes the rounding of requests depend on each other, which exact mode forbids.
         found = score(self.model, rows, self.codec, self.max_tokens, share=not self.exact)
         return [
             {k: v for k, v in row.items() if k not in ("prompt_ids", "continuations")} | {"logps": logps}

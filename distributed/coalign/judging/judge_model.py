@@ -38,7 +38,7 @@ class JudgeModel:
         return len(self._log_odds)
 
     def ask(self, asked: Iterable[tuple[AnyAnswer, PromptsByQuestion]], name: str) -> None:
-        """Score every prompt about these answers that has not been scored yet; `name` is that of the shards.
+        """Score every prompt about these answers that has not been scored yet; `name` names their shards.
 
         Raises UserError when a prompt exceeds the context of the judge and `too_long` is "error".
         """
@@ -47,7 +47,7 @@ class JudgeModel:
             self._log_odds[row["key"]] = row["logps"][0] - row["logps"][1]
 
     def log_odds(self, prompt: str) -> float | None:
-        """Return the log-odds of a prompt that was asked about, None for one that exceeds the context."""
+        """Return the log-odds of a prompt that was asked about, in nats; None for one that exceeds the context."""
         key = self._key_of[prompt]
         return None if key is None else self._log_odds[key]
 

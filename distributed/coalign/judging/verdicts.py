@@ -1,6 +1,6 @@
-"""Self-reward: which responses need the judge, what it is asked, scores to verdicts; calibration.py measures it.
+"""Self-reward: which responses need the judge, what it is asked, and how its scores become verdicts.
 
-Used by launch/judge.py. Pure text and numbers: it makes prompts and reads log-odds; it knows no model.
+Pure text and numbers: it makes prompts and reads log-odds in nats. Knows no model; calibration measures the judge.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coalign.config import JudgeTable
-from coalign.judging.calibration import KnownAnswer, ScoreOf, lowest_score
+from coalign.judging.calibration import ScoreOf, lowest_score
+from coalign.judging.known_answers import KnownAnswer
 from coalign.prompts import correct_question, type_question
 from coalign.records import Example, ExampleKey, Finish, Response, Task, Verdict
 from coalign.text import normalise_answer
 
 AnyAnswer = TypeVar("AnyAnswer", "DistinctAnswer", KnownAnswer)
-PromptsByQuestion = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one for each item of a list
+PromptsByQuestion = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one per item of a list
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class DistinctAnswer:
 
 
 def distinct_answers(responses: Iterable[Response]) -> tuple[list[DistinctAnswer], list[dict[str, Any]]]:
-    """Return the distinct (input, canonical text, finish) in order of appearance, and what can't be compared."""
+    """Return the distinct (input, canonical text, finish) in order, and rows of what can't be compared."""
     answers: dict[DistinctAnswer, None] = {}
     dropped = []
     for r in responses:
@@ -75,7 +76,7 @@ def decide_by_rule(answer: DistinctAnswer, golds: Sequence[str]) -> Verdict | No
 def decide_by_scores(answer: DistinctAnswer, scores: Mapping[str, float]) -> Verdict:
     """Return the verdict from scores above thresholds: type below 0 gives 0, else correct gives 1 or 2.
 
-    Without a score for correct the answer has another number of items than the gold answer: 1 at most.
+    Without a score for correct the answer has another number of items than the gold answer, so it gets 1 at most.
     """
     type_score, correct_score = scores.get("type"), scores.get("correct")
     if type_score is not None and type_score < 0:
@@ -92,7 +93,7 @@ def _verdict(
 
 
 def questions(task: Task, example: Example, text: str, table: JudgeTable) -> PromptsByQuestion:
-    """Return {question: prompts} for one answer; without gold the task's original wording stands in all of them.
+    """Return {question: prompts} for one answer; without gold all show the task's original instruction.
 
     With gold and `item_separator` the answer is compared with the gold one item by item. Another number of items is
     not correct, and nothing is asked about it.
@@ -171,9 +172,9 @@ def count_judging(
 ) -> dict[str, Any]:
     """Return the step's counts.
 
-    With q questions a response, asked + saved by duplicates + saved by rules = q x comparable responses, where a
-    question put to each of n items counts n times; prompts that are too long count among the duplicates' savings.
-    Calls on known answers are not in here.
+    With q questions per response, asked + saved by duplicates + saved by rules = q x comparable responses. A question
+    put to each of n items counts n times. Prompts that are too long count as saved by duplicates. Calls on known
+    answers are not counted.
     """
     num_prompts = sum(sum(map(len, by_question.values())) for _, by_question in asked)
     num_open = sum(len(by_question) for _, by_question in asked)

@@ -1,1 +1,13 @@
-"""TODO."""
+"""What both engines share of a model: its tokenizer, weights, attention, log-probs and size.
+
+A row is a line of tokens in a batch, and several items may share one. A layout says which item and which segment each
+token belongs to. generation/ and training/ use the same words, and planning/ the same sizes and shapes.
+
+Begin with codec (text to token ids) and logprobs (the log-prob of every response token of a Batch).
+Text and files: codec; model_folder (load, LoRA, verified export); random_model (a tiny model to start from).
+Computing: rows (token rows as tensors), attention (who sees whom), fused_head (log-probs without all logits).
+Numbers without torch: sizes (blocks, rows, padding), shape (widths and parameters), worker_memory (bytes per worker).
+
+It knows neither sampling nor training: no seeds, losses, optimizers, wordings or rewards. generation/ and training/
+import it and never each other.
+"""

@@ -1,7 +1,7 @@
 """Which tokens of a row see one another: one rule, as a dense mask (SDPA, eager) or a block mask (FlexAttention).
 
-Used by batching, logprobs, training and the engine. Knows a model's config and how it attends, no items. Shape
-suffixes: B rows, H heads, T tokens (of queries, of keys), D head size.
+Knows a model's config and its attention implementation, no texts and no losses. Shape suffixes: B rows, H heads,
+T tokens (queries or keys), Q and K blocks of queries and of keys, D head size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BLOCKS = "coalign_blocks"  # our attention's name among those of transformers
-BLOCK = 128  # tokens: FlexAttention's own size
-MAX_KERNELS = 64  # widths, twice (with gradient and without); torch would stop to compile after 8
+BLOCKS = "coalign_blocks"  # the name of our attention in transformers' registry
+BLOCK = 128  # tokens per block, FlexAttention's default
+MAX_KERNELS = 64  # compiled kernels: two per width, with and without gradient; torch's default limit is 8
 
-LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of two layouts; 0.5 in narrower types
+# The largest difference, in nats, between log-probs of two layouts that counts as rounding; 0.5 in narrower dtypes.
+LOGP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
@@ -31,10 +32,10 @@ Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """What tokens belong to, in rows that hold items side by side, and an item's continuations too.
+    """Which item and segment each token belongs to, in rows that hold several items and several continuations per item.
 
-    `segments_BT` is -1 on padding, 0 on a prompt and k on its k-th continuation; `items_BT` tells the items of a row
-    apart; `positions_BT` are a token's own, which restart after the prompt for every continuation.
+    Each array is (B, T). `segments_BT` is -1 on padding, 0 on a prompt and k on its k-th continuation. `items_BT`
+    numbers the items of a row. `positions_BT` restart after the prompt for every continuation.
     """
 
     segments_BT: Tensor
@@ -46,10 +47,10 @@ class RowLayout:
         return RowLayout(self.segments_BT.to(device), self.items_BT.to(device), self.positions_BT.to(device))
 
     def rule(self, window: int | None) -> MaskRule:
-        """Return who sees whom, by indices of row, head, query and key that are broadcast (FlexAttention's mask_mod).
+        """Return a function of row, head, query and key indices, which broadcast, to whether the query sees the key.
 
-        A token sees what came before it in its item's prompt and in its own segment, less than `window` positions
-        back. Padding sees itself alone, so that no softmax runs over nothing.
+        A token sees earlier tokens of its item's prompt and of its own segment, less than `window` positions back, and
+        itself. Padding sees only itself, so that every softmax has an entry. The form is FlexAttention's mask_mod.
         """
         segments_BT, items_BT, positions_BT = self.segments_BT, self.items_BT, self.positions_BT
 
@@ -65,7 +66,7 @@ class RowLayout:
 
 
 def dense_mask(layout: RowLayout, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask (B, 1, T, T)."""
+    """Return the additive mask of a layout (B, 1, T, T): 0 where a token sees another, else the lowest number."""
     rows, width = layout.segments_BT.shape
     device = layout.segments_BT.device
     row_B111 = torch.arange(rows, device=device).view(-1, 1, 1, 1)
@@ -75,10 +76,10 @@ def dense_mask(layout: RowLayout, window: int | None, dtype: torch.dtype) -> Ten
 
 
 def block_mask(layout: RowLayout, window: int | None) -> BlockMask:
-    """Return the same as blocks, of which FlexAttention computes those that are not empty.
+    """Return the mask of a layout as blocks; FlexAttention computes only those that are not empty.
 
-    What a token sees are two runs of tokens, in its item's prompt and in its own segment, so that blocks follow from
-    where runs begin and end; torch's create_block_mask would ask the rule about every pair of a row's tokens.
+    A token sees two runs of tokens, one in its item's prompt and one in its own segment. So blocks follow from where
+    runs begin and end, while torch's create_block_mask would evaluate the rule for every pair of tokens.
     """
     width = layout.segments_BT.shape[1]
     missing = (0, -width % BLOCK)
@@ -95,19 +96,19 @@ def block_mask(layout: RowLayout, window: int | None) -> BlockMask:
         mask_mod=layout.rule(window),
         seq_lengths=(width, width),
     )
-    mask.ndim = 4  # type: ignore[attr-defined]  # which GPT-2 asks for, as if it were a tensor
+    mask.ndim = 4  # type: ignore[attr-defined]  # GPT-2 reads it as if the mask were a tensor
     return mask
 
 
 def _seen_blocks(layout: RowLayout, window: int | None) -> Tensor:
-    """Return whether any token of block Q sees one of block K: (B, Q, K)."""
+    """Return whether any token of block Q sees any token of block K: (B, Q, K)."""
     segments_BT, items_BT, positions_BT = layout.segments_BT, layout.items_BT, layout.positions_BT
     rows, width = segments_BT.shape
     index_BT = torch.arange(width, device=segments_BT.device).expand(rows, -1)
     item_BT = _run_starts(items_BT, index_BT)
     segment_BT = torch.maximum(item_BT, _run_starts(segments_BT, index_BT))
     far_BT = torch.zeros_like(index_BT) if window is None else (positions_BT - window + 1).clamp(min=0)
-    # In the prompt, from the first position that is near enough; its length is the position that the segment begins at.
+    # In the prompt: from the first position within the window. A segment begins at the position equal to its length.
     first_BT, last_BT = item_BT + far_BT, item_BT + positions_BT.gather(1, segment_BT) - 1
     own_BT = segment_BT if window is None else torch.maximum(segment_BT, index_BT - window + 1)
     own_BT = torch.where(segments_BT < 0, index_BT, own_BT)
@@ -124,13 +125,13 @@ def _seen_blocks(layout: RowLayout, window: int | None) -> Tensor:
 
 
 def _run_starts(values_BT: Tensor, index_BT: Tensor) -> Tensor:
-    """Return where the run of equal values begins that a token is in: (B, T)."""
+    """Return the index at which each token's run of equal values begins: (B, T)."""
     begins_BT = F.pad(values_BT[:, 1:] != values_BT[:, :-1], (1, 0), value=True)
     return torch.where(begins_BT, index_BT, 0).cummax(dim=1).values
 
 
 def _full_blocks(layout: RowLayout, window: int | None) -> Tensor:
-    """Return where all of block Q sees all of block K, which needs no mask: K holds a prompt alone, Q later tokens."""
+    """Return where block K lies wholly in a prompt and block Q wholly after it, so no mask is needed: (B, Q, K)."""
     segments_BKT, items_BKT = (x.view(len(x), -1, BLOCK) for x in (layout.segments_BT, layout.items_BT))
     lowest_BK, highest_BK = items_BKT.amin(dim=-1), items_BKT.amax(dim=-1)
     pure_BK = (lowest_BK == highest_BK) & (lowest_BK >= 0)
@@ -140,14 +141,14 @@ def _full_blocks(layout: RowLayout, window: int | None) -> Tensor:
 
 
 def _in_order(dense_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many key blocks each query block has, (B, 1, Q), and which, those first: (B, 1, Q, K)."""
+    """Return each query block's number of key blocks, (B, 1, Q), and all block indices, those first: (B, 1, Q, K)."""
     count_BQ = dense_BQK.sum(dim=-1, dtype=torch.int32)
     order_BQK = dense_BQK.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count_BQ.unsqueeze(1), order_BQK.unsqueeze(1)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """Return {kind of layer: how many positions back it sees, with the one that looks (None: all)}."""
+    """Return {kind of layer: its sliding window in positions, the query's own included (None: unlimited)}."""
     text_config = config.get_text_config()
     window: int | None = getattr(text_config, "sliding_window", None) or None
     kinds = set(getattr(text_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
@@ -155,9 +156,9 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 
 
 def mask_for(model: Any, mask: Tensor | RowLayout) -> Mask:
-    """Return what a model takes as `attention_mask`: (B, T) as it is, a layout in the form that the model attends by.
+    """Return what a model takes as `attention_mask`: (B, T) unchanged, a layout as the mask that its attention reads.
 
-    A model whose layers have unlike windows takes a mask for each kind.
+    A model whose layers differ in their windows takes a dict of masks, one per kind of layer.
     """
     if isinstance(mask, Tensor):
         return mask
@@ -173,7 +174,7 @@ def mask_for(model: Any, mask: Tensor | RowLayout) -> Mask:
 
 
 def complaint_of(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
-    """Return how far log-probs of two layouts differ, or nothing when it is by rounding alone, in a model's dtype."""
+    """Return a message when log-probs of two layouts differ by more than rounding in a model's dtype, else ""."""
     difference = float((found - expected).abs().max())
     if difference <= LOGP_TOLERANCE.get(dtype, 0.5):
         return ""
@@ -181,19 +182,19 @@ def complaint_of(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
 
 
 def bare(model: Any) -> Any:
-    """Return the network itself of what may be an engine's wrapper."""
+    """Return the network inside an engine's wrapper; a bare network is returned as it is."""
     return getattr(model, "module", model)
 
 
 def uses_blocks(model: Any) -> bool:
-    """Return whether a model attends by block masks."""
+    """Return whether a model's attention takes block masks."""
     return getattr(bare(model).config, "_attn_implementation", None) == BLOCKS
 
 
 def use_blocks(model: Any) -> bool:
-    """Let a model that attends by SDPA attend by blocks where rows are shared; return whether it does.
+    """Switch a model from SDPA to block masks for shared rows; return whether its attention now takes them.
 
-    Models that have an attention of their own, beside transformers' interface, go on as they are.
+    Models with another attention stay unchanged.
     """
     network = bare(model)
     if network.config._attn_implementation == "sdpa":
@@ -202,25 +203,26 @@ def use_blocks(model: Any) -> bool:
 
 
 def use_dense(model: Any) -> None:
-    """Let a model attend by SDPA with a dense mask again."""
+    """Switch a model back to SDPA with dense masks."""
     bare(model).set_attn_implementation("sdpa")
 
 
 def attend_by_blocks(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention of one layer: by FlexAttention under a block mask, and by SDPA under any other.
+    """Compute the attention of one layer: with FlexAttention under a block mask, else with SDPA.
 
-    Queries, keys and values are (B, H, T, D), the result (B, T, H, D), as transformers wants it.
+    Queries, keys and values are (B, H, T, D), the result (B, T, H, D), as transformers expects. Raises ValueError for
+    a model with a soft cap on its scores.
     """
     if not isinstance(attention_mask, BlockMask):
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attended
     if options.get("softcap") is not None:
-        raise ValueError("attention by blocks has no soft cap")
-    queries_a_key = query.shape[1] // key.shape[1]
-    if queries_a_key & (queries_a_key - 1):  # the kernel shares keys among 2, 4, 8 ... heads alone
-        key, value = (x.repeat_interleave(queries_a_key, dim=1) for x in (key, value))
+        raise ValueError("attention under a block mask has no soft cap")
+    queries_per_key = query.shape[1] // key.shape[1]
+    if queries_per_key & (queries_per_key - 1):  # the kernel needs a power of two
+        key, value = (x.repeat_interleave(queries_per_key, dim=1) for x in (key, value))
     attend = _compiled() if query.is_cuda else flex_attention
     found_BHTD = attend(
         query,
@@ -235,7 +237,7 @@ def attend_by_blocks(
 
 @functools.cache
 def _compiled() -> Any:
-    """Return FlexAttention compiled, a kernel for each shape; as it is, it would make all scores."""
+    """Return FlexAttention compiled, one kernel per shape; uncompiled it would materialise all scores."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_KERNELS)

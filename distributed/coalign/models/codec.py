@@ -1,6 +1,6 @@
 """Text to token ids and back: chat template, exactly one BOS, a trained end-of-turn, lengths against the context.
 
-Used by the recipes and by training and generation; everything after it carries token ids. Knows no model weights.
+Everything behind it carries token ids. Knows a tokenizer, no model weights.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ _SENTINEL = "text0sentinel"
 
 
 class Codec:
-    """Turns prompts and answers into token ids, in one way for training, sampling and scoring.
+    """Turns prompts and answers into token ids, the same way for training, sampling and scoring.
 
-    The answer is encoded on its own and joined to the prompt as ids, so that what is trained is what is generated.
+    Prompt and answer are encoded apart and joined as ids, so that training sees the ids that generation produces.
+    `stop_ids` end an answer; `max_tokens` is the context in tokens. Raises UserError for a chat template that can't be
+    used, a special token that the tokenizer lacks, or `model.max_tokens` beyond the model's context.
     """
 
     def __init__(self, tokenizer: Any, table: ModelTable) -> None:
@@ -61,9 +63,9 @@ class Codec:
         return token
 
     def encode_prompt(self, user_text: str) -> list[int]:
-        """Return the ids of a user's message up to where the answer begins, with exactly one BOS (or none)."""
+        """Return the ids of a user's message up to where the answer begins, with one BOS where the model has one."""
         if self._special.search(user_text):
-            # "</s>" in somebody's data is text: it must not end a turn, so it never meets the template's own tokens.
+            # "</s>" in the data is text and must not end a turn, so it is encoded apart from the template's own tokens.
             pieces = self._render([{"role": "user", "content": _SENTINEL}], add_generation_prompt=True).split(_SENTINEL)
             ids = self._encode_template(pieces[0])
             for piece in pieces[1:]:
@@ -79,11 +81,11 @@ class Codec:
         return ids
 
     def encode_answer(self, text: str, finished: bool = True) -> list[int]:
-        """Return the ids of an answer; with the end-of-turn unless it was cut off before one."""
+        """Return the ids of an answer, followed by the end-of-turn when `finished`."""
         return [*self.encode_plain(text), *([self.end_of_turn_id] if finished else [])]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Return the ids of a text alone; what looks like a special token in it stays text."""
+        """Return the ids of a text without a template; what looks like a special token stays text."""
         options = {"split_special_tokens": True} if self._special.search(text) else {}
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
         return ids
@@ -93,17 +95,20 @@ class Codec:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of answer ids without special tokens and outer white space."""
+        """Return the text of answer ids, without special tokens and surrounding white space."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
 
     def describe_answer(self, ids: list[int], finished: bool) -> dict[str, Any]:
-        """Return generated ids, without the stop token, as workers report them: text, finish, tokens with that one."""
+        """Return an answer as workers report it: {"text", "finish", "num_tokens"}.
+
+        `ids` come without the stop token; `num_tokens` counts it. `finish` is "stop", or "length" for a cut answer.
+        """
         finish = "stop" if finished else "length"
         return {"text": self.decode(ids), "finish": finish, "num_tokens": len(ids) + finished}
 
     def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
-        """Return a conversation as the chat template writes it. Raises UserError when the template is broken."""
+        """Return a conversation rendered by the chat template. Raises UserError when the template fails."""
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
         except (jinja2.TemplateError, TypeError) as error:
@@ -115,7 +120,7 @@ class Codec:
         return text
 
     def _default_bos(self) -> int | None:
-        """Return the BOS id when tokenizer or template would put one in front of a text, else None."""
+        """Return the BOS id when the tokenizer or the template puts one before a text, else None."""
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return None

@@ -1,7 +1,7 @@
-"""The head of a model and log-softmax in one: log-probs of some tokens, the logits a block of the vocabulary at a time.
+"""The head of a model and log-softmax in one: log-probs of given tokens, logits one block of the vocabulary at a time.
 
-Used by logprobs. Knows no batches. Shape suffixes: N wanted tokens, U hidden states, D hidden size, V vocabulary, C the
-columns of one block of it, P distinct places that are wanted in a block.
+Knows no batches. Shape suffixes: N wanted tokens, U hidden states, D hidden size, V vocabulary, C columns of one block
+of the vocabulary, P distinct places (hidden state, token) that are wanted in a block.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ logger = logging.getLogger("coalign")
 
 
 def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row_N: Tensor, target_N: Tensor) -> Tensor:
-    """Return log softmax(hidden W^T + b)[row_N, target_N]: (N,), in float32 at least.
+    """Return log softmax(hidden W^T + b)[row_N, target_N]: (N,), in float32 or wider.
 
-    The logits exist a block of the vocabulary at a time, in both passes; what is kept between them is their logsumexp,
-    and on a GPU the first of these blocks.
+    In both passes logits exist for one block of the vocabulary at a time. Between the passes their logsumexp is kept,
+    and on a GPU as many blocks as KEPT_LOGITS_GPU allows.
     """
     keep = hidden_UD.is_cuda and torch.is_grad_enabled()
     args = (hidden_UD, weight_VD, bias_V, row_N, target_N, KEPT_LOGITS_GPU if keep else 0)
@@ -34,7 +34,7 @@ def fused_logps(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, row
 
 
 class _FusedLogps(torch.autograd.Function):
-    """d logp_n / d logits_uv = [row_n = u] ([target_n = v] - softmax_uv)."""
+    """The gradient: d logp_n / d logits_uv = [row_n = u] ([target_n = v] - softmax_uv)."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,7 @@ class _FusedLogps(torch.autograd.Function):
         targets = _targets_by_block(row_N, target_N, grad_N, len(hidden_UD), blocks)
         for block, (row_P, column_P, of_target_P) in zip(blocks, targets, strict=True):
             logits_UC = kept.pop(0) if kept else _block_logits(hidden_UD, weight_VD, bias_V, block)
-            # Near P = 1 the two terms cancel, so they are added before they are rounded to the head's dtype.
+            # Near probability 1 the two terms cancel, so they are added before rounding to the head's dtype.
             share_P = (logits_UC[row_P, column_P] - logsumexp_U[row_P]).exp_()
             of_logits_UC = _elementwise(_softmax_term, logits_UC, logsumexp_U, grad_U)
             of_logits_UC[row_P, column_P] = (of_target_P - share_P * grad_U[row_P]).to(of_logits_UC.dtype)
@@ -91,7 +91,7 @@ class _FusedLogps(torch.autograd.Function):
 def _targets_by_block(
     row_N: Tensor, target_N: Tensor, grad_N: Tensor, num_rows: int, blocks: Sequence[slice]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return, for each block of the vocabulary, the places that are targets, each once: rows, columns, gradients."""
+    """Return (rows, columns, summed gradients) of the distinct targets in each block of the vocabulary."""
     place_P, place_N = torch.unique(target_N * num_rows + row_N, return_inverse=True)  # sorted by target
     grad_P = torch.zeros(len(place_P), dtype=grad_N.dtype, device=grad_N.device).index_add_(0, place_N, grad_N)
     edges = torch.tensor([0, *(block.stop for block in blocks)], device=place_P.device) * num_rows
@@ -109,17 +109,17 @@ def _blocks(hidden_UD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
 
 
 def _block_logits(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, block: slice) -> Tensor:
-    """Return the logits of a block of the vocabulary, rounded as the head rounds them, a tensor that may be changed."""
+    """Return the logits of a block of the vocabulary, rounded as the head rounds them; callers may change them."""
     return F.linear(hidden_UD, weight_VD[block], None if bias_V is None else bias_V[block])
 
 
 def _logsumexp(logits_UC: Tensor) -> Tensor:
-    """Return each row's logsumexp, in float32 at least."""
+    """Return each row's logsumexp, in float32 or wider."""
     return torch.logsumexp(logits_UC.to(torch.promote_types(logits_UC.dtype, torch.float32)), dim=1)
 
 
 def _softmax_term(logits_UC: Tensor, logsumexp_U: Tensor, grad_U: Tensor) -> Tensor:
-    """Return -grad_u softmax_uv, rounded to the dtype of the logits, whose place it takes on a CPU."""
+    """Return -grad_u softmax_uv, rounded to the dtype of the logits; on a CPU it may overwrite them."""
     if logits_UC.device.type == "cpu" and logits_UC.dtype == logsumexp_U.dtype:
         return logits_UC.sub_(logsumexp_U.unsqueeze(1)).exp_().mul_(-grad_U.unsqueeze(1))
     wide_UC = logits_UC.to(logsumexp_U.dtype)
@@ -127,13 +127,13 @@ def _softmax_term(logits_UC: Tensor, logsumexp_U: Tensor, grad_U: Tensor) -> Ten
 
 
 def _elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return what a function of few passes over a block's logits finds, on a GPU compiled into as few kernels."""
+    """Call an elementwise function; on a GPU it is compiled, so that its passes over the logits become few kernels."""
     return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
 
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function compiled for all sizes, or as it is where nothing can be compiled."""
+    """Return a function compiled for all sizes, or the function itself where compiling fails."""
     fast = torch.compile(function, dynamic=True)
     example = torch.zeros(4, 8, device="cuda", dtype=torch.bfloat16)
     vector = torch.zeros(4, device="cuda")
@@ -146,6 +146,6 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _columns(target_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Return each target's column in a block (any column, where it has none) and whether it has one."""
+    """Return each target's column in a block, arbitrary for targets elsewhere, and whether it lies in it: (N,) each."""
     inside_N = (target_N >= block.start) & (target_N < block.stop)
     return (target_N - block.start).clamp(0, block.stop - block.start - 1), inside_N

@@ -1,7 +1,7 @@
-"""Log-probs of response tokens, computed only at positions that predict one, without all logits of a large batch.
+"""Log-probs of response tokens, computed only at the positions that predict one and without holding all logits.
 
-Used by training for every loss. Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept
-positions, N response tokens, U positions that predict at least one, R responses, D hidden size, V vocabulary.
+Knows no wordings, rewards or engines. Shape suffixes: B rows, T tokens, K kept positions, N response tokens,
+U positions that predict at least one, R responses, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from coalign.models.attention import BLOCK, RowLayout, mask_for, uses_blocks
 from coalign.models.fused_head import fused_logps
 from coalign.models.sizes import padded_size
 
-# Whether a model returns its head's output as it is, by head; asked once.
+# Whether a model returns its head's output unchanged, by head; tested once.
 _returned_unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one forward pass reads, and where its response tokens are predicted.
+    """The inputs of one forward pass, and where its response tokens are predicted.
 
-    Rows are aligned at the right, so that predictions of responses lie in the last `num_kept` positions;
-    `kept_index_N` points into the flattened (B, num_kept) positions. `attention_mask` is (B, T), or the layout of rows
-    that several sequences share.
+    Rows are aligned at the right, so that the last `num_kept` positions predict all responses. `kept_index_N` points
+    into the flattened (B, num_kept) positions; `target_N` is the token predicted there and `response_N` the response
+    it belongs to. `attention_mask` is (B, T), or the layout of rows that several sequences share. `num_real_tokens`
+    leaves padding out.
     """
 
     input_ids_BT: Tensor
@@ -45,14 +46,14 @@ class Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device."""
+    """Return the batch with all its tensors on a device."""
     values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor | RowLayout) else v for k, v in values.items()}
     return Batch(**moved)
 
 
 def widen(batch: Batch, width: int) -> Batch:
-    """Return a batch of shared rows with padding at the left up to `width`; predictions stay where they are."""
+    """Return a batch of shared rows, padded at the left to `width` tokens; predictions keep their places."""
     layout = batch.attention_mask
     assert isinstance(layout, RowLayout)
     missing = (width - batch.input_ids_BT.shape[1], 0)
@@ -70,7 +71,7 @@ def widen(batch: Batch, width: int) -> Batch:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off (adapters may have some) while log-probs are measured, and training mode on again after."""
+    """Switch dropout off (adapters may have it) while log-probs are measured; then restore the mode."""
     was_training = model.training
     model.eval()
     try:
@@ -80,11 +81,11 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 def token_logps(model: Any, batch: Batch) -> Tensor:
-    """Return log P(token given what it may see) of every response token of a batch: (N,), in float32 at least.
+    """Return log P(token given the tokens it sees) of every response token of a batch: (N,), in float32 or wider.
 
-    Where nothing happens to a model's logits after its head, the head's module computes log-probs in their place
-    (`fused_logps`); it stays a module that is called, so that ZeRO-3 gathers its weights. Shared rows of a model that
-    attends by blocks get a width for which there may be a kernel already.
+    In a model that returns its head's output unchanged, the head's module computes log-probs instead of logits
+    (`fused_logps`). It is still called as a module, so that ZeRO-3 gathers its weights. Under block masks, shared rows
+    are padded to few widths, each of which has its own kernel.
     """
     if uses_blocks(model) and isinstance(batch.attention_mask, RowLayout):
         batch = widen(batch, padded_size(batch.input_ids_BT.shape[1], BLOCK))
@@ -94,7 +95,7 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
     position_U, row_N = torch.unique(batch.kept_index_N, return_inverse=True)
 
     def logps(hidden_BTD: Tensor) -> Tensor:
-        device = head.weight.device  # of a model on several GPUs it need not be the batch's
+        device = head.weight.device  # on several GPUs it may differ from the batch's
         hidden_BKD = hidden_BTD[:, -batch.num_kept :].to(device)
         hidden_UD = hidden_BKD.reshape(-1, hidden_BKD.shape[-1]).index_select(0, position_U.to(device))
         rows_N, target_N = row_N.to(device), batch.target_N.to(device)
@@ -120,16 +121,16 @@ def _logps_from_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def _plain_head(model: Any) -> nn.Linear | None:
-    """Return the module of a model (bare, or an engine's) that makes logits, if it is a linear map and no more."""
+    """Return the output head of a model, bare or wrapped by an engine, if it is a plain linear map, else None."""
     find = getattr(getattr(model, "module", model), "get_output_embeddings", None)
     head = find() if find else None
     return head if type(head) is nn.Linear else None
 
 
 def _returns_unchanged(model: Any, head: nn.Linear, input_ids_BT: Tensor) -> bool:
-    """Return whether the model's logits are what its head returns: not scaled, not capped, not cut.
+    """Return whether the model's logits are its head's output: not scaled, capped or cut.
 
-    Asked once a model, by one token whose logits are replaced by numbers that any of this would change.
+    Tested once per model, on one token whose logits are replaced by numbers that any such change would alter.
     """
     if head not in _returned_unchanged:
         seen: list[Tensor] = []
@@ -148,7 +149,7 @@ def _returns_unchanged(model: Any, head: nn.Linear, input_ids_BT: Tensor) -> boo
 
 @contextlib.contextmanager
 def _forward_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module compute something else for a while; its hooks stay."""
+    """Replace a module's forward function inside the context; its hooks still run."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -1,6 +1,7 @@
 """Models in and out: tokenizer, causal LM, LoRA, and the verified model folder.
 
-Used by generation, engine and the recipes. The only import of peft and safetensors; safetensors weights only.
+The only import of PEFT and safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
+and no training settings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(index: int = 0) -> torch.device:
-    """Return this process's GPU, or the CPU where there is none."""
+    """Return GPU `index` of this process, or the CPU where there is none."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -41,7 +42,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_model_folder(folder: str) -> None:
-    """Raise UserError when a local folder can't be a safetensors model with a tokenizer."""
+    """Raise UserError when a local folder lacks safetensors weights, a config or a tokenizer; a hub name passes."""
     path = Path(folder)
     if not path.exists():
         if path.is_absolute() or folder.startswith(".") or folder.count("/") != 1:
@@ -65,9 +66,10 @@ def check_model_folder(folder: str) -> None:
 
 
 def load_tokenizer(folder: str, table: ModelTable) -> Any:
-    """Return the model's tokenizer, its `model_max_length` set to the model's context in tokens.
+    """Return the model's tokenizer, with `model_max_length` set to the model's context in tokens.
 
-    Raises UserError for a folder without one and for an unreadable chat template file.
+    Raises UserError for a folder without a tokenizer, one whose ids exceed the embedding, an unknown context, or an
+    unreadable chat template file.
     """
     check_model_folder(folder)
     options = {"revision": table.revision, "trust_remote_code": False}
@@ -96,7 +98,7 @@ def load_codec(folder: str, table: ModelTable) -> Codec:
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
-    """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would end in an assertion."""
+    """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would fail an assertion."""
     rows = getattr(_text_config(config), "vocab_size", None)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     highest = max(tokenizer.vocab_size - 1, *(index for index in special if index is not None), 0)
@@ -121,9 +123,10 @@ def _context_of(config: Any) -> int:
 
 
 def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int = 0) -> Any:
-    """Return the causal LM of a folder or hub name in `dtype`, dropout off; safetensors only.
+    """Return the causal LM of a folder or hub name in `dtype`, with dropout off.
 
-    On the CPU, or with its layers over `num_gpus` GPUs of this process, which accelerate deals out evenly.
+    It lies on the CPU, or with `num_gpus` its layers are spread evenly over that number of GPUs of this process. Raises
+    UserError when the model can't be loaded, does not fit these GPUs, or holds NaN or infinity.
     """
     check_model_folder(folder)
     without_planned_attention()
@@ -132,7 +135,7 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
             f"generation.gpus_per_worker={num_gpus}, but this process sees {torch.cuda.device_count()} GPUs; use fewer"
         )
     spread: dict[str, Any] = {"device_map": "auto"} if num_gpus else {}
-    if num_gpus:  # what is not named is left alone
+    if num_gpus:  # GPUs without an entry stay unused
         spread["max_memory"] = {index: torch.cuda.mem_get_info(index)[0] for index in range(num_gpus)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -148,7 +151,7 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
         raise UserError(f"{folder}: the model can't be loaded: {_first_line(error)}") from error
     if {"cpu", "disk"} & {str(device) for device in getattr(model, "hf_device_map", {}).values()}:
         raise UserError(f"{folder}: {num_gpus} GPUs are too small for the model; use a higher gpus_per_worker")
-    # A sum is one pass without a copy; NaN and infinity survive it.
+    # A sum takes one pass and no copy, and NaN and infinity propagate through it.
     bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p.detach().sum(dtype=torch.float32))), "")
     if bad:
         raise UserError(f"{folder}: its weight {bad} holds NaN or infinity; convert or download the model again")
@@ -157,12 +160,12 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
 
 
 def without_planned_attention() -> None:
-    """Keep cuDNN out of attention: it plans anew for every shape, and ours are seldom seen twice."""
+    """Keep cuDNN out of attention: it makes a plan for every new shape, and ours seldom repeat."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def switch_off_dropout(model: Any) -> None:
-    """Set every dropout to zero: log-probs compared across passes must not be noisy."""
+    """Set every dropout to zero, so that log-probs of two passes can be compared."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -176,7 +179,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def attach_lora(model: Any, table: LoraTable) -> Any:
-    """Return the model with trainable low-rank adapters (peft) and frozen weights.
+    """Return the model with frozen weights and trainable low-rank adapters (LoRA, arXiv 2106.09685).
 
     Raises UserError when `target_modules` names no layer.
     """
@@ -184,7 +187,7 @@ def attach_lora(model: Any, table: LoraTable) -> Any:
 
     config = LoraConfig(
         r=table.rank,
-        lora_alpha=table.alpha,  # type: ignore[arg-type]  # peft divides it, a float is as good
+        lora_alpha=table.alpha,  # type: ignore[arg-type]  # peft only divides it, so a float works too
         lora_dropout=table.dropout,
         target_modules=table.target_modules or "all-linear",
         task_type="CAUSAL_LM",
@@ -200,15 +203,15 @@ def attach_lora(model: Any, table: LoraTable) -> Any:
 
 
 def on_cpu(table: ModelTable) -> ModelTable:
-    """Return the table with an attention that runs on the CPU."""
+    """Return the table with an attention implementation that runs on the CPU."""
     return table.model_copy(update={"attention": "sdpa" if table.attention == "flash_attention_2" else table.attention})
 
 
 def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return plain weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
+    """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
 
-    peft adds them up in float32, on a fresh copy of the model that the training started from. `adapters` holds the
-    trained parameters under their names in the model that `attach_lora` returned.
+    peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
+    parameters under their names in the model that `attach_lora` returned.
     """
     dtype = next(iter(adapters.values())).dtype
     model = attach_lora(load_model(source, on_cpu(table), torch.float32), table.lora)
@@ -228,16 +231,17 @@ def export_model(
 ) -> None:
     """Write a model folder that appears only when it is whole and verified.
 
-    `state` holds plain names on the CPU; `source` is the folder the training started from (config and generation
-    config come from there). The folder is reopened as a user would, keys, shapes, NaN and ties are compared, and
-    `check(model)` returns a complaint or None. Raises UserError when the disk is full, RuntimeError when a check fails.
+    `state` holds weights on the CPU under the model's own names; config and generation config come from `source`, the
+    model that training started from. The folder is reopened as a user would open it: keys, shapes, values and tied
+    weights are compared, then `check(model)` returns a complaint or None. Raises UserError when the disk is full and
+    RuntimeError when a check fails.
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
     config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shell = shell.to(next(iter(state.values())).dtype)  # which config.json then names
+    shell = shell.to(next(iter(state.values())).dtype)  # config.json names this dtype
     if Path(source, "generation_config.json").exists() or not Path(source).exists():
         try:
             shell.generation_config = type(shell.generation_config).from_pretrained(source)
@@ -245,7 +249,7 @@ def export_model(
             logger.debug("%s has no generation config", source)
 
     def write(target: Path) -> None:
-        shell.save_pretrained(target, state_dict=dict(state))  # which empties the dict it is given
+        shell.save_pretrained(target, state_dict=dict(state))  # a copy, since save_pretrained empties it
         tokenizer.save_pretrained(target)
         complaint = _compare_folder(target, state, table, check)
         if complaint:

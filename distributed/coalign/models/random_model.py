@@ -1,6 +1,6 @@
-"""A small model with random weights and a tokenizer of the run's own texts, for a run that begins with none.
+"""A small model with random weights and a tokenizer trained on the run's own texts, for runs without a given model.
 
-Used by the recipe prepare and by tests.
+Knows texts as strings only, no records.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ logger = logging.getLogger("coalign")
 
 
 def make_random_model(folder: Path, texts: Iterable[str], table: RandomTable, seed: int) -> None:
-    """Write a Llama-shaped model with random weights and a byte-level BPE tokenizer trained on `texts`."""
+    """Write a folder with a randomly initialised Llama model and a byte-level BPE tokenizer trained on `texts`.
+
+    The weights depend on `seed` and the table alone, and torch's global random state is left as it was.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

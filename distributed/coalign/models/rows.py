@@ -1,4 +1,7 @@
-"""Rows of tokens that items share, as tensors."""
+"""Rows of tokens, which several items may share, as tensors; and which items share a row.
+
+Knows token ids and lengths, no texts and no losses. Shape suffixes: B rows, T tokens, N wanted log-probs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from coalign.models.logprobs import Batch
 
 @dataclasses.dataclass
 class TokenRow:
-    """A row of a batch while it is laid out: token ids, their positions, items and segments (see RowLayout)."""
+    """A row of a batch under construction: token ids, their positions, items and segments (see RowLayout)."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
@@ -24,7 +27,7 @@ class TokenRow:
     segments: list[int] = dataclasses.field(default_factory=list)
 
     def append(self, ids: Sequence[int], position: int, item: int, segment: int) -> None:
-        """Add tokens of one segment."""
+        """Append tokens of one segment; `position` is that of the first."""
         self.ids += ids
         self.positions += range(position, position + len(ids))
         self.items += [item] * len(ids)
@@ -36,11 +39,15 @@ def to_batch(
     places: Sequence[tuple[int, int, int]],
     owner: Sequence[int],
     pad_id: int,
-    one_sequence_a_row: bool = False,
+    one_sequence_per_row: bool = False,
 ) -> Batch:
-    """Return rows as tensors: a log-prob is wanted at each of `places` (row, place in it, token), for its `owner`."""
+    """Return rows as tensors, with the places whose log-probs are wanted.
+
+    `places` are (row, index in the row, token that is predicted there) and `owner` the response of each, in ascending
+    order. With `one_sequence_per_row` a plain attention mask (B, T) takes the place of a layout.
+    """
     width = max(len(row.ids) for row in rows)
-    distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # from the row's end
+    distance_N = torch.tensor([len(rows[row].ids) - where for row, where, _ in places])  # to the end of its row
     kept = int(distance_N.max())
 
     def padded(values: Callable[[TokenRow], list[int]], fill: int) -> Tensor:
@@ -50,7 +57,7 @@ def to_batch(
     layout = RowLayout(segments_BT, padded(lambda row: row.items, -1), positions_BT)
     return Batch(
         input_ids_BT=padded(lambda row: row.ids, pad_id),
-        attention_mask=(segments_BT >= 0).long() if one_sequence_a_row else layout,
+        attention_mask=(segments_BT >= 0).long() if one_sequence_per_row else layout,
         position_ids_BT=positions_BT,
         num_kept=kept,
         kept_index_N=torch.tensor([row for row, _, _ in places]) * kept + kept - distance_N,
@@ -62,9 +69,9 @@ def to_batch(
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Return indices in packs of at most `width` tokens: the longest first, each where it leaves least room.
+    """Return packs of indices, each of at most `width` tokens, by best fit: longest first, each into the fullest pack.
 
-    What is longer is a pack alone.
+    A length above `width` is a pack of its own.
     """
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, pack), in order
@@ -81,14 +88,14 @@ def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 class TokenIds(Protocol):
-    """What decoding reads of a codec."""
+    """The part of a codec that code on token ids reads: the padding id and the ids that end an answer."""
 
     pad_id: int
     stop_ids: list[int]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and position_ids (B, T), rows aligned at the right."""
+    """Return input_ids, attention_mask and position_ids, each (B, T), with padding at the left."""
     width = max(len(row) for row in rows)
     ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
     mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

@@ -1,7 +1,6 @@
 """The shape of a model as numbers: from a folder's config.json, from [model.random], from options, from a known name.
 
-Used by memory, workload and planning. Counts parameters from published layer layouts; opens no weights and imports
-neither torch nor transformers.
+Counts parameters from published layer layouts. Knows no weights, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from coalign.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 NUMBERS = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary", "context", "parameters")
-MAX_NUMBER = 10**9  # of layers, entries or a width, in a config.json
-# What a model does to its logits after the head; such logits are made in full (see logprobs.token_logps).
+MAX_NUMBER = 10**9  # the largest count or width accepted in a config.json
+# Config keys of models that change their logits after the head; these are computed in full (logprobs.token_logps).
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -25,7 +24,7 @@ _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class Shape:
     """A decoder-only model: widths and counts, and which extra weights its family has.
 
-    `given_parameters` takes the place of the count that follows from the widths (0: none was given).
+    `vocabulary` and `context` are in tokens. `given_parameters` replaces the count that follows from widths (0: no).
     """
 
     name: str
@@ -54,7 +53,7 @@ class Shape:
 
     @property
     def kv_width(self) -> int:
-        """Return the width of all key heads together; values have the same."""
+        """Return the width of all key heads together, which is also that of the values."""
         return self.num_kv_heads * self.head_size
 
 
@@ -66,7 +65,7 @@ def _llama(
     return Shape(name, layers, hidden, *heads, size, *rest, **more)
 
 
-# Published shapes, for models whose folder is not here: {name: (shape, models of that shape on the hub)}.
+# Published shapes, for models without a local folder: {name: (shape, models of that shape on the hub)}.
 KNOWN: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "1b": (
         _llama("Llama 3.2 1B", 16, 2048, (32, 8), (8192, 128256, 131072), tied=True),
@@ -104,9 +103,9 @@ KNOWN: dict[str, tuple[Shape, tuple[str, ...]]] = {
 
 
 def find_shape(model: ModelTable) -> tuple[Shape, str]:
-    """Return the shape of the model that a run starts from, and where it was found.
+    """Return the shape of the model that a run starts from, and a phrase that says where it was found.
 
-    Raises UserError when model.path is neither a folder here nor a name of a known shape.
+    Raises UserError when model.path is neither a local folder nor a model of a known shape.
     """
     if model.init == "random":
         return random_shape(model.random), "[model.random], at most vocab_size tokens"
@@ -116,15 +115,15 @@ def find_shape(model: ModelTable) -> tuple[Shape, str]:
         raise UserError(f"{model.path} holds no config.json; a Hugging Face model folder was expected")
     for name, (shape, hub_names) in KNOWN.items():
         if model.path in hub_names:
-            return shape, f"the known shape {name} of {model.path}, which is not a folder here"
+            return shape, f"the known shape {name} of {model.path}, which is no local folder"
     raise UserError(
-        f"model.path={model.path!r} is no folder here and no known name; say its shape: --shape NAME"
+        f"model.path={model.path!r} is neither a local folder nor a known name; give its shape: --shape NAME"
         f" ({', '.join(KNOWN)}), or --layers and --hidden"
     )
 
 
 def known_shape(name: str) -> Shape:
-    """Return a shape by its name. Raises UserError for another name."""
+    """Return a known shape by its name. Raises UserError for any other name."""
     if name not in KNOWN:
         raise UserError(
             f"--shape {name}: no known shape; choose among {', '.join(KNOWN)}, or give --layers and --hidden"
@@ -133,21 +132,22 @@ def known_shape(name: str) -> Shape:
 
 
 def random_shape(table: RandomTable) -> Shape:
-    """Return the shape of a model with random weights; its tokenizer may come out with fewer tokens."""
+    """Return the shape of a model with random weights; its tokenizer may end up with fewer tokens."""
     heads = (table.num_heads, table.num_heads)
     rest = (table.intermediate_size, table.vocab_size, table.context)
     return _llama("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
 
 
 def words_of_numbers(numbers: dict[str, int]) -> str:
-    """Return the options that describe a shape, of those given, as words; "" for none."""
+    """Return the given options that describe a shape as a phrase, "" for none."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in NUMBERS if numbers.get(name))
 
 
 def shape_of_numbers(numbers: dict[str, int]) -> Shape:
-    """Return a Llama-like shape from options: layers and hidden at least.
+    """Return a Llama-like shape from options, at least layers and hidden.
 
-    What is left out is Llama 2's: heads of 128, an MLP of 8/3 of the width rounded up to 256s, 32,000 tokens.
+    The defaults are Llama 2's: heads of 128, an MLP of 8/3 of the width rounded up to a multiple of 256, a vocabulary
+    of 32,000. Raises UserError when layers or hidden is missing or the heads do not divide the width.
     """
     for option in ("layers", "hidden"):
         if not numbers.get(option):
@@ -168,9 +168,9 @@ def shape_of_numbers(numbers: dict[str, int]) -> Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Return the shape that a model folder's config.json tells.
+    """Return the shape given by a model folder's config.json.
 
-    Raises UserError for an unreadable file and for a family whose layers are not known here.
+    Raises UserError for an unreadable file and for a family whose layers are unknown to coalign.
     """
     path = folder / "config.json"
     try:
@@ -182,8 +182,8 @@ def read_shape(folder: Path) -> Shape:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"{path}: model_type {family!r} is not one whose weights can be counted here ({', '.join(FAMILIES)}); say"
-            " its shape by --layers, --hidden and --parameters"
+            f"{path}: model_type {family!r} is none whose weights coalign can count ({', '.join(FAMILIES)}); give its"
+            " shape with --layers, --hidden and --parameters"
         )
     try:
         return _gpt2_shape(str(folder), values) if family == "gpt2" else _llama_shape(str(folder), family, values)
@@ -246,7 +246,7 @@ def _gpt2_shape(name: str, values: dict[str, Any]) -> Shape:
 
 
 def linear_layers(shape: Shape) -> list[tuple[str, int, int]]:
-    """Return (name, inputs, outputs) of every linear map of one layer, by its module's name."""
+    """Return (module name, inputs, outputs) of every linear map of one layer."""
     h, q, kv, f = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
     if shape.gpt2:
         return [("c_attn", h, 3 * h), ("c_proj", h, h), ("c_fc", h, f), ("c_proj", f, h)]
@@ -255,7 +255,7 @@ def linear_layers(shape: Shape) -> list[tuple[str, int, int]]:
 
 
 def count_parameters(shape: Shape) -> int:
-    """Return the number of weights: embeddings, layers, norms, head (shared with the embeddings where tied)."""
+    """Return the number of weights: embeddings, layers, norms, and the head unless it is tied to the embeddings."""
     if shape.given_parameters:
         return shape.given_parameters
     h, q, kv, f = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
@@ -269,7 +269,7 @@ def count_parameters(shape: Shape) -> int:
 
 
 def count_lora_parameters(shape: Shape, table: LoraTable) -> int:
-    """Return the number of adapter weights: rank x (inputs + outputs) for every adapted map (arXiv 2106.09685).
+    """Return the number of adapter weights: rank x (inputs + outputs) per adapted linear map (arXiv 2106.09685).
 
     Raises UserError when `target_modules` names no map of the model.
     """
@@ -285,7 +285,7 @@ def count_lora_parameters(shape: Shape, table: LoraTable) -> int:
 
 
 def shape_of(config: Any) -> Shape:
-    """Return the widths of a model of any family, as far as the memory of a pass depends on them."""
+    """Return the widths that a forward pass's memory depends on, from the transformers config of any family."""
     heads = config.num_attention_heads
     return Shape(
         name=config.model_type,

@@ -1,7 +1,7 @@
-"""Memory a generation worker needs, by formula: weights, keys and values of batch_tokens, the passes beside them.
+"""Memory of a generation worker by formula: weights, the KV cache of batch_tokens, the passes beside it.
 
-Used by planning, and by workers that are left the choice. Follows slots.py, decoding.py and likelihoods.py; h, f, q and
-e are those of memory.py.
+Follows generation/kv_cache.py, decoding.py and scoring.py. Knows shapes and numbers, and imports no torch. In formulas
+e is the bytes per element. Part and Memory also serve the training steps, in planning/training_memory.py.
 """
 
 from __future__ import annotations
@@ -20,28 +20,31 @@ from coalign.models.sizes import (
 
 GB = 10**9
 CONTEXT_BYTES = 1 * GB  # an assumption: CUDA's context, NCCL, kernels
-FRAGMENTATION = 0.1  # an assumption: what the allocator can't use, as a share of all but weights and states
+FRAGMENTATION = 0.1  # an assumption: the share lost in the allocator, of all memory but weights and states
 
 TOKENS_ON_CPU, LEAST_TOKENS, MOST_TOKENS = 16384, 4096, 65536  # in flight, where generation.batch_tokens is 0
-PROMPT_TOKENS, NEW_TOKENS = 96, 32  # of a row, assumed for it: the shorter rows are, the more of them need a choice
+PROMPT_TOKENS, NEW_TOKENS = 96, 32  # assumed per row when choosing it: shorter rows mean more rows, and more memory
 
 
 def kv_bytes(shape: Shape, e: int) -> int:
-    """Return the bytes of keys and values of one token in all layers: 2 x layers x key width x e."""
+    """Return the bytes of the KV cache per token, over all layers: 2 x layers x key width x e."""
     return 2 * shape.num_layers * shape.kv_width * e
 
 
 def forward_bytes(shape: Shape, e: int, row_tokens: int) -> int:
-    """Return what a forward pass without gradients holds a token: three MLP tensors, two h, an fp32 norm, the mask."""
+    """Return the bytes per token of a forward pass without gradients, in rows of `row_tokens`.
+
+    These are three MLP tensors, two hidden states, one norm in float32, and the mask.
+    """
     return e * (3 * shape.intermediate + 2 * shape.hidden) + 4 * shape.hidden + e * row_tokens
 
 
 def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
-    """Return what sampling takes beside the weights: the slots (slots.py), a pass over entering prompts, the choice.
+    """Return the bytes of sampling beside the weights: the KV cache, the prefill pass, the choice of tokens.
 
-    Slots hold batch_tokens and spare columns, a quarter of the width or 32, both padded as steps are (padding.py). The
-    choice of a token sorts and sums up float64: 46 bytes an entry of the vocabulary and row, beside the logits of a
-    step, which are there twice.
+    Slots of the cache hold batch_tokens and spare columns, a quarter of the width or 32, both padded (sizes.py).
+    Choosing a token sorts and sums in float64: 46 bytes per row and entry of the vocabulary. The logits of a step exist
+    twice.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
     rows = max(1, generation.batch_tokens // width)
@@ -54,10 +57,10 @@ def sampling_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int
 
 
 def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int, new_tokens: int) -> float:
-    """Return what judging takes beside the weights: batch_tokens in rows that prompts share (likelihoods.py).
+    """Return the bytes of scoring beside the weights: batch_tokens in rows that prompts share (generation/scoring.py).
 
-    A row has ROW_TOKENS_GPU, so the mask has as many entries a token. Logits exist in blocks of
-    BLOCK_LOGITS_GPU (fused_head.py), in e and in float32.
+    A row has ROW_TOKENS_GPU tokens, and the mask as many entries per token. Logits exist in blocks of BLOCK_LOGITS_GPU
+    (fused_head.py), in e bytes and in float32.
     """
     e, width = element_bytes(generation.dtype), prompt_tokens + new_tokens
     tokens = max(generation.batch_tokens, width)
@@ -65,7 +68,10 @@ def scoring_bytes(shape: Shape, generation: GenerationTable, prompt_tokens: int,
 
 
 def tokens_in_flight(shape: Shape, dtype: str, free_bytes: float) -> int:
-    """Return what generation.batch_tokens = 0 means on a GPU: a power of two that half of what is free holds."""
+    """Return the tokens in flight that generation.batch_tokens = 0 means on a GPU with `free_bytes`.
+
+    It is the largest power of two whose sampling and scoring fit half of these, within LEAST_TOKENS and MOST_TOKENS.
+    """
     tokens = MOST_TOKENS
     while tokens > LEAST_TOKENS:
         table = GenerationTable(batch_tokens=tokens, dtype=dtype)  # type: ignore[arg-type]
@@ -78,12 +84,15 @@ def tokens_in_flight(shape: Shape, dtype: str, free_bytes: float) -> int:
 def generation_memory(
     shape: Shape, generation: GenerationTable, gpu_bytes: float, prompt_tokens: int, new_tokens: int
 ) -> Memory:
-    """Return the table of one worker's memory; `gpu_bytes` is its GPU, or its part of one."""
+    """Return the memory table of one worker; `gpu_bytes` is the memory of its GPU, or its share of one.
+
+    `prompt_tokens` and `new_tokens` are the longest of a row.
+    """
     e = element_bytes(generation.dtype)
     weights = Part("weights", e * count_parameters(shape), f"{e} bytes")
     if generation.engine == "vllm":
         rest = VLLM_GPU_SHARE * gpu_bytes - CONTEXT_BYTES - weights.num_bytes
-        least = float(kv_bytes(shape, e) * (prompt_tokens + new_tokens))  # without room for one row vLLM does not start
+        least = float(kv_bytes(shape, e) * (prompt_tokens + new_tokens))  # vLLM does not start without room for one row
         cache = Part("vLLM's cache", max(rest, least), f"what is left of {VLLM_GPU_SHARE:.0%} of the GPU")
         free = Part(
             "margin",
@@ -96,7 +105,7 @@ def generation_memory(
         Part(
             "sampling",
             sampling_bytes(shape, generation, prompt_tokens, new_tokens),
-            f"{kv_bytes(shape, e)} bytes of keys and values a token, spare columns, prompts entering",
+            f"KV cache of {kv_bytes(shape, e)} bytes per token, spare columns, prefill",
             "pass",
         ),
         Part(
@@ -111,7 +120,7 @@ def generation_memory(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """One line of a memory table. Parts with "pass" are there together, so are those with "step", but not both."""
+    """One line of a memory table. Parts of "pass" coexist, and so do parts of "step", but the two never overlap."""
 
     name: str
     num_bytes: float
@@ -121,14 +130,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Memory:
-    """The memory of one GPU, and of the host for one rank."""
+    """The memory of one GPU, part by part, and the host memory of one rank."""
 
     parts: tuple[Part, ...]
     host_bytes: float = 0.0
 
     @property
     def total_bytes(self) -> float:
-        """Return the peak: what is always there, and the larger of a pass and the optimizer's step."""
+        """Return the peak in bytes: the constant parts, and the larger of a pass and the optimizer's step."""
         return self._sum("always") + max(self._sum("pass"), self._sum("step"))
 
     def _sum(self, when: str) -> float:
@@ -136,12 +145,12 @@ class Memory:
 
 
 def element_bytes(precision: str) -> int:
-    """Return the bytes of an element; "auto" is bfloat16 on a GPU."""
+    """Return the bytes per element; "auto" is bfloat16 on a GPU."""
     return 4 if precision == "float32" else 2
 
 
 def margin(parts: list[Part], fixed: tuple[str, ...]) -> Part:
-    """Return what is left for CUDA, NCCL and the allocator: two assumptions. `fixed` parts don't fragment."""
+    """Return the part assumed for CUDA, NCCL and the allocator's fragmentation; `fixed` parts don't fragment."""
     moving = Memory(tuple(part for part in parts if part.name not in fixed)).total_bytes
-    formula = f"{CONTEXT_BYTES / GB:.0f} GB CUDA and NCCL + {FRAGMENTATION:.0%} of what comes and goes"
+    formula = f"{CONTEXT_BYTES / GB:.0f} GB CUDA and NCCL + {FRAGMENTATION:.0%} of all that is not fixed"
     return Part("margin", CONTEXT_BYTES + FRAGMENTATION * moving, formula)

@@ -1,6 +1,6 @@
 """How many tasks and inputs a run has and how long they are: counted where prepare is complete, else assumed.
 
-Used by machine, workload and planning. Every assumption is said in words.
+Each assumption is put in words. Knows no formula of memory or work.
 """
 
 from __future__ import annotations
@@ -9,22 +9,25 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from coalign.config import DataTable
-from coalign.records import read_rows
+from coalign.records import Split, read_rows
 from coalign.runs.step_folder import read_manifest
 
-CHARACTERS_A_TOKEN = 4  # an assumption: English in a vocabulary of 32,000 or more
+CHARACTERS_PER_TOKEN = 4  # an assumption: English in a vocabulary of 32,000 or more
 TEMPLATE_TOKENS = 12  # an assumption: what a chat template puts around a message
 ROW_BYTES = 400  # an assumption: a line of JSON beside its text
-READ_EXAMPLES = 2000  # of prepare's examples that lengths are taken from
-SPLITS = ("sft", "align", "dev", "test")
+READ_EXAMPLES = 2000  # lengths are taken from at most this many of prepare's examples
+SPLITS: tuple[str, ...] = get_args(Split)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counts:
-    """How many tasks and inputs there are and how long they are; `assumptions` says what of it was not counted."""
+    """The number of tasks, of inputs per split, and lengths in tokens; `assumptions` says what was not counted.
+
+    Prompts, answers and instructions are means; `longest_tokens` is the longest prompt with its answer.
+    """
 
     tasks: int
     inputs: dict[str, int]
@@ -37,7 +40,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Assumed:
-    """What is taken where nothing was counted; inputs are those of a task in each split."""
+    """What is assumed where nothing was counted; `inputs` is the number per task and split, lengths are in tokens."""
 
     tasks: int = 100
     inputs: int = 100
@@ -46,14 +49,17 @@ class Assumed:
 
 
 def make_counts(prepared: Path, data: DataTable, assumed: Assumed, context: int) -> Counts:
-    """Return the counts of a complete prepare step, or what the limits of [data] allow; lengths within `context`."""
+    """Return the counts of a complete prepare step, or what the limits of [data] allow.
+
+    Lengths are cut at `context`, the tokens that the model can read.
+    """
     manifest = read_manifest(prepared)
     if manifest is not None:
         counts = manifest["counts"]
         tasks = counts["tasks"]["seen"] + counts["tasks"]["unseen"]
         instruction, prompt, answer, longest = _lengths(prepared)
         inputs = {split: int(counts["inputs"][split]) for split in SPLITS}
-        notes = [f"lengths: prepare's examples, or {READ_EXAMPLES} of many, {CHARACTERS_A_TOKEN} characters a token"]
+        notes = [f"lengths: those of {READ_EXAMPLES} examples at most, {CHARACTERS_PER_TOKEN} characters per token"]
     else:
         tasks = min((number for number in (len(data.only_tasks), data.max_tasks) if number), default=assumed.tasks)
         limits = {split: int(getattr(data, f"max_{split}_inputs")) for split in SPLITS}
@@ -64,7 +70,7 @@ def make_counts(prepared: Path, data: DataTable, assumed: Assumed, context: int)
         if not (data.only_tasks or data.max_tasks):
             notes.append(f"{tasks} tasks (--tasks)")
         if not all(limits.values()):
-            notes.append(f"{assumed.inputs} inputs a task in splits without a limit (--inputs)")
+            notes.append(f"{assumed.inputs} inputs per task in splits without a limit (--inputs)")
         notes.append(f"prompts of {prompt} tokens, answers of {answer} (--prompt-tokens, --answer-tokens)")
     longest = min(longest, context)
     answer = min(answer, max(1, longest - 1))
@@ -72,7 +78,7 @@ def make_counts(prepared: Path, data: DataTable, assumed: Assumed, context: int)
 
 
 def _lengths(prepared: Path) -> tuple[int, int, int, int]:
-    """Return tokens of an instruction, a prompt and an answer, means rounded up, and of the longest row."""
+    """Return the tokens of an instruction, a prompt and an answer (means, rounded up) and of the longest row."""
     tasks = {row["id"]: len(row["instruction"]) for _, row in read_rows(prepared / "tasks.jsonl")}
     rows = _spread_rows(prepared / "examples.jsonl", READ_EXAMPLES)
     prompts = [_tokens(tasks[row["task"]] + len(row["input"])) + TEMPLATE_TOKENS for row in rows]
@@ -82,7 +88,7 @@ def _lengths(prepared: Path) -> tuple[int, int, int, int]:
 
 
 def _spread_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    """Return the rows of a short file, or at most `count` from all over a long one, each behind a place of its own."""
+    """Return all rows of a short file, or at most `count` rows spread over a long one."""
     size = path.stat().st_size
     if size < count * ROW_BYTES:
         return [row for _, row in read_rows(path)]
@@ -99,7 +105,7 @@ def _spread_rows(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _tokens(num_characters: int) -> int:
-    return -(-num_characters // CHARACTERS_A_TOKEN)
+    return -(-num_characters // CHARACTERS_PER_TOKEN)
 
 
 def _mean(values: Iterable[int]) -> int:

@@ -1,6 +1,6 @@
-"""A plan written down: tables of memory, work and hours, what was assumed; and the sizing table of docs/running.md.
+"""A plan written down: tables of memory, work and hours, what was assumed; and the sizing table of docs/planning.md.
 
-Used by launch/plan.py. Formats numbers of memory, workload and planning; has no formula but that of hours.
+Formats the numbers of plan, training_memory and workload. Knows no formula but that of hours.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from coalign.config import LoraTable, ModelTable, TrainTable
 from coalign.models.shape import KNOWN, Shape, count_lora_parameters, count_parameters
 from coalign.models.worker_memory import GB, Memory
-from coalign.planning.data_counts import CHARACTERS_A_TOKEN
+from coalign.planning.data_counts import CHARACTERS_PER_TOKEN
 from coalign.planning.plan import Plan, training_memories, worker_memory
-from coalign.planning.training_memory import Training, training_memory
+from coalign.planning.training_memory import TrainingSetup, training_memory
 from coalign.planning.workload import Work, works
 from coalign.steps import TRAINING_STEPS
 
@@ -25,8 +25,8 @@ TABLE_ROW_TOKENS = 2048
 
 
 def hours(plan: Plan, work: Work) -> float:
-    """Return the hours of a step: FLOPs over GPUs x peak x share of it, apart for reading and for drawing tokens."""
-    options, generation = plan.options, plan.tables.generation
+    """Return the hours of a step: FLOPs / (GPUs x peak x share of the peak), reading and generating tokens apart."""
+    options, generation = plan.options, plan.config.generation
     gpus = float(plan.ranks) if work.step in TRAINING_STEPS else max(1, generation.workers) * plan.worker_gpus
     peak = gpus * options.gpu_tflops * 1e12
     return (work.read_flops / options.mfu + work.new_flops / options.generation_mfu) / peak / 3600
@@ -34,13 +34,13 @@ def hours(plan: Plan, work: Work) -> float:
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return the plan for people."""
-    done = works(plan.tables, plan.shape, plan.counts)
+    done = works(plan.config, plan.shape, plan.counts)
     return [
         *_head(plan),
         "",
         *_training_lines(plan),
         "",
-        *_memory_lines("generation, GB a worker", {"": worker_memory(plan)}),
+        *_memory_lines("generation, GB per worker", {"": worker_memory(plan)}),
         "",
         *_work_lines(plan, done),
         "",
@@ -49,7 +49,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
-    shape, model, train, options = plan.shape, plan.tables.model, plan.tables.train, plan.options
+    shape, model, train, options = plan.shape, plan.config.model, plan.config.train, plan.options
     rank = model.lora.rank
     lora = f"LoRA of rank {rank}, {count_lora_parameters(shape, model.lora) / 1e6:.1f}M trained"
     method = lora if model.lora.enabled else "full fine-tuning"
@@ -58,24 +58,24 @@ def _head(plan: Plan) -> list[str]:
     parts += ["gradient checkpointing"] if train.gradient_checkpointing else []
     precision = "float32" if train.precision == "float32" else "bfloat16"
     return [
-        "From formulas, nothing was measured. GB are 10^9 bytes.",
+        "From formulas, for the GPUs named here; nothing was measured on this machine. GB are 10^9 bytes.",
         f"model    {shape.name}: {count_parameters(shape) / 1e9:.3f}B parameters, {shape.num_layers} layers,"
         f" hidden {shape.hidden}, vocabulary {shape.vocabulary} (from {plan.source})",
         f"machine  {options.gpus} GPUs of {options.gpu_memory:g} GB and {options.gpu_tflops:g} TFLOP/s,"
         f" {plan.ranks} ranks",
-        f"training {', '.join([*parts, precision])}, {train.micro_batch_tokens} tokens a micro-batch",
+        f"training {', '.join([*parts, precision])}, {train.micro_batch_tokens} tokens per micro-batch",
     ]
 
 
 def _training_lines(plan: Plan) -> list[str]:
     memories = training_memories(plan)
     host = max(memory.host_bytes for memory in memories.values()) / GB
-    lines = _memory_lines("training, GB a GPU", memories)
+    lines = _memory_lines("training, GB per GPU", memories)
     return [*lines, f"  host memory of rank 0, which writes and checks the model: {host:.1f} GB"]
 
 
 def _memory_lines(title: str, memories: dict[str, Memory]) -> list[str]:
-    """Return one line a part, a column a memory, with the formula of the last."""
+    """Return one line per part and one column per memory, with the last one's formula."""
     lines = [f"{title:26}" + "".join(f"{name:>9}" for name in memories)]
     for index, part in enumerate(next(iter(memories.values())).parts):
         numbers = "".join(f"{memory.parts[index].num_bytes / GB:9.2f}" for memory in memories.values())
@@ -86,7 +86,7 @@ def _memory_lines(title: str, memories: dict[str, Memory]) -> list[str]:
 
 
 def _work_lines(plan: Plan, done: Sequence[Work]) -> list[str]:
-    lines = [f"{'step':11}{'Mtokens read':>13}{'drawn':>9}{'PFLOP':>12}{'hours':>9}{'disk GB':>9}   what"]
+    lines = [f"{'step':11}{'Mtokens read':>13}{'new':>9}{'PFLOP':>12}{'hours':>9}{'disk GB':>9}   what"]
     for work in done:
         flops = (work.read_flops + work.new_flops) / 1e15
         lines.append(
@@ -99,22 +99,23 @@ def _work_lines(plan: Plan, done: Sequence[Work]) -> list[str]:
 
 def _assumptions(plan: Plan) -> list[str]:
     options = plan.options
-    slow = "float32" in (plan.tables.train.precision, plan.tables.generation.dtype)
+    slow = "float32" in (plan.config.train.precision, plan.config.generation.dtype)
     lines = [
         *([plan.gpus_source] if plan.gpus_source else []),
         *plan.counts.assumptions,
         *(["the same peak in float32, where GPUs are slower: give --gpu-tflops"] if slow else []),
-        f"{options.mfu:.0%} of the peak in training and reading (--mfu), {options.generation_mfu:.0%} in drawing tokens"
-        " (--generation-mfu)",
+        f"{options.mfu:.0%} of the peak in training and in reading prompts (--mfu), {options.generation_mfu:.0%} in"
+        " generating tokens (--generation-mfu)",
         "responses as long as gold answers, no two alike; every rewrite tried; groups of the largest size",
-        f"text on disk of {CHARACTERS_A_TOKEN} bytes a token; disk at the fullest: checkpoints while one is written",
-        "no time for starting, loading, copying over a slow network, or an optimizer on the host",
+        f"text on disk of {CHARACTERS_PER_TOKEN} bytes per token; the peak of disk use, while a checkpoint is written",
+        "hours of computing alone (0.000: below 2 seconds), without starting, loading, a slow network or an"
+        " optimizer on the host",
     ]
     return ["assumed:", *(f"  - {line}" for line in lines)]
 
 
 def sizing_lines() -> list[str]:
-    """Return the sizing table as Markdown: the fewest GPUs that a training step fits, and the GB it takes of each."""
+    """Return the sizing table as Markdown: the fewest GPUs on which a training step fits, and the GB used per GPU."""
     lines = ["| model | method | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |", "|---|---|---|---|---|---|"]
     for name in TABLE_MODELS:
         shape = KNOWN[name][0]
@@ -128,7 +129,7 @@ def _fewest(shape: Shape, model: ModelTable, stage: int) -> str:
     settings = {"zero_stage": stage, "gradient_checkpointing": True, "micro_batch_tokens": TABLE_TOKENS}
     train = TrainTable.model_validate(settings)
     for gpus in TABLE_GPUS:
-        needed = training_memory(Training(shape, model, train, gpus, TABLE_ROW_TOKENS)).total_bytes
+        needed = training_memory(TrainingSetup(shape, model, train, gpus, TABLE_ROW_TOKENS)).total_bytes
         if needed <= TABLE_GPU_BYTES:
             return f"{gpus} x {needed / GB:.0f} GB"
     return "-"

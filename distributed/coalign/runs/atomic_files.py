@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, and room on the disk for them.
+"""Files and folders that appear complete or not at all, and free space for them.
 
-Used by every module that writes. Knows no step.
+Knows no step.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one."""
-    with _whole_file(path) as stream:
+    """Write a text file so that a reader sees either the old one or the complete new one."""
+    with _complete_file(path) as stream:
         stream.write(text)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSONL atomically and return the number of rows."""
     count = 0
-    with _whole_file(path) as stream:
+    with _complete_file(path) as stream:
         for row in rows:
             stream.write(dump_line(row))
             count += 1
@@ -39,8 +39,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """Open a temporary file beside `path` that takes its name when everything is on the disk, and else goes."""
+def _complete_file(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file beside `path`: renamed to it when everything is on the disk, removed on an error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -49,7 +49,7 @@ def _whole_file(path: Path) -> Iterator[TextIO]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)  # on a full disk it would take the last of the space
+        temporary.unlink(missing_ok=True)  # on a full disk it would occupy the last of the space
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
@@ -67,7 +67,7 @@ def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder appear whole or not at all: `write` fills a temporary one beside it, which is then renamed."""
+    """Make a folder appear complete or not at all: `write` fills a temporary one beside it, which is then renamed."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

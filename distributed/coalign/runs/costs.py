@@ -1,4 +1,7 @@
-"""What the steps of a run have cost."""
+"""What the steps of a run cost, and which folders they lie in, for metrics.json.
+
+Reads manifests. Knows no metric.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class StepCost:
 
 
 def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
-    """Return the folders of the steps before eval by name, in a later round those of the rounds before it as well."""
+    """Return the folders of the steps before eval by name; in a later round also those of the rounds before it."""
     steps = {name: RunFolder(run, arguments).step(name) for name in STEP_TABLES if name not in ROUND_STEPS}
     for number in range(1, run.round + 1):
         folder = RunFolder(run.model_copy(update={"round": number}), arguments)
@@ -42,7 +45,7 @@ def steps_so_far(run: RunTable, arguments: list[str]) -> dict[str, Path]:
 
 
 def cost_rows(steps: dict[str, Path]) -> list[StepCost]:
-    """Return what each complete step has used, as far as its manifest says so."""
+    """Return what each complete step has used; None where its manifest lacks a number."""
     rows = []
     for name, folder in steps.items():
         manifest = read_manifest(folder)

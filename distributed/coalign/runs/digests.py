@@ -1,6 +1,6 @@
 """SHA-256 of what a step reads and writes: files, values, model folders, the files that settings name.
 
-Used by artifacts and every module that says what something was made from. Knows no step.
+Knows the tables whose keys name files or model folders, and nothing of what a step does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from coalign.config import JudgeTable, ModelTable, SftTable
 from coalign.errors import UserError
 
-CARD = "README.md"  # of a model folder: words about the model, which change without changing it
-_BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes, blocks a file that a quick digest reads
+CARD = "README.md"  # of a model folder: text about the model, which may change while the model stays the same
+_BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes per block, blocks per file that a quick digest reads
 
 
 def digest_file(path: Path) -> str:
@@ -27,7 +27,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_outputs(folder: Path) -> dict[str, str]:
-    """Return the digests of the rows that a step has written, by file; a log of metrics is no output."""
+    """Return {file name: SHA-256} of the JSONL files in a step's folder; a log of metrics is no output."""
     paths = sorted(folder.glob("*.jsonl"))
     return {path.name: digest_file(path) for path in paths if not path.name.startswith((".", "metrics"))}
 
@@ -38,7 +38,7 @@ def digest_value(value: Any) -> str:
 
 
 def digest_folder(folder: Path) -> str:
-    """Return one SHA-256 over the names and contents of the files directly in a model folder, but for its card."""
+    """Return one SHA-256 over the names and contents of the files directly in a model folder, without its card."""
     return digest_value({path.name: digest_file(path) for path in _model_files(folder)})
 
 
@@ -47,9 +47,9 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def digest_weights(folder: str) -> str:
-    """Return a digest of a model folder that is quick for large files: their size and blocks spread over them.
+    """Return a digest of a model folder that is quick for large files: over their sizes and blocks spread over them.
 
-    The name of a model on the hub stands for itself.
+    Of a model on the hub it is the name.
     """
     if not Path(folder).is_dir():
         return folder
@@ -65,7 +65,7 @@ def digest_weights(folder: str) -> str:
 
 
 def digest_model_files(model: ModelTable) -> dict[str, str]:
-    """Return digests of the files that [model] names: weights put in their place later make a step stale."""
+    """Return {key: digest} of the files that [model] names, so that replaced weights make a step stale."""
     files = {}
     if model.init == "pretrained" and Path(model.path).is_dir():
         files["model.path"] = digest_weights(model.path)
@@ -75,7 +75,7 @@ def digest_model_files(model: ModelTable) -> dict[str, str]:
 
 
 def digest_replay(table: SftTable) -> dict[str, str]:
-    """Return the digest of the file that sft.replay names; UserError when it is not there."""
+    """Return {"sft.replay": digest} of the file that it names, {} without one. Raises UserError for a missing file."""
     if not table.replay:
         return {}
     if not Path(table.replay).is_file():
@@ -84,7 +84,10 @@ def digest_replay(table: SftTable) -> dict[str, str]:
 
 
 def digest_judge(table: JudgeTable, model: ModelTable) -> dict[str, str]:
-    """Return the digest of a judge that comes from no step of the run; UserError when it is no folder."""
+    """Return {name: digest} of a judge that no step of the run made, {} for "sft".
+
+    Raises UserError when judge.model is neither "sft", "base" nor a model folder.
+    """
     if table.model in ("sft", "base"):
         return digest_model_files(model) if table.model == "base" else {}
     if not (Path(table.model) / "config.json").is_file():

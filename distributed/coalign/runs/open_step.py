@@ -2,10 +2,10 @@
 
     step = open_step("sample", argv, ("prepare", "paraphrase", "policy"))
     if step is None:
-        return  # complete already, which has been said
+        return  # it is complete, and the log says so
 
-A recipe that reads its data before the folder is made, so that a mistake in them leaves nothing behind, does the two
-halves itself: `StepCommand(name, argv)`, then its `begin`. Knows no engine.
+prepare, paraphrase and rank check their input before the folder is made, so that invalid input leaves nothing behind.
+They take the two halves: `StepCommand(name, argv)`, then its `begin`. Knows no engine.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ FILES = {
 
 
 class StepCommand:
-    """The command of one step: its checked config and the folder of its run. Nothing on disk is touched.
+    """The command of one step: its checked config and the folder of its run. Changes nothing on disk.
 
-    Raises UserError for a mistake in the words or the config, and SystemExit after --help.
+    Raises UserError for invalid words or an invalid config, and SystemExit after --help.
     """
 
     def __init__(self, name: str, argv: list[str]) -> None:
@@ -59,7 +59,7 @@ class StepCommand:
     def begin(
         self, needs: Iterable[str] = (), files: dict[str, str] | None = None, folder: Path | None = None
     ) -> OpenStep | None:
-        """Open the step for work, or return None, saying so, when it is complete; see RunFolder.begin.
+        """Open the step for work; log that it is complete and return None if so. See RunFolder.begin.
 
         `needs` are the names of the steps that it reads; `files` maps a name to the digest of anything else.
         """
@@ -104,10 +104,10 @@ class OpenStep:
 def open_step(
     name: str, argv: list[str], needs: Iterable[str], files_of: Callable[[Config], dict[str, str]] = lambda _: {}
 ) -> OpenStep | None:
-    """Return a step that is open for work, or None, saying so, when it is complete.
+    """Open a step for work; log that it is complete and return None if so.
 
-    `needs` are the steps that it reads, and `files_of` returns the digests of other files that the config names. Raises
-    UserError for a mistake in the command, a step that is missing or stale, or a folder that another process writes to.
+    `needs` are the steps that it reads; `files_of` returns {name: digest} of other files that the config names. Raises
+    UserError for an invalid command, a missing or stale step, or a folder that another process writes to.
     """
     command = StepCommand(name, argv)
     return command.begin(needs, files_of(command.config))

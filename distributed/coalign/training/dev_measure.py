@@ -1,24 +1,27 @@
 """The small dev measurement inside training: loss, accuracy, consistency, end-of-turn, variety of answers.
 
-Used by launch/sft.py and launch/align.py; a choice is made on it, never on test. Knows the Engine protocol only.
+Settings are chosen by it, and never by test inputs. Answers are compared as in evaluation/. Knows the Engine protocol,
+no DeepSpeed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 
 from coalign.config import TrainTable
+from coalign.evaluation.grids import Vocabulary
+from coalign.evaluation.metrics import ABSENT, agreement_matrix, answer_key, consistency_rate, is_correct
 from coalign.models.codec import Codec, GeneratedIds
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
 from coalign.models.rows import TokenIds, left_pad
 from coalign.process import rank, world_size
 from coalign.records import Example, Wording
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import unit_hash
 from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, collate
 from coalign.training.training_rows import Encoder
@@ -26,11 +29,11 @@ from coalign.wordings.wordings import canonical_answer
 
 logger = logging.getLogger("coalign")
 
-_BUCKETS = 1024  # distinct answers are counted over all ranks as occupied hash buckets
+_BUCKETS = 1024  # distinct answers are counted as occupied hash buckets, over all ranks
 
 
 class DevMeasure:
-    """Dev inputs under dev wordings, dealt out over the ranks input by input; call it to measure the engine's model."""
+    """Dev inputs under dev wordings, dealt out to the ranks input by input; call it to measure the engine's model."""
 
     def __init__(
         self,
@@ -49,13 +52,16 @@ class DevMeasure:
             room = [(w, i) for w, i in pairs if len(i.prompt) + table.dev_max_new_tokens <= codec.max_tokens]
             if len(room) >= 2:
                 self.inputs.append((example, room))
-        # Every rank makes as many forward passes: all ranks get as many inputs, surplus ones with weight zero.
+        # All ranks get equally many inputs, surplus ones with weight zero, so that they make the same forward passes.
         share = -(-len(self.inputs) // world_size())
         self.mine = [self.inputs[(rank() + k * world_size()) % len(self.inputs)] for k in range(share)]
         self.weights = [float(rank() + k * world_size() < len(self.inputs)) for k in range(share)]
 
     def __call__(self) -> dict[str, float]:
-        """Return the measurement, the same on every rank."""
+        """Return the measurement, the same on every rank.
+
+        `dev_loss` and `p_gold` are in nats per token, `distinct_answers` is a count, the others are shares.
+        """
         with evaluation_mode(self.engine.model):
             return self._measure()
 
@@ -89,21 +95,19 @@ class DevMeasure:
         lengths_R = torch.bincount(batch.response_N)
         prompts = [item.prompt for item in items]
         answers = greedy_in_step(self.engine.model, prompts, self.table.dev_max_new_tokens, self.codec, self._any_rank)
-        texts = [
-            canonical_answer(wording, example.input, self.codec.decode(a.ids)) if a.finished else None
-            for (wording, _), a in zip(pairs, answers, strict=True)
+        described = [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]
+        keys = [
+            answer_key(canonical_answer(wording, example.input, said["text"]), said["finish"])
+            for (wording, _), said in zip(pairs, described, strict=True)
         ]
-        normal = [normalise_answer(text) if text else None for text in texts]
-        gold = {normalise_answer(output) for output in example.outputs}
-        agreeing = [a is not None and a == b for a, b in combinations(normal, 2)]
-        return [text for text in normal if text], {
+        return [key for key in keys if key], {
             "inputs": 1.0,
             "rows": float(len(items)),
             "nll": -float(logp_N.sum()),
             "tokens": float(len(logp_N)),
             "p_gold": float((logp_N / lengths_R[batch.response_N]).sum()),
-            "right": float(sum(text in gold for text in normal if text)),
-            "agreeing": sum(agreeing) / len(agreeing),
+            "right": float(sum(is_correct(key, example.outputs) for key in keys)),
+            "agreeing": share_of_agreeing(keys),
             "finished": float(sum(a.finished for a in answers)),
         }
 
@@ -111,10 +115,20 @@ class DevMeasure:
         return self.engine.mean([float(flag)])[0] > 0
 
 
+def share_of_agreeing(keys: Sequence[str | None]) -> float:
+    """Return the CR of one input: the share of pairs of answers that agree, by their normal forms (None: silent).
+
+    NaN for fewer than two answers.
+    """
+    vocabulary = Vocabulary()
+    codes_1W = np.array([[vocabulary.code(key) for key in keys]])
+    return float(consistency_rate(agreement_matrix(codes_1W), codes_1W != ABSENT)[0])
+
+
 def make_dev_measure(
     engine: Engine, codec: Codec, examples: Sequence[Example], wordings: Sequence[Wording], table: TrainTable
 ) -> DevMeasure | None:
-    """Return the measurement, or None, saying so, when it is switched off or there is nothing to measure on."""
+    """Return the measurement, or None when it is switched off or no dev input fits two wordings (with a warning)."""
     if not table.eval_every or not table.dev_inputs:
         return None
     measure = DevMeasure(engine, codec, [e for e in examples if e.split == "dev"], wordings, table)
@@ -125,7 +139,7 @@ def make_dev_measure(
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return `count` examples in hash order, taking the tasks in turn."""
+    """Return `count` examples in hash order, one task after another in turn."""
     order = sorted(examples, key=lambda e: unit_hash(e.id))
     turn: dict[str, int] = {}
     keyed = []
@@ -136,7 +150,7 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _dev_wordings(wordings: Sequence[Wording], task: str, count: int) -> list[Wording]:
-    """Return a task's dev wordings; training ones fill up where there are fewer than two."""
+    """Return up to `count` dev wordings of a task, followed by training ones where there are fewer than two."""
     of_task = [w for w in wordings if w.task == task]
     dev = [w for w in of_task if w.split == "dev"]
     if len(dev) < 2:
@@ -152,10 +166,9 @@ def greedy_in_step(
     codec: TokenIds,
     any_rank: Callable[[bool], bool],
 ) -> list[GeneratedIds]:
-    """Return greedy answers without a cache, every rank making the same number of forward passes.
+    """Return greedy answers, computed without a KV cache and with the same number of forward passes on every rank.
 
-    For the dev measurement inside training, where the model may be sharded over the ranks: `any_rank(flag)` tells
-    whether the flag holds on any of them.
+    The model may be sharded over the ranks; `any_rank(flag)` returns whether the flag holds on any of them.
     """
     rows = [list(prompt) for prompt in prompts]
     finished = [False] * len(rows)

@@ -1,6 +1,6 @@
-"""A trained model leaves its engine: gathered, merged, written, and kept only if it says what the engine says.
+"""A trained model leaves its engine: gathered, merged, written, and kept only if its log-probs equal the engine's.
 
-Used by the recipes sft and align.
+Knows neither stage and no texts.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from coalign.training.deepspeed_engine import DeepSpeedEngine, run_on_rank_zero
 from coalign.training.micro_batches import Item, collate
 from coalign.training.token_files import as_rows
 
-CHECKED_TOKENS = 2048  # of the fixed batch that a reopened model must answer as the live one does
+CHECKED_TOKENS = 2048  # at most this many in the batch on which live and reopened model are compared
 
 
 def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[Item]) -> None:
-    """Write the trained model as a verified folder: what it says to `items` must equal what the live engine says.
+    """Write the trained model as a verified folder: its log-probs of some `items` must equal the live engine's.
 
-    Called by every rank. Raises RuntimeError when a check fails; then no folder is left.
+    Called by every rank. Raises UserError when the disk is full and RuntimeError when a check fails; then no folder is
+    left.
     """
     batch = collate(_few(items), codec.pad_id, False)
     with torch.no_grad(), evaluation_mode(engine.model):
@@ -40,13 +41,13 @@ def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[
         difference = float((reopened_N - live_N).abs().mean())
         if difference <= tolerance:
             return None
-        return f"its log-probs differ from the live engine's by {difference:.2g} a token (at most {tolerance:g})"
+        return f"its log-probs differ from the live engine's by {difference:.2g} per token (at most {tolerance:g})"
 
     state = engine.gather_state()
 
     def write() -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)  # the other ranks wait for this one
+        torch.set_num_threads(os.cpu_count() or 1)  # the other ranks wait and need no cores
         try:
             write_alone()
         finally:
@@ -60,7 +61,7 @@ def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[
 
 
 def _few(items: Sequence[Item]) -> list[Item]:
-    """Return the shortest items, one response each, up to four or CHECKED_TOKENS tokens: the check runs on a CPU."""
+    """Return up to four of the shortest items with one response each, within CHECKED_TOKENS for a check on a CPU."""
     chosen: list[Item] = []
     lengths = as_rows(items).sizes.longest
     for index in np.argsort(lengths, kind="stable")[:4].tolist():

@@ -1,6 +1,6 @@
-"""Work on chunks by forked processes, one a core, which share what the work refers to.
+"""A map over chunks in forked processes, one per core, which share the memory that the function refers to.
 
-Used by items. Knows no tokens.
+Knows no tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CHUNK = 1024  # rows that a process encodes at a time
-SHOWN_CHUNKS = 20  # fewer are done before anybody looks
+SHOWN_CHUNKS = 20  # fewer take too little time for a progress bar
 
-_work: Callable[[Any], Any] | None = None  # what forked processes do
+_work: Callable[[Any], Any] | None = None  # the function that forked processes call
 
 
 def forked_map(
     work: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]], title: str
 ) -> Iterator[Result]:
-    """Yield `work` of every chunk, in order, from as many processes as there are cores for this one.
+    """Yield `work(chunk)` for every chunk, in order, from one process per core that this process may use.
 
-    They are forked, so that they share what `work` refers to, and a chunk may be as small as a range of numbers. One
-    chunk is worked on here. A bar with a title counts the jobs when they are many.
+    Processes are forked and share the data that `work` refers to, so a chunk can be as little as a range of numbers. A
+    single chunk, or a single core, is handled in this process. A progress bar with a title shows many chunks.
     """
     with progress_bar(title, "row", sum(map(len, chunks)), shown=len(chunks) >= SHOWN_CHUNKS) as bar:
         for chunk, result in zip(chunks, _results(work, chunks), strict=True):
@@ -45,7 +45,7 @@ def _results(work: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[
         return
     _work = work
     asked = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and the cores are taken
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and all cores are in use
     try:
         context = multiprocessing.get_context("fork")
         with concurrent.futures.ProcessPoolExecutor(count, context, initializer=_begin) as pool:
@@ -58,7 +58,7 @@ def _results(work: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     exit_with_parent()
 
 
@@ -68,5 +68,5 @@ def _run(chunk: Any) -> Any:
 
 
 def chunks_of(jobs: Sequence[Job]) -> list[Sequence[Job]]:
-    """Return jobs in chunks for `forked_map`."""
+    """Return jobs in chunks of CHUNK for `forked_map`."""
     return [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]

@@ -1,6 +1,6 @@
-"""How an engine's model computes items: several in a row or one response a row, checked to be the same; the reference.
+"""Checks on the live model that items in shared rows get the log-probs of one response per row.
 
-Used by training and its recipes. Knows only the Engine protocol declared here, no DeepSpeed, and no stage.
+Knows the Engine protocol, no DeepSpeed and neither stage.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ logger = logging.getLogger("coalign")
 
 
 def check_shared_prefix(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
-    """Raise UserError when the model does not compute shared-prefix groups as it computes separate rows.
+    """Raise UserError when the model does not compute shared-prefix groups exactly as separate rows.
 
-    Compares log-probs of the largest, the longest and the shortest group, which share a row, with those of one row a
-    response, on the live model; called by every rank.
+    Compares log-probs of the largest, the longest and the shortest group in one row with those of one row per response.
+    Called by every rank.
     """
     _compare_layouts(engine, _extremes(items), pad_id, True)
 
 
 def check_packing(engine: Engine, items: Sequence[Item], pad_id: int) -> None:
-    """Raise UserError when the model does not compute rows that items share as it computes separate ones.
+    """Raise UserError when the model does not compute rows that items share exactly as separate ones.
 
-    Compares log-probs of the longest and the shortest item both ways, on the live model; called by every rank.
+    Compares log-probs of the longest and the shortest item in one row with those of one row each. Called by every rank.
     """
     _compare_layouts(engine, _extremes(items), pad_id, False)
 
 
 def _extremes(items: Sequence[Item]) -> list[Item]:
-    """Return the items with the most responses, with the longest and with the shortest of them, each once."""
+    """Return the item with the most responses, the longest item and the shortest one, each once but at least two."""
     sizes = as_rows(items).sizes
     most = np.lexsort((sizes.prompt, sizes.responses))[-1]
     found = {int(most): None, int(sizes.longest.argmax()): None, int(sizes.longest.argmin()): None}
@@ -49,9 +49,9 @@ def _extremes(items: Sequence[Item]) -> list[Item]:
 
 
 def _compare_layouts(engine: Engine, items: Sequence[Item], pad_id: int, shared_prefix: bool) -> None:
-    """Raise UserError when log-probs of items in one row differ from those of one row a response.
+    """Raise UserError when log-probs of items in one row differ from those of one row per response.
 
-    A model that attends by blocks, and not exactly, attends by dense masks from then on, which is said.
+    A model whose block masks are not exact is switched to dense masks, with a warning, and checked again.
     """
     what, key = ("shared-prefix groups", "shared_prefix=false") if shared_prefix else ("packed rows", "pack_tokens=0")
     with torch.no_grad(), evaluation_mode(engine.model):
@@ -76,12 +76,12 @@ def _complaint_of_layout(
     plain_N: Tensor,
     expected: type[Exception] | tuple[type[Exception], ...],
 ) -> str:
-    """Return what is wrong with log-probs of items in one row, or nothing; `expected` errors count as wrong."""
+    """Return how log-probs of items in one row go wrong, "" when they equal `plain_N`; so do `expected` errors."""
     batch = collate(items, pad_id, shared_prefix, [len(items)])
     try:
         together_N = token_logps(engine.model, to_device(batch, engine.device))
     except torch.OutOfMemoryError:
         raise
     except expected as error:
-        return f"it does not take their attention mask ({error})"
+        return f"it rejects their attention mask ({error})"
     return complaint_of(together_N, plain_N, engine.dtype)

@@ -1,7 +1,6 @@
-"""The training loop of both stages: micro-batches, schedule, dev measurement, checkpoints, what is logged.
+"""The training loop of both stages: updates by micro-batches, schedule, dev measurement, checkpoints, the log.
 
-Used by launch/sft.py and launch/align.py. Knows only the Engine protocol of layouts, no DeepSpeed, and no stage:
-a stage is its items and its objective.
+Knows the Engine protocol, no DeepSpeed, and neither stage by name: a stage is its items and its objective.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.logprobs import token_logps
 from coalign.process import Preemption, rank, world_size
-from coalign.training.checkpoints import _resume, _rotate
+from coalign.training.checkpoints import resume, save
 from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, batch_of, micro_batches, pack_budget
 from coalign.training.objectives import Objective
@@ -33,9 +32,13 @@ logger = logging.getLogger("coalign")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """A whole training run: items in the order they are consumed, `batch_items` an update."""
+    """A whole training run: items in the order they are trained on, `batch_items` per update, and their objective.
+
+    `learning_rate` is the highest of the schedule.
+    """
 
     items: Sequence[Item]
+    objective: Objective
     batch_items: int
     learning_rate: float
     pad_id: int
@@ -47,7 +50,7 @@ class TrainingPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of all rows, each group's prompt counted once."""
+        """Return the tokens that enter the model over the whole run, each group's prompt counted once."""
         return int(as_rows(self.items).sizes.shared_tokens.sum())
 
 
@@ -66,64 +69,57 @@ def learning_rate_at(step: int, num_steps: int, highest: float, settings: TrainT
 def train(
     engine: Engine,
     plan: TrainingPlan,
-    objective: Objective,
     settings: TrainTable,
     log: LogTable,
     folder: Path,
     measure: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Run or resume a training run and return its totals.
+    """Run or resume a training run and return its totals: {"updates", "tokens"}.
 
-    Resumes at the newest whole checkpoint in `folder`, whatever the number of ranks then was. `measure` is the dev
-    measurement. Raises UserError when the loss or gradient is no longer finite, with the names of the rows, and
-    SystemExit when asked to stop (after a checkpoint).
+    Resumes at the newest whole checkpoint in `folder`, made by any number of ranks. `measure` is the dev measurement.
+    Raises UserError when the loss or the gradient is no longer finite; it names the rows of that update. Raises
+    SystemExit after SIGUSR1 or SIGTERM, once a checkpoint is written.
     """
     preemption = Preemption()
     preemption.install()
-    state = _resume(engine, folder)
-    step, tokens = int(state["step"]), float(state["tokens"])
-    writer = TrainingLog(folder, log, step)
-    first: dict[str, float] | None = state["first_measure"]
-    p_best: list[float] = state["p_best"]  # of the first and of the latest updates, for the warning
-    if step == 0 and measure and settings.eval_every:
-        first = measure()
-        writer.write({"kind": "dev", "step": 0, **first})
-    while step < plan.num_steps:
+    state = resume(engine, folder)
+    writer = TrainingLog(folder, log, state.step)
+    if state.step == 0 and measure and settings.eval_every:
+        state.first_measure = measure()
+        writer.write({"kind": "dev", "step": 0, **state.first_measure})
+    while state.step < plan.num_steps:
         started = time.monotonic()
-        items = plan.items[step * plan.batch_items : (step + 1) * plan.batch_items]
-        lr = learning_rate_at(step, plan.num_steps, plan.learning_rate, settings)
-        line = _update(engine, items, objective, plan.pad_id, settings, lr)
-        step += 1
-        tokens += line["tokens"]
-        p_best = _watch_best(p_best, line.get("p_best"))
-        seconds = time.monotonic() - started
-        writer.write(
-            {"kind": "train", "step": step, **line, "tokens_per_second": line["tokens"] / seconds}, plan.num_steps
-        )
-        if measure and settings.eval_every and (step % settings.eval_every == 0 or step == plan.num_steps):
+        items = plan.items[state.step * plan.batch_items : (state.step + 1) * plan.batch_items]
+        lr = learning_rate_at(state.step, plan.num_steps, plan.learning_rate, settings)
+        line = _update(engine, items, plan.objective, plan.pad_id, settings, lr)
+        state.step += 1
+        state.tokens += line["tokens"]
+        state.p_best = _watch_best(state.p_best, line.get("p_best"))
+        speed = line["tokens"] / (time.monotonic() - started)
+        writer.write({"kind": "train", "step": state.step, **line, "tokens_per_second": speed}, plan.num_steps)
+        last = state.step == plan.num_steps
+        if measure and settings.eval_every and (state.step % settings.eval_every == 0 or last):
             measured = measure()
-            writer.write({"kind": "dev", "step": step, **measured})
-            if first:
-                _warn_of_decay(first, measured)
-        stop = engine.mean([float(preemption.requested())])[0] > 0
-        # The last update is kept too, so that an export that fails or is killed does not cost training again.
-        due = settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == plan.num_steps)
-        if due or (stop and step < plan.num_steps):
-            checkpoint = folder / "checkpoints" / f"step_{step:06d}"
-            engine.save(checkpoint, {"step": step, "tokens": tokens, "first_measure": first, "p_best": p_best})
-            _rotate(checkpoint, settings.keep_last)
-        if stop and step < plan.num_steps:
+            writer.write({"kind": "dev", "step": state.step, **measured})
+            if state.first_measure:
+                _warn_of_decay(state.first_measure, measured)
+        stop = engine.mean([float(preemption.requested())])[0] > 0 and not last
+        # A checkpoint after the last update too: when the export fails or is killed, training need not be repeated.
+        due = settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or last)
+        if due or stop:
+            save(engine, folder, state, settings.keep_last)
+        if stop:
             writer.close()
-            raise SystemExit(f"stopped by a signal after update {step}; run the same command again to go on")
+            raise SystemExit(f"stopped by a signal after update {state.step}; run the same command again to go on")
     writer.close()
     preemption.remove()
-    return {"updates": step, "tokens": int(tokens)}
+    return {"updates": state.step, "tokens": int(state.tokens)}
 
 
 def _update(
     engine: Engine, items: Sequence[Item], objective: Objective, pad_id: int, settings: TrainTable, lr: float
 ) -> dict[str, float]:
-    """Make one update and return its log line; the loss does not depend on how items are split or dealt out."""
+    """Make one update and return its log line; how items are split over micro-batches and ranks changes no loss."""
     denominator = objective.denominator(items)
     budget, shared = pack_budget(engine, settings), objective.shared_prefix
     mine = micro_batches(items, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]
@@ -140,7 +136,7 @@ def _update(
         for key, value in parts.items():
             sums[key] = sums.get(key, 0.0) + value * weight
     names = sorted(sums)
-    # What was found is read once, when all of it has been asked for: a GPU is never waited for in between.
+    # Results are read only here, after all work has been queued, so that the GPU never idles in between.
     of_parts = _numbers(losses)
     total = sum(loss for loss, part in zip(of_parts, mine, strict=True) if part.items)
     found = _numbers([sums[name] for name in names])
@@ -162,7 +158,7 @@ def _update(
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
-    """Return values as numbers, those on a device by one transfer."""
+    """Return values as numbers; those on a device come in one transfer."""
     tensors = [value.detach().double() for value in values if isinstance(value, Tensor)]
     read = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
@@ -177,7 +173,7 @@ def _stop_on_nan(what: str, items: Sequence[Item]) -> None:
 
 
 def _warn_of_decay(first: dict[str, float], now: dict[str, float]) -> None:
-    """Warn when something that should not fall has fallen away since the start."""
+    """Warn when a dev number has fallen too far below that before the first update."""
     limits = {"accuracy": 0.1, "end_of_turn": 0.1, "distinct_answers": 0.3, "p_gold": 1.0}
     for key, limit in limits.items():
         if key not in first or key not in now:
@@ -188,9 +184,9 @@ def _warn_of_decay(first: dict[str, float], now: dict[str, float]) -> None:
 
 
 def _watch_best(seen: list[float], now: float | None) -> list[float]:
-    """Warn, once each time it happens, when the best responses' log-prob a token has fallen by a nat since the start.
+    """Warn when the best responses' log-prob per token falls a nat below its start: a ranking term may lower them all.
 
-    Keeps the first update's and a running mean: a ranking term may push all responses down.
+    `seen` and the result hold the first update's value and a running mean. The warning comes once per crossing.
     """
     if now is None:
         return seen
@@ -198,5 +194,5 @@ def _watch_best(seen: list[float], now: float | None) -> list[float]:
         return [now, now]
     first, latest = seen[0], 0.9 * seen[1] + 0.1 * now
     if latest < first - 1.0 <= seen[1]:
-        logger.warning("warning: the log-prob of best responses fell from %.3f to %.3f a token", first, latest)
+        logger.warning("warning: the log-prob of best responses fell from %.3f to %.3f per token", first, latest)
     return [first, latest]

@@ -1,6 +1,6 @@
-"""The losses, as pure functions of log-probs. Used by training; slow twins stand in tests/numerics.
+"""The losses, as pure functions of log-probs; slow twins are in tests/numerics.
 
-Shape suffixes: N response tokens, R responses, G groups.
+Knows no model and no batch. Shape suffixes: N response tokens, R responses, P pairs of responses.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 
 def sft_loss(logp_N: Tensor, num_tokens: int) -> Tensor:
-    """Return - sum_t log P(y_t given a, x, y_<t) / num_tokens, num_tokens counted over the whole update."""
+    """Return - sum_t log P(y_t given a, x, y_<t) / num_tokens, where num_tokens counts the whole update."""
     return -logp_N.sum() / num_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingLoss:
-    """The loss of some groups, a sum over groups; and its parts, detached, for the log."""
+    """The loss of a micro-batch's groups, summed over them, and its parts, detached, for the log."""
 
     total: Tensor
     best: Tensor
@@ -32,7 +32,7 @@ class RankingLoss:
 
 @dataclasses.dataclass(frozen=True)
 class RankingForm:
-    """Which ranking term: its form, its weight lambda, the hinge's margin, the sharpness of logistic and dpo."""
+    """The ranking term: its form, its weight lambda, the margin of hinge, the sharpness beta of logistic and dpo."""
 
     loss: Literal["hinge", "logistic", "dpo"] = "hinge"
     rank_weight: float = 1.0
@@ -49,16 +49,19 @@ def ranking_loss(
     form: RankingForm,
     reference_R: Tensor | None = None,
 ) -> RankingLoss:
-    """Return the sum over groups of -p(best) + lambda * mean over pairs with r_w > r_l of phi.
+    """Return the sum over groups of -p(best) + lambda * (mean of phi over pairs with r_w > r_l).
 
-    `logp_R` are summed log-probs, p(y) = logp / len the mean a token, end-of-turn included. phi is
-    max(0, p(l) - p(w) + margin) for "hinge" (margin 0, lambda 1: RRHF, arXiv 2304.05302, equations 2-4),
-    softplus(beta (p(l) - p(w))) for "logistic", and -log sigmoid(beta ((log P(w) - log P_ref(w)) - (log P(l) -
-    log P_ref(l)))) for "dpo" (arXiv 2305.18290, equation 7), where `reference_R` are the stage-1 model's summed
-    log-probs under the same wording. A group without an ordered pair still gives -p(best). An active pair is one whose
-    gradient has not vanished: hinge above zero, or phi above 1 % of what two equal responses give.
+    `logp_R` are summed log-probs; p(y) = logp / len is their mean per token, end-of-turn included. phi is by form:
+    - "hinge": max(0, p(l) - p(w) + margin). With margin 0 and lambda 1 it is RRHF (arXiv 2304.05302, equations 2-4).
+    - "logistic": softplus(beta (p(l) - p(w))).
+    - "dpo": -log sigmoid(beta ((log P(w) - log P_ref(w)) - (log P(l) - log P_ref(l)))) (arXiv 2305.18290, equation 7).
+      `reference_R` are the stage-1 model's summed log-probs under the same wording.
 
-    `reward_R`, `best_R` and `group_R` may lie on the CPU: then nothing waits for log-probs that a GPU still computes.
+    A group without an ordered pair still gives -p(best). A pair is active while its gradient has not vanished: phi is
+    above zero for hinge, else above 1 % of its value for two equal responses.
+
+    `best_R` is true for the best response of each group. `reward_R`, `best_R` and `group_R` may lie on the CPU; then
+    nothing waits for log-probs that a GPU still computes.
     """
     p_R = logp_R / length_R
     best = -p_R[best_R.nonzero().squeeze(1).to(p_R.device)].sum()

@@ -1,7 +1,6 @@
-"""Items into batches: one layout for SFT rows and shared-prefix groups, packs, token-budget micro-batches, the order.
+"""Items to batches: collating SFT rows and shared-prefix groups, packing, micro-batches within a token budget, order.
 
-Used by training and the recipes. Knows no files and no engine. Shape suffixes: B rows, T tokens, K kept positions,
-N response tokens.
+Knows the Engine protocol for its device and attention, no files and no losses.
 """
 
 from __future__ import annotations
@@ -21,15 +20,16 @@ from coalign.models.sizes import PACK_ON_CPU, PACK_UNDER_MASK
 from coalign.process import world_size
 from coalign.training.engine import Engine
 
-# Padding of a micro-batch, in tokens or as a share of it: what one micro-batch more would cost.
+# The most padding in a micro-batch, in tokens or as a share: about the cost of one more micro-batch.
 PADDING_ON_CPU, PADDING_SHARE_ON_GPU = 64, 1 / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt and the responses under it, as token ids; `rewards` and `best` (an index) for groups.
+    """One prompt and its responses, as token ids: a row of SFT with one response, or a group.
 
-    `reference` holds the reference model's summed log-prob of each response (DPO).
+    Groups have one reward per response, and `best` is the index of the best response. `reference` holds the reference
+    model's summed log-prob of each response, in nats (DPO).
     """
 
     name: str
@@ -50,7 +50,7 @@ class Item:
 
 
 def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
-    """Return (tokens in a row, rows) that an item takes. A response's last token is never an input."""
+    """Return (tokens per row, rows) of an item. A response's last token is never an input."""
     if shared_prefix:
         return len(item.prompt) + sum(len(r) - 1 for r in item.responses), 1
     return max(len(item.prompt) + len(r) - 1 for r in item.responses), len(item.responses)
@@ -59,14 +59,14 @@ def row_tokens(item: Item, shared_prefix: bool) -> tuple[int, int]:
 def collate(
     items: Sequence[Item], pad_id: int, shared_prefix: bool, items_per_row: Sequence[int] | None = None
 ) -> Batch:
-    """Lay items out for one forward pass; responses are numbered in order over all items.
+    """Return the batch of one forward pass over items; responses are numbered in order over all items.
 
-    With `shared_prefix` an item is one prompt and all its responses side by side, each seeing the prompt and itself,
-    positions restarting after the prompt; without it every response is an item with a prompt of its own.
-    `items_per_row` consecutive items share each row without seeing one another; without it each has its own.
+    With `shared_prefix` an item is one prompt followed by all its responses. Each response sees the prompt and itself,
+    and its positions restart after the prompt. Without it every response gets a copy of the prompt. `items_per_row`
+    gives the number of consecutive items in each row, which do not see one another; without it each has its own row.
     """
     rows: list[TokenRow] = []
-    places: list[tuple[int, int, int]] = []  # row, place in it, target
+    places: list[tuple[int, int, int]] = []  # row, index in the row, target
     owner: list[int] = []
     parts = [(i.prompt, rs) for i in items for rs in ([i.responses] if shared_prefix else [(r,) for r in i.responses])]
     row_starts = set(itertools.accumulate(items_per_row or [1] * len(parts), initial=0))
@@ -81,12 +81,12 @@ def collate(
             places += [(len(rows) - 1, w, t) for w, t in zip(where, response, strict=True)]
             owner += [owner[-1] + 1 if owner else 0] * len(response)
             row.append(response[:-1], len(prompt), index, segment)
-    return to_batch(rows, places, owner, pad_id, one_sequence_a_row=not shared_prefix and len(rows) == len(parts))
+    return to_batch(rows, places, owner, pad_id, one_sequence_per_row=not shared_prefix and len(rows) == len(parts))
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Items of one forward pass, in the order of their rows, and how many share each (None: a row or more an item)."""
+    """Items of one forward pass, in the order of their rows, and how many share each row (None: none do)."""
 
     items: tuple[Item, ...] = ()
     items_per_row: tuple[int, ...] | None = None
@@ -102,10 +102,10 @@ def micro_batches(
 ) -> list[list[MicroBatch]]:
     """Cut one update's items into micro-batches and deal them out: result[rank] is that rank's list.
 
-    Items share rows of up to `pack_tokens` tokens (0: none does). Rows of like length go together: padded tokens stay
-    within `max_tokens` (a longer row goes alone), and padding alone within `max_padding` (None: whatever comes of it).
-    Every rank gets as many micro-batches of as many tokens as can be; an empty one stands for "nothing left", so that
-    collectives match.
+    Items share rows of up to `pack_tokens` tokens (0: no sharing). Rows of similar length go together. The padded
+    tokens of a micro-batch stay within `max_tokens`, unless it is a single longer row; its padding stays within
+    `max_padding` (None: no limit). All ranks get equally many micro-batches with about equally many tokens; empty ones
+    fill up, so that collectives match.
     """
     sizes = [row_tokens(item, shared_prefix) for item in items]
     padding = max_tokens if max_padding is None else max_padding
@@ -131,7 +131,7 @@ def micro_batches(
 def _cut(
     packs: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], limit: int, max_padding: int, world: int
 ) -> list[list[int]]:
-    """Return packs by micro-batch, as even as can be, and as many micro-batches as all ranks can work on."""
+    """Return packs by micro-batch, as even as possible, their number a multiple of the ranks where possible."""
     order = sorted(range(len(packs)), key=lambda p: (-sizes[p][0], packs[p]))
 
     def cut(limit: int) -> list[list[int]]:
@@ -162,7 +162,7 @@ def _cost(part: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
 
 
 def _deal(parts: Sequence[list[int]], sizes: Sequence[tuple[int, int]], world: int) -> list[list[list[int]]]:
-    """Return micro-batches by rank, equally many: of the next dearest, the rank with least so far takes the dearest."""
+    """Return micro-batches by rank, equally many: largest first, the rank with the least so far takes the largest."""
     order = sorted([*parts, *[[] for _ in range(-len(parts) % world)]], key=lambda part: (-_cost(part, sizes), part))
     dealt: list[list[list[int]]] = [[] for _ in range(world)]
     for start in range(0, len(order), world):
@@ -173,9 +173,9 @@ def _deal(parts: Sequence[list[int]], sizes: Sequence[tuple[int, int]], world: i
 
 
 def _even_packs(lengths: Sequence[int], pack_tokens: int, world: int) -> list[list[int]]:
-    """Return best-fit packs, as even as can be without more of them than the ranks share out anyway.
+    """Return best-fit packs, as even as possible without increasing their number rounded up to a multiple of the ranks.
 
-    What is longer than a pack has a row of its own, and makes the others no wider.
+    A length above `pack_tokens` has a row of its own and does not widen the others.
     """
     longest = max((length for length in lengths if length <= pack_tokens), default=pack_tokens)
     width = _smallest(longest, pack_tokens, world, lambda width: len(best_fit(lengths, width)))
@@ -183,21 +183,21 @@ def _even_packs(lengths: Sequence[int], pack_tokens: int, world: int) -> list[li
 
 
 def _smallest(low: int, high: int, world: int, count: Callable[[int], int]) -> int:
-    """Return the smallest size that gives no more parts than `high` does, rounded up to a multiple of `world`."""
+    """Return the smallest size with no more parts than `high` gives, rounded up to a multiple of `world`."""
     allowed = -(-count(high) // world) * world
     return low + bisect.bisect_left(range(low, high), True, key=lambda size: count(size) <= allowed)
 
 
 def permutations(num_items: int, seed: int) -> Iterator[int]:
-    """Yield indices without end: one seeded permutation of all items after another."""
+    """Yield indices without end: one seeded permutation of all items per epoch."""
     for epoch in itertools.count():
         yield from np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_items).tolist()
 
 
 def pack_budget(engine: Engine, settings: TrainTable) -> tuple[int, int]:
-    """Return how many tokens of a row items may share, and how many of a micro-batch may be padding.
+    """Return the most tokens of a row that items share, and the most padding of a micro-batch, in tokens.
 
-    Blocks make a row of a whole micro-batch as cheap as its items alone; under a dense mask rows stay narrow.
+    Under block masks a row may be as wide as a micro-batch at no extra cost; under a dense mask rows stay narrow.
     """
     whole = settings.micro_batch_tokens
     if engine.device.type == "cpu":
@@ -214,6 +214,6 @@ def pack_budget(engine: Engine, settings: TrainTable) -> tuple[int, int]:
 def batch_of(
     engine: Engine, part: MicroBatch, filler: Item, pad_id: int, shared_prefix: bool
 ) -> tuple[Batch, tuple[Item, ...]]:
-    """Return a micro-batch on the device and its items; where nothing is left, `filler` for the collectives' sake."""
+    """Return a micro-batch on the device and its items; an empty one gets `filler`, so that collectives match."""
     items = part.items or (filler,)
     return to_device(collate(items, pad_id, shared_prefix, part.items_per_row), engine.device), items

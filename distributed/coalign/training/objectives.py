@@ -1,6 +1,6 @@
-"""What an update of either stage minimises, as shares of micro-batches that add up, and what is logged of it.
+"""What an update of either stage minimises, as shares of micro-batches that add up, and the numbers logged of it.
 
-Used by launch/sft.py, launch/align.py and training.py. Knows no engine and no schedule.
+Knows no engine and no schedule.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ Sums = dict[str, float | Tensor]
 class Objective:
     """What one update minimises: the denominator of its items, and the loss of one micro-batch with summed parts.
 
-    `shared_prefix` says how a group is laid out.
-    `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums
-    that are added over micro-batches and ranks, numbers or tensors that nobody has waited for; `describe(sums)` turns
-    them into what is logged.
+    `loss(logp_N, batch, items, denominator)` returns this micro-batch's share of the update's loss and a dict of sums.
+    These are added over micro-batches and ranks; they may be tensors that a GPU still computes. `describe(sums)` turns
+    the totals into the numbers logged. `shared_prefix` says how a group is laid out.
     """
 
     denominator: Callable[[Sequence[Item]], int]
@@ -35,7 +34,7 @@ class Objective:
 
 
 def sft_objective() -> Objective:
-    """Return stage 1: negative log-likelihood a token, over all answer tokens of the update."""
+    """Return the objective of stage 1: negative log-likelihood per answer token of the update."""
 
     def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], tokens: int) -> tuple[Tensor, Sums]:
         return sft_loss(logp_N, tokens), {"answer_tokens": float(len(logp_N))}
@@ -47,7 +46,7 @@ def sft_objective() -> Objective:
 
 
 def align_objective(form: RankingForm, shared_prefix: bool) -> Objective:
-    """Return stage 2: the ranking loss of losses.ranking_loss, divided by the update's number of groups."""
+    """Return the objective of stage 2: losses.ranking_loss per group of the update."""
 
     def loss(logp_N: Tensor, batch: Batch, items: Sequence[Item], groups: int) -> tuple[Tensor, Sums]:
         logp_R = sum_by_response(logp_N, batch)

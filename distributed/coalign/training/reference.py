@@ -1,4 +1,7 @@
-"""The reference model's log-probs, for DPO."""
+"""The reference model's log-probs for DPO: measured once before the first update and stored.
+
+Knows the Engine protocol, no DeepSpeed and no loss.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,13 @@ from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, batch_of, micro_batches, pack_budget
 from coalign.training.token_files import TokenRows, as_rows
 
+AT_ONCE = 256  # items cut into micro-batches together: enough to find similar lengths
+
 
 def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> TokenRows:
-    """Return the items with the starting model's summed log-probs as DPO's reference, stored in `path`.
+    """Return the items with the starting model's summed log-probs, in nats, as DPO's reference; `path` stores them.
 
-    Called by every rank before the first update; a stored file is read instead.
+    Called by every rank before the first update. When the file exists it is read instead.
     """
     if not path.exists():
         found = _all_logps(engine, items, pad_id, settings)
@@ -36,14 +41,15 @@ def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings
 
 
 def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable) -> list[tuple[float, ...]]:
+    """Return the summed log-probs of each item's responses, the same on every rank."""
     offsets = [0, *as_rows(items).sizes.responses.cumsum().tolist()]
     flat = [0.0] * offsets[-1]
     shared, budget = settings.shared_prefix, pack_budget(engine, settings)
-    for start in range(0, len(items), 256):  # some at a time: micro-batches of like length, all ranks in step
-        some = items[start : start + 256]
-        position = {item.name: offset for item, offset in zip(some, offsets[start:], strict=False)}
-        for part in micro_batches(some, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]:
-            batch, _ = batch_of(engine, part, some[0], pad_id, shared)
+    for start in range(0, len(items), AT_ONCE):
+        these = items[start : start + AT_ONCE]
+        position = {item.name: offset for item, offset in zip(these, offsets[start:], strict=False)}
+        for part in micro_batches(these, settings.micro_batch_tokens, world_size(), shared, *budget)[rank()]:
+            batch, _ = batch_of(engine, part, these[0], pad_id, shared)
             with torch.no_grad(), evaluation_mode(engine.model):
                 logp_R = sum_by_response(token_logps(engine.model, batch), batch).tolist()
             values = iter(logp_R)

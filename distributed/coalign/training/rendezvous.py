@@ -1,7 +1,7 @@
-"""The ranks of a training job find one another: who is missing is named, the links are tried before the model loads.
+"""The ranks of a training job meet: missing ranks are named, and the links are tested before the model loads.
 
-Used by engine.py. Knows no engine, only torch's process groups; where Slurm has said which nodes there are
-(COALIGN_NODES), missing ranks are named by their node.
+Where COALIGN_NODES names the job's nodes, missing ranks are named by their node. Knows torch's process groups, no
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has both, without telling mypy
+from torch._C._distributed_c10d import (
+    PrefixStore,
+    TCPStore,
+)  # torch.distributed has both, but mypy does not see them there
 
 from coalign.errors import UserError
 from coalign.process import node_names, rank, start_seconds, world_size
@@ -24,14 +27,14 @@ logger = logging.getLogger("coalign")
 
 PROBE_NUMBERS = 1 << 18  # floats of a probe: 1 MiB
 PROBE_SECONDS = 60.0
-SLOW_FACTOR, SLOW_SECONDS = 5.0, 0.5  # a link is named when it takes this multiple of the median, and so long
-OPEN = "open"  # what rank 0 says when all ranks are there
+SLOW_FACTOR, SLOW_SECONDS = 5.0, 0.5  # a link is slow above this multiple of the median and this time
+OPEN = "open"  # rank 0 sets it once all ranks are present
 
 
 def meet(backend: str, device: torch.device, timeout: datetime.timedelta) -> None:
-    """Make the process group of all ranks and try its links.
+    """Make the process group of all ranks and test its links; `timeout` is that of the group's collectives.
 
-    Raises UserError naming the hosts of ranks that did not come in time, or whose links don't work.
+    Raises UserError naming the hosts of ranks that are missing after `process.start_seconds`, or whose links fail.
     """
     store = _open_store()
     hosts = _gather(store)
@@ -55,7 +58,7 @@ def _open_store() -> TCPStore:
 
 
 def _gather(store: TCPStore) -> list[str]:
-    """Return every rank's host when all have come."""
+    """Wait for all ranks and return the host of each."""
     store.set(f"host {rank()}", platform.node())
     if rank() == 0:
         missing = set(range(world_size()))
@@ -79,14 +82,14 @@ def _gather(store: TCPStore) -> list[str]:
 
 
 def _host_of(other: int) -> str:
-    """Return where a rank that has not come should be: ranks are dealt out a node after another."""
+    """Return a missing rank's name with its node: ranks fill one node after another."""
     names, ranks = node_names(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     node = other // ranks
     return f"rank {other} of node {names[node]}" if node < len(names) else f"rank {other}"
 
 
 def _try_links(hosts: list[str], device: torch.device) -> None:
-    """All-reduce over all ranks, then let each host send to all; name hosts that don't answer or are slow."""
+    """All-reduce over all ranks, then broadcast from each host; name hosts that do not answer or are slow."""
     numbers = torch.ones(PROBE_NUMBERS, device=device)
     try:
         _within(dist.all_reduce(numbers, async_op=True), device)
@@ -105,24 +108,24 @@ def _try_links(hosts: list[str], device: torch.device) -> None:
         started = time.monotonic()
         _within(dist.broadcast(numbers, first, async_op=True), device)
         seconds[place] = time.monotonic() - started
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)  # a sender is done before the others have it
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)  # a sender finishes before the receivers do
     taken = dict(zip(firsts, seconds.tolist(), strict=True))
     logger.info("%d ranks on %s; 1 MiB to all takes %.0f ms", world_size(), _named(hosts), 1e3 * max(taken.values()))
     if slow := slow_hosts(taken):
         logger.warning(
-            "warning: sending from %s takes %.1f s a MiB, from the others %.2f s; every update waits for it",
+            "warning: sending from %s takes %.1f s per MiB, from the others %.2f s; every update waits for it",
             *(", ".join(slow), max(taken.values()), statistics.median_low(taken.values())),
         )
 
 
 def slow_hosts(seconds: dict[str, float]) -> list[str]:
-    """Return the hosts from which the same message took much longer than from most."""
+    """Return the hosts whose broadcast took much longer than the median; `seconds` are by host."""
     usual = statistics.median_low(seconds.values())
     return [host for host, taken in seconds.items() if taken > max(SLOW_FACTOR * usual, SLOW_SECONDS)]
 
 
 def _within(work: dist.Work, device: torch.device) -> None:
-    """Wait for a collective call as long as a probe may take."""
+    """Wait for a collective. Raises RuntimeError after PROBE_SECONDS."""
     if not work.wait(datetime.timedelta(seconds=PROBE_SECONDS)):
         raise RuntimeError("no answer")
     if device.type == "cuda":

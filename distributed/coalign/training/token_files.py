@@ -1,7 +1,6 @@
-"""Items as token ids on disk: arrays that every rank maps into its memory, encoded once, by all cores of one machine.
+"""Items as token ids on disk: arrays that every rank maps into its memory, encoded once by all cores of one machine.
 
-Used by items, training, engine and the recipes. Knows no text and no tokenizer. Batches are planned by lengths alone;
-an item is read when its turn has come.
+Batches are planned from lengths alone, and an item is read when it is used. Knows no text and no tokenizer.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ logger = logging.getLogger("coalign")
 Array = np.ndarray[Any, Any]
 Columns = dict[str, Array]
 
-# A row is a segment for its prompt and one for each response; a column X_starts has one entry more than there are X.
+# A row has one segment for its prompt and one per response; a column X_starts has one entry more than there are X.
 COLUMNS = {
     "ids": np.int32,
     "segment_starts": np.int64,
     "row_starts": np.int64,
     "names": np.uint8,  # UTF-8
     "name_starts": np.int64,
-    "rewards": np.int32,  # one a response, of groups
-    "best": np.int32,  # one a row
-    "order": np.int64,  # rows in the order that they are trained on
+    "rewards": np.int32,  # one per response, groups only
+    "best": np.int32,  # one per row
+    "order": np.int64,  # rows in the order of training
 }
 STARTS = {"segment_starts": "ids", "row_starts": "segment_starts", "name_starts": "names"}
 META = "tokens.json"
@@ -44,7 +43,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Lengths of items in tokens, and how many responses each has."""
+    """Lengths of items in tokens, and their numbers of responses; one entry per item in each array."""
 
     prompt: Array
     responses: Array
@@ -58,12 +57,12 @@ class Sizes:
 
     @property
     def shared_tokens(self) -> Array:
-        """Return the tokens that enter the model, the prompt counted once; a response's last token never does."""
+        """Return the tokens that enter the model, the prompt counted once; a response's last token never enters."""
         return self.prompt + self.response_tokens - self.responses
 
 
 class TokenRows(Sequence[Item]):
-    """Items over arrays, in some order. `reference` holds one number a response of the items as they are stored."""
+    """Items read from arrays, in a given order. `reference` has one number per response, in the stored order."""
 
     def __init__(self, columns: Columns, order: Array | None = None, reference: Array | None = None) -> None:
         self.columns = columns
@@ -92,7 +91,7 @@ class TokenRows(Sequence[Item]):
         ids = columns["ids"][bounds[0] : bounds[-1]].tolist()
         segments = [tuple(ids[a - bounds[0] : b - bounds[0]]) for a, b in itertools.pairwise(bounds)]
         place, name_end = columns["name_starts"][row : row + 2].tolist()
-        ranked = slice(first - row, end - row - 1)  # every row before has one segment that is no response
+        ranked = slice(first - row, end - row - 1)  # each row before this one has one segment that is no response
         return Item(
             name=columns["names"][place:name_end].tobytes().decode(),
             prompt=segments[0],
@@ -115,17 +114,17 @@ class TokenRows(Sequence[Item]):
         return Sizes(*(column if self.order is None else column[self.order] for column in found))
 
     def take(self, order: Array) -> TokenRows:
-        """Return some of the items, in another order."""
+        """Return the items at these indices, in this order; an index may repeat."""
         return TokenRows(self.columns, order if self.order is None else self.order[order], self.reference)
 
     def with_reference(self, reference: Array) -> TokenRows:
-        """Return the items with one number a response, given in the order of rows that have not been reordered."""
+        """Return the items with one number per response, for rows in their stored order."""
         assert self.order is None
         return TokenRows(self.columns, None, reference)
 
 
 def as_rows(items: Sequence[Item]) -> TokenRows:
-    """Return items as arrays; those that are arrays already as they are."""
+    """Return items as arrays; TokenRows are returned unchanged."""
     return items if isinstance(items, TokenRows) else TokenRows(columns_of(items))
 
 
@@ -151,7 +150,7 @@ def _starts(lengths: Sequence[int]) -> Array:
 
 
 class _Column:
-    """A .npy file of one dimension that grows: its header, which has the length, is written once more at the end."""
+    """A growing one-dimensional .npy file; its header, which holds the length, is rewritten at the end."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self._dtype = np.dtype(dtype)
@@ -171,14 +170,17 @@ class _Column:
         start = self._stream.tell() - self.length * self._dtype.itemsize
         self._stream.seek(0)
         self._header()
-        assert self._stream.tell() == start, "the header must not grow over the values"
+        assert self._stream.tell() == start, "the header must not overwrite the values"
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
 
 
 class TokenWriter:
-    """Appends items to the arrays of a folder; `order`, `counts` and `dropped` are what else is kept of them."""
+    """Appends items to the arrays of a folder.
+
+    Before `finish`, callers may set `order` (rows in the order of training), `counts`, and `dropped` (rows left out).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -196,7 +198,7 @@ class TokenWriter:
 
     @property
     def num_rows(self) -> int:
-        """Return how many items there are so far."""
+        """Return the number of items so far."""
         return self._column("row_starts").length - 1
 
     def add(self, columns: Columns) -> int:
@@ -208,7 +210,7 @@ class TokenWriter:
         return first
 
     def finish(self, digest: str) -> None:
-        """Write what is left and close the files."""
+        """Write order, dropped rows and counts, and close the files."""
         if self.order is not None:
             self._column("order").append(self.order)
         for column in self._columns.values():
@@ -220,9 +222,9 @@ class TokenWriter:
 
 
 def prepare_rows(folder: Path, digest: str, encode: Callable[[TokenWriter], None]) -> None:
-    """Let `encode` write a folder of arrays, unless it is there already, made of the same rows in the same way.
+    """Call `encode` to write a folder of arrays, unless one with the same digest exists.
 
-    It appears when it is whole; called by one process alone.
+    The folder appears once it is whole. Called by one process alone.
     """
     if _is_whole(folder, digest):
         logger.info("the rows have been encoded already")
@@ -244,7 +246,10 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return what is written beside the arrays: digest, columns, counts."""
+    """Return the description of the arrays: {"format", "digest", "columns", "counts"}.
+
+    Raises OSError when it is missing, ValueError when it is no JSON or of another format.
+    """
     meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
         raise ValueError(f"{folder} has another format")
@@ -252,6 +257,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def open_rows(folder: Path) -> TokenRows:
-    """Return the items of a folder; the ids stay on the disk until they are read."""
+    """Return the items of a folder; their ids stay on disk until they are read. Raises as `read_meta`."""
     names = read_meta(folder)["columns"]
     return TokenRows({name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names})

@@ -1,6 +1,6 @@
-"""What a training step tells while it runs.
+"""What a training step logs while it runs.
 
-Used by training.py. Knows neither engine nor model.
+Knows neither engine nor model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ class TrainingLog:
     """metrics.jsonl, the printed line, TensorBoard and, when asked for, Weights & Biases; rank 0 only."""
 
     def __init__(self, folder: Path, table: LogTable, step: int) -> None:
-        """Open the log of the step in `folder`, which goes on after update `step`."""
+        """Open the log in a step's folder, to continue after update `step`; later lines are removed.
+
+        Raises UserError when log.wandb is set and wandb is not installed.
+        """
         self.table = table
         self.active = rank() == 0
         self.tensorboard: Any = None
@@ -40,13 +43,13 @@ class TrainingLog:
             self.wandb = _start_wandb(folder, step)
 
     def _cut_after(self, step: int) -> None:
-        """Forget lines after the checkpoint (their updates are made again) and a line cut short by a kill."""
+        """Remove lines after the checkpoint, whose updates are repeated, and a line cut short by a kill."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomic(self.path, "".join(kept))
 
     def write(self, row: dict[str, Any], num_steps: int = 0) -> None:
-        """Write a row with `kind` ("train" or "dev"), `step` and numbers; print it when it is due."""
+        """Write a row with `kind` ("train" or "dev"), `step` and numbers; print it every log.every updates."""
         if not self.active:
             return
         self.stream.write(json.dumps(row) + "\n")
@@ -63,7 +66,7 @@ class TrainingLog:
             logger.info("%s %d%s  %s", "update" if row["kind"] == "train" else "dev at", row["step"], total, shown)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the file and the loggers."""
         if self.active:
             self.stream.close()
             if self.tensorboard is not None:

@@ -1,6 +1,6 @@
-"""Records to training items: which wording and answer each row of an update holds, as token ids.
+"""Records to training items: which wording and which answer each row holds, as token ids, in the order of training.
 
-Used by launch/sft.py and launch/align.py. Knows no engine and no loss.
+Knows no engine and no loss.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,17 @@ Reported = dict[tuple[str, str], DroppedRow]
 
 @dataclasses.dataclass
 class Encoder:
-    """Encodes rows and keeps account of those that are left out; `policy` is model.too_long."""
+    """Encodes rows and records those left out; `policy` is the value of model.too_long, "drop" or "error"."""
 
     codec: Codec
     policy: str
     dropped: Reported = dataclasses.field(default_factory=dict)
 
     def encode(self, example: Example, wording: Wording, answer: str) -> Item | None:
-        """Return prompt and answer as an item, or None (recorded) when the wording does not fit or it is too long."""
+        """Return prompt and answer as an item, or None when the wording does not fit or the row is too long.
+
+        What is left out is recorded. Raises UserError for a row that is too long under the policy "error".
+        """
         name = f"{example.id} under {wording.id}"
         prompt = render_prompt(wording, example.input)
         expected = expected_answer(wording, example.input, answer)
@@ -60,15 +63,15 @@ class Encoder:
         return fitting
 
     def drop(self, name: str, reason: str, tokens: int = 0) -> None:
-        """Record a row that is left out."""
+        """Record a row that is left out; `tokens` is its length when that is the reason."""
         self.dropped.setdefault((name, reason), {"reason": reason, "id": name} | ({"tokens": tokens} if tokens else {}))
 
     def alone(self) -> Encoder:
-        """Return an encoder with an account of its own, for a part of the rows."""
+        """Return an encoder with an empty record, for a part of the rows."""
         return Encoder(self.codec, self.policy)
 
     def add(self, dropped: Reported) -> None:
-        """Take over the account of a part."""
+        """Add what was left out of a part; the same row and reason count once."""
         for key, row in dropped.items():
             self.dropped.setdefault(key, row)
 
@@ -98,7 +101,7 @@ def write_sft(
 ) -> None:
     """Write stage 1's rows and the order they are trained on, replayed rows in their places.
 
-    Each pass over the inputs of `sft.split` draws a wording for each anew. Replayed rows take the place of own ones,
+    Each pass over the inputs of `sft.split` draws a wording for every input again. Replayed rows replace a share
     `sft.replay_share` of all rows; those whose input is in another split are left out. Raises UserError when no row is
     left.
     """
@@ -109,7 +112,7 @@ def write_sft(
     replayed = _write_replay(writer, table, encoder, held_out)
     total = table.num_drawn(len(inputs), table.batch_rows)
     mixed = _replayed_by_update(total, table) if replayed else []
-    own = iter(_write_own(writer, inputs, wordings, encoder, seed, total - sum(mixed)))
+    own = iter(_write_own(writer, _Draws(inputs, wordings, encoder, seed), total - sum(mixed)))
     others = (replayed[i] for i in permutations(len(replayed), derive_seed(seed, "replay"))) if replayed else iter(())
     order: list[int] = []
     for number, start in enumerate(range(0, total, table.batch_rows)):
@@ -122,7 +125,7 @@ def write_sft(
 
 
 def _replayed_by_update(total: int, table: SftTable) -> list[int]:
-    """Return how many rows of each update are replayed; what a share leaves over is made up for in the next ones."""
+    """Return the number of replayed rows per update; fractions carry over to the next updates."""
     found = []
     for start in range(0, total, table.batch_rows):
         batch = min(table.batch_rows, total - start)
@@ -131,29 +134,31 @@ def _replayed_by_update(total: int, table: SftTable) -> list[int]:
     return found
 
 
-def _write_own(
-    writer: TokenWriter,
-    inputs: Sequence[Example],
-    wordings: dict[str, list[Wording]],
-    encoder: Encoder,
-    seed: int,
-    wanted: int,
-) -> list[int]:
-    """Write one row for every draw until there are as many as wanted; return them in the order of the draws.
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """Stage 1's draws: a draw is its number and the index of its input; its wording follows from the seed."""
 
-    A row that is drawn again is written once. Inputs that fit under no wording are passed over.
-    """
+    inputs: Sequence[Example]
+    wordings: dict[str, list[Wording]]
+    encoder: Encoder
+    seed: int
 
-    def encode(draws: Sequence[tuple[int, int]]) -> tuple[Columns, list[int], Reported]:
-        """Return the rows of some draws (number, input), and for each draw its row among them (-1: none)."""
-        mine = encoder.alone()
+    def numbered(self) -> Iterator[tuple[int, int]]:
+        """Yield draws without end, pass after pass over the inputs."""
+        return enumerate(permutations(len(self.inputs), derive_seed(self.seed, "sft")))
+
+    def encode(self, draws: Sequence[tuple[int, int]]) -> tuple[Columns, list[int], Reported]:
+        """Return the rows of some draws, each draw's place among these rows (-1: no wording fits), what was left out.
+
+        Runs in a forked process. Draws of an input that get the same wording share a row.
+        """
+        mine = self.encoder.alone()
         items: list[Item] = []
         places: list[int] = []
         known: dict[tuple[int, str], int] = {}
         for number, index in draws:
-            example, place = inputs[index], -1
-            order = sorted(wordings.get(example.task, []), key=lambda w: unit_hash(str(seed), str(number), w.id))
-            for wording in order:
+            example, place = self.inputs[index], -1
+            for wording in self._by_preference(number, example.task):
                 if (index, wording.id) not in known:
                     item = mine.encode(example, wording, example.outputs[0])
                     known[index, wording.id] = len(items) if item else -1
@@ -164,29 +169,40 @@ def _write_own(
             places.append(place)
         return columns_of(items), places, mine.dropped
 
+    def _by_preference(self, number: int, task: str) -> list[Wording]:
+        """Return a task's wordings in the order in which a draw tries them."""
+        return sorted(self.wordings.get(task, []), key=lambda w: unit_hash(str(self.seed), str(number), w.id))
+
+
+def _write_own(writer: TokenWriter, source: _Draws, wanted: int) -> list[int]:
+    """Write the rows of the first `wanted` draws that have one; return their row numbers in the order of the draws.
+
+    Inputs that fit under no wording are passed over. Raises UserError when all are.
+    """
     drawn: list[int] = []
     useless: set[int] = set()
-    numbered = enumerate(permutations(len(inputs), derive_seed(seed, "sft")))
+    numbered = source.numbered()
     while len(drawn) < wanted:
         draws = [(n, i) for n, i in itertools.islice(numbered, wanted - len(drawn)) if i not in useless]
-        chunks = chunks_of(sorted(draws, key=lambda draw: (draw[1], draw[0])))  # so that an input's draws are together
+        chunks = chunks_of(sorted(draws, key=lambda draw: (draw[1], draw[0])))  # an input's draws are neighbours
         row_of: dict[int, int] = {}
-        for chunk, (columns, places, dropped) in zip(chunks, forked_map(encode, chunks, "encoding"), strict=True):
+        encoded = forked_map(source.encode, chunks, "encoding")
+        for chunk, (columns, places, dropped) in zip(chunks, encoded, strict=True):
             first = writer.add(columns)
-            encoder.add(dropped)
+            source.encoder.add(dropped)
             useless |= {index for (_, index), place in zip(chunk, places, strict=True) if place < 0}
             row_of |= {n: first + place for (n, _), place in zip(chunk, places, strict=True) if place >= 0}
         drawn += [row_of[n] for n, _ in draws if n in row_of]
-        if len(useless) == len(inputs):
+        if len(useless) == len(source.inputs):
             raise UserError(
                 "no row is left to train on: every input is too long or fits no wording (see model.max_tokens); the"
-                f" first was {inputs[draws[0][1]].id}"
+                f" first was {source.inputs[draws[0][1]].id}"
             )
     return drawn
 
 
 def _write_replay(writer: TokenWriter, table: SftTable, encoder: Encoder, held_out: set[str]) -> range:
-    """Write the replay file's usable rows and return their numbers."""
+    """Write the replay file's usable rows and return their row numbers. Raises UserError when there is none."""
     if not table.replay:
         return range(0)
 
@@ -225,7 +241,7 @@ def write_groups(
     wordings: dict[tuple[str, str], Wording],
     encoder: Encoder,
 ) -> None:
-    """Write stage 2's groups. Raises UserError when none is left."""
+    """Write stage 2's groups; `examples` are by id, `wordings` by (task, id). Raises UserError when no group fits."""
 
     def encode(part: Sequence[Group]) -> tuple[Columns, Reported]:
         mine = encoder.alone()
@@ -255,7 +271,7 @@ def _group_item(group: Group, example: Example, wording: Wording, codec: Codec) 
 
 
 def group_stream(items: TokenRows, table: AlignTable, seed: int) -> TokenRows:
-    """Return stage 2's groups in the order they are trained on."""
+    """Return stage 2's groups in the order they are trained on: seeded permutations, one per pass over them."""
     wanted = table.num_drawn(len(items), table.batch_groups)
     order = itertools.islice(permutations(len(items), derive_seed(seed, "align")), wanted)
     return items.take(np.fromiter(order, np.int64))

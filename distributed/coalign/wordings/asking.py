@@ -1,7 +1,7 @@
-"""Inputs under wordings become requests to a model, and what it generates becomes responses: for sample and eval alike.
+"""Inputs under wordings as requests to a model, and what it generates as responses: for sample and eval alike.
 
-Also the one home of model.too_long: a text that exceeds the context of a model is dropped or refused, and never cut.
-Pure text and token ids; knows no model.
+Also the one home of model.too_long: a text that exceeds a model's context is dropped or refused, and never cut. Pure
+texts and token ids. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ logger = logging.getLogger("coalign")
 
 
 class PromptCodec(Protocol):
-    """The part of models.codec.Codec that requests are built with."""
+    """The part of models.codec.Codec that builds requests."""
 
     max_tokens: int
 
     def encode_prompt(self, user_text: str) -> list[int]:
-        """Return the token ids of a user message."""
+        """Return the token ids of a user message in the chat template."""
 
     def encode_plain(self, text: str) -> list[int]:
-        """Return the token ids of a text alone."""
+        """Return the token ids of a text without any template."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """A pair as a worker is asked for it: one answer per seed.
+    """What a worker is asked about a pair: one answer per seed.
 
-    `repeat` numbers requests of one pair. A `filler` is computed beside others, and its answers are not read.
+    `repeat` numbers the requests of one pair. A `filler` is computed beside others, and its answers are not read.
     """
 
     pair: Pair
@@ -59,7 +59,7 @@ class Request:
     filler: bool = False
 
     def to_row(self) -> Row:
-        """Return what is sent to a worker; it passes on everything but the prompt and the seeds."""
+        """Return what is sent to a worker, whose result repeats everything but the prompt and the seeds."""
         task, example, wording = self.pair.key
         where = {"task": task, "example": example, "wording": wording, "repeat": self.repeat}
         return where | {"prompt_ids": self.prompt_ids, "seeds": self.seeds}
@@ -71,10 +71,10 @@ class Request:
 def draw_pairs(
     examples: Iterable[Example], wordings: Mapping[str, Sequence[Wording]], wordings_per_input: int, seed: int
 ) -> tuple[list[Pair], list[Row]]:
-    """Return every input under the first of its task's wordings in hash order, and a row for each wording passed over.
+    """Return every input under the first of its task's wordings in hash order, and a row per wording left out.
 
-    A wording is passed over where its template misses the input or its answer map gives no distinct words on it.
-    Whether the map has the gold answer is not looked at: the inputs may stand for unlabelled ones.
+    A wording is left out where its template does not match the input or its answer map gives no distinct words on it.
+    Gold answers are not read, so that the inputs may be unlabelled. Rows are {reason, task, example, wording}.
     """
     pairs: list[Pair] = []
     dropped: list[Row] = []
@@ -96,7 +96,7 @@ def build_requests(
     max_new_tokens: int,
     seeds_of: Callable[[Pair], list[int]],
 ) -> tuple[list[Request], list[tuple[Pair, int]]]:
-    """Return a request for each pair that fits the context, and the others with the tokens of their prompts.
+    """Return a request per pair that fits the context, and the others with the number of tokens of their prompts.
 
     Raises UserError when one does not fit and `too_long` is "error".
     """
@@ -110,7 +110,7 @@ def build_requests(
 
 
 def read_responses(requests: Iterable[Request], rows: Iterable[Row]) -> list[Response]:
-    """Return the responses in a worker's rows, which come in the order of the requests, mapped back by the wording.
+    """Return the responses in a worker's rows, mapped back by the wording; rows are in the order of the requests.
 
     `sample` counts the seeds from the request's `repeat`.
     """

@@ -1,6 +1,6 @@
 """Which wordings a task keeps: `settle` merges files with the model's rewrites and drops what undoes the splits.
 
-Every wording that goes has a reason. Pure functions of texts; knows no model.
+Every dropped wording has a reason. Pure functions of texts. Knows no model.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger("coalign")
 def drop_repeats(
     wordings: Sequence[Wording], task: Task, max_similarity: float
 ) -> tuple[list[Wording], list[dict[str, Any]]]:
-    """Return one task's wordings without those that undo its splits, and rows {task, id, text, reason} for these.
+    """Return one task's wordings without those that undo its splits, and rows {task, id, text, reason} of the others.
 
-    Of two equal wordings the later goes, and of a seen task any from a file that nearly repeats the original
-    ("near_duplicate"). Then a dev wording goes that nearly repeats a test wording, and a train wording that nearly
-    repeats a dev or test wording ("held_out"). Templates are compared without their fields.
+    First "near_duplicate" drops the later of two equal wordings, and for a seen task any from a file that nearly
+    repeats the original. Then "held_out" drops dev wordings that nearly repeat a test wording, and train wordings that
+    nearly repeat a dev or test wording. Templates are compared without their fields.
     """
     reasons: dict[str, Reason] = {}
     texts = {wording.id: bare_text(wording) for wording in wordings}
@@ -67,22 +67,20 @@ def drop_repeats(
 def drop_held_out(
     by_task: Mapping[str, Sequence[Wording]], tasks: Iterable[Task], max_similarity: float
 ) -> tuple[dict[str, list[Wording]], list[dict[str, Any]], list[str]]:
-    """Return the wordings without those that nearly repeat a held-out one of any task, rows of these, and originals.
+    """Return the wordings that nearly repeat no held-out one of any task, rows {task, id, text, reason}, and originals.
 
-    A dev wording that the model wrote goes when a test wording of any task is like it, a train wording when a dev or
-    test wording is. An original always stays; the seen tasks whose original is like a held-out wording come last.
+    A generated dev wording is dropped when it nearly repeats a test wording of any task; a train wording also when it
+    nearly repeats a dev wording that stays. Originals always stay: the third result are the seen tasks whose original
+    nearly repeats a held-out wording.
     """
     everything = [wording for wordings in by_task.values() for wording in wordings]
-    held_out = NearRepeats(max_similarity, (bare_text(w) for w in everything if w.split == "test"))
-    lost: set[tuple[str, str]] = set()
-    for wording in (w for w in everything if w.split == "dev" and w.source == GENERATED):
-        if held_out.has_like(bare_text(wording)):
-            lost.add((wording.task, wording.id))
-    for wording in (w for w in everything if w.split == "dev" and (w.task, w.id) not in lost):
-        held_out.add(bare_text(wording))
-    for wording in (w for w in everything if w.split == "train" and w.source != ORIGINAL):
-        if held_out.has_like(bare_text(wording)):
-            lost.add((wording.task, wording.id))
+    test, dev, train = ([w for w in everything if w.split == split] for split in ("test", "dev", "train"))
+    held_out = NearRepeats(max_similarity, map(bare_text, test))
+    lost = {(w.task, w.id) for w in dev if w.source == GENERATED and held_out.has_like(bare_text(w))}
+    for wording in dev:
+        if (wording.task, wording.id) not in lost:
+            held_out.add(bare_text(wording))
+    lost |= {(w.task, w.id) for w in train if w.source != ORIGINAL and held_out.has_like(bare_text(w))}
     dropped = [
         {"task": w.task, "id": w.id, "text": w.text, "reason": "held_out"} for w in everything if (w.task, w.id) in lost
     ]
@@ -93,11 +91,11 @@ def drop_held_out(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settled:
-    """Which wordings stay, and why the others do not.
+    """Which wordings are kept, and why the others are not.
 
-    `by_task` holds each task's wordings with their splits, the original first. `wanted` says how many rewrites each
-    task is to get beside its wordings from files. `dropped` has a row {task, text, reason, ...} for every wording that
-    goes. `originals` are seen tasks whose own instruction nearly repeats a held-out wording; they stay.
+    `by_task` holds each task's wordings with their splits, the original first. `wanted` is the number of rewrites that
+    each task needs in addition to files. `dropped` has a row {task, text, reason, ...} per dropped wording. `originals`
+    are seen tasks whose own instruction nearly repeats a held-out wording; it is kept.
     """
 
     by_task: dict[str, list[Wording]]
@@ -116,9 +114,9 @@ def settle(
 ) -> Settled:
     """Decide which wordings every task keeps: its original, those from files, and rewrites among a model's answers.
 
-    `answers` maps a task to what the model answered, in the order to try; without it the files alone are settled, whose
-    `wanted` says what to ask for. `too_long` are the tasks whose instruction exceeds the model's context. Raises
-    UserError for a file whose wording has the id of the task's own instruction.
+    `answers` maps a task to the model's answers, in the order to try. Without it only the files are settled, and
+    `wanted` is what to ask the model for. `too_long` are the tasks whose instruction exceeds the model's context.
+    Raises UserError for a wording in a file that has the id of the task's own instruction.
     """
     by_task, dropped = _merge_files(tasks, files, table, seed)
     wanted = {task.id: _num_wanted(task, by_task[task.id], table) for task in tasks}
@@ -133,13 +131,13 @@ def settle(
         dropped += bad
         fixed, together = {wording.id for wording in from_files}, [*from_files, *accepted]
         by_task[task.id] = assign_splits(together, task, table.num_dev, table.num_test, seed, fixed)
-    # Now that the rewrites have their splits: what is trained on must not repeat what another task's rewrites ask.
+    # The rewrites have their splits now: nothing trained on may repeat a held-out rewrite of another task.
     by_task, repeated, originals = drop_held_out(by_task, tasks, table.max_similarity)
     return Settled(by_task, wanted, dropped + repeated, originals)
 
 
 def _num_wanted(task: Task, from_files: Sequence[Wording], table: ParaphraseTable) -> int:
-    """Return how many rewrites a task is to get: what its files lack for dev and test, and those to train on."""
+    """Return how many rewrites a task needs: what its files lack for dev and test, and those to train on."""
     if not table.num_wordings:
         return 0
     missing = sum(num_short(from_files, task, table.num_dev, table.num_test).values())
@@ -161,7 +159,7 @@ def _merge_files(
         else:
             raise UserError(
                 f"{wording.source.removeprefix(FILE_PREFIX)}: task {wording.task!r} has a wording with the id"
-                f" {ORIGINAL!r}, which stands for the task's own instruction; give it another id"
+                f" {ORIGINAL!r}, which is reserved for the task's own instruction; give it another id"
             )
     with_split: dict[str, set[str]] = defaultdict(set)
     for task_id, id_ in files.with_split:
@@ -185,8 +183,8 @@ def choose_rewrites(
 ) -> tuple[list[Wording], list[dict[str, Any]]]:
     """Return the first `wanted` usable rewrites among a model's answers, and rows {task, text, reason} of bad ones.
 
-    `existing` are the task's wordings from files, `held_out` see `check_rewrite`; answers have "text" and "finish", as
-    the model gave them.
+    `existing` are the task's wordings from files; for `held_out` see `check_rewrite`. An answer has "text" and
+    "finish".
     """
     kept = [bare_text(w) for w in existing if w.split == "train"]
     numbers = (number for number in range(10**9) if f"{GENERATED}:{number}" not in {w.id for w in existing})
@@ -196,7 +194,7 @@ def choose_rewrites(
         if len(accepted) == wanted:
             break
         cut_off = answer["finish"] == "length"
-        # What was cut off in mid-line is no instruction, but the lines before it may hold one.
+        # A line that was cut off is no instruction, but the lines before it may hold one.
         rewrite = parse_paraphrase(answer["text"].rpartition("\n")[0] if cut_off else answer["text"])
         reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
         if reason is None:
@@ -209,7 +207,7 @@ def choose_rewrites(
 
 
 def summarise(tasks: Sequence[Task], settled: Settled, table: ParaphraseTable) -> dict[str, Any]:
-    """Return the counts of the step: wordings by split and source, drops by reason, and what each task lacks."""
+    """Return the counts of the step: wordings by split and source, dropped ones by reason, and what each task lacks."""
     by_task = settled.by_task
     wordings = [wording for task in tasks for wording in by_task[task.id]]
     short = {t.id: num_short(by_task[t.id], t, table.num_dev, table.num_test, table.num_wordings) for t in tasks}
@@ -219,18 +217,20 @@ def summarise(tasks: Sequence[Task], settled: Settled, table: ParaphraseTable) -
         "sources": dict(Counter(wording.source.partition(":")[0] for wording in wordings)),
         "dropped": dict(Counter(row["reason"] for row in settled.dropped)),
         "short": {task: lacks for task, lacks in short.items() if lacks},
+        "originals_like_held_out": len(settled.originals),
     }
 
 
-def warn_of_gaps(counts: Mapping[str, Any], settled: Settled) -> None:
-    """Log which tasks have fewer wordings than asked or than CR needs, and whose instructions repeat held-out ones."""
+def log_result(counts: Mapping[str, Any], settled: Settled) -> None:
+    """Log the counts, which tasks have too few wordings, and whose instructions nearly repeat held-out ones."""
+    logger.info("%d wordings %s; dropped %s", counts["wordings"], counts["splits"], counts["dropped"] or "none")
     by_task, originals = settled.by_task, settled.originals
     if short := counts["short"]:
         worst = sorted(short, key=lambda name: (-sum(short[name].values()), name))[:5]
         listed = "; ".join(f"{name} lacks {short[name]}" for name in worst)
-        logger.warning("%d of %d tasks end with fewer wordings than asked, worst: %s", len(short), len(by_task), listed)
+        logger.warning("%d of %d tasks have fewer wordings than requested, worst: %s", len(short), len(by_task), listed)
     if few := without_cr(by_task):
-        advice = "the test wordings that CR needs; raise paraphrase.num_test or give files of wordings"
+        advice = "the test wordings that CR needs; raise paraphrase.num_test or add files of wordings"
         logger.warning("%d of %d tasks lack %s: %s", len(few), len(by_task), advice, ", ".join(few[:5]))
     if originals:
         first = ", ".join(originals[:5])

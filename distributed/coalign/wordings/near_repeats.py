@@ -1,6 +1,6 @@
 """Texts that nearly repeat one another, by their word 3-grams: two at a time, or one among many by an index.
 
-Used by filtering and the phrasebook's corpus. Pure functions of texts.
+Pure functions of texts. Knows no wordings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from coalign.text import normalise_input, words
 
-# Below this many words a text has too few 3-grams to compare by: its set of words is compared.
+# A text of fewer distinct words has too few 3-grams, so its set of words is compared.
 _SHORT_WORDS = 6
 
 _Shingles = tuple[frozenset[str], frozenset[tuple[str, str, str]]]
@@ -27,7 +27,7 @@ def _shingles(text: str) -> _Shingles:
 
 
 def similarity(text: str, other: str) -> float:
-    """Return the Jaccard overlap of the word 3-grams of two texts; of their words where one is short."""
+    """Return the Jaccard overlap, in [0, 1], of the word 3-grams of two texts; of their words when one is short."""
     if normalise_input(text) == normalise_input(other):
         return 1.0
     return _overlap(_shingles(text), _shingles(other))
@@ -43,15 +43,15 @@ def _overlap(one: _Shingles, other: _Shingles) -> float:
 
 
 def repeats(text: str, others: Iterable[str], max_similarity: float) -> bool:
-    """Return whether a text nearly repeats one of the others."""
+    """Return whether the similarity of a text to one of the others is at least `max_similarity`."""
     return any(similarity(text, other) >= max_similarity for other in others)
 
 
 class NearRepeats:
-    """Many texts, and whether another one nearly repeats any of them: what `repeats` says, by an inverted index.
+    """Many texts, and whether another one nearly repeats any of them: the same as `repeats`, by an inverted index.
 
-    An overlap of t with a set A takes t |A| common members, so one of any (1 - t) |A| + 1 members of A is common: only
-    the texts that hold one of A's rarest members are compared.
+    An overlap of t with a set A needs t |A| common members, so one of any (1 - t) |A| + 1 members of A is common. Only
+    texts that hold one of that many rarest members of A are compared (prefix filtering, Chaudhuri et al. 2006).
     """
 
     def __init__(self, max_similarity: float, texts: Iterable[str] = ()) -> None:
@@ -66,7 +66,7 @@ class NearRepeats:
             self.add(text)
 
     def add(self, text: str) -> None:
-        """Take one more text."""
+        """Add a text."""
         normal = normalise_input(text)
         if normal in self._normal:
             return
@@ -82,7 +82,7 @@ class NearRepeats:
             self._long_by_gram[gram].append(number)
 
     def has_like(self, text: str) -> bool:
-        """Return whether a text nearly repeats one of those taken so far."""
+        """Return whether a text nearly repeats one of those added so far."""
         if normalise_input(text) in self._normal or (self._normal and self.max_similarity <= 0):
             return True
         shingles = _shingles(text)

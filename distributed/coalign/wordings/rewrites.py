@@ -1,7 +1,7 @@
-"""A model's rewrites of an instruction: asked for in several ways, taken out of its answers, and checked.
+"""A model's rewrites of an instruction: requested in several ways, extracted from its answers, and checked.
 
-A rewrite is unusable when it is broken, too short or long, or has lost something of the instruction. Pure functions of
-texts; knows no model.
+A rewrite is unusable when it is broken, too short or too long, or has lost something of the instruction. Pure functions
+of texts. Knows no model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coalign.text import normalise_answer, normalise_input, words
 from coalign.wordings.asking import PromptCodec
 from coalign.wordings.near_repeats import NearRepeats, repeats
 
-# An opening must speak of the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
+# An opening must mention the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
 _POLITENESS = r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b\s*[,.!:]*\s*)"
 _ABOUT = r"\b(?:rewrit\w*|paraphras\w*|reword\w*|rephras\w*|(?:new|another|alternative|different) \w+)\b"
 _HERE = rf"here(?:['’]s|\s+(?:is|are))\b[^\n:]{{0,60}}?(?:{_ABOUT}[^\n:]{{0,60}})|here (?:it is|is it|you go)"
@@ -100,8 +100,8 @@ def check_rewrite(
 ) -> Reason | None:
     """Return why a rewrite of an instruction can't be used, None if it can.
 
-    `kept` are the wordings that the task has already, `held_out` the dev and test wordings of all tasks, both without
-    fields.
+    `kept` are the wordings that the task has already, `held_out` the dev and test wordings of all tasks. Both
+    are without fields.
     """
     if not rewrite.strip():
         return "empty"
@@ -122,7 +122,7 @@ def check_rewrite(
 
 
 def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
-    """Return what of the original the rewrite has lost."""
+    """Return the reason if the rewrite has lost something of the original."""
     if any(not _names(rewrite, label) for label in labels_in(original, labels)):
         return "lost_label"
     if set(_NUMBER.findall(original)) - set(_NUMBER.findall(rewrite)):
@@ -139,7 +139,7 @@ def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
 
 
 def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
-    """Return the labels that an instruction names, which its rewrites have to keep."""
+    """Return the labels that an instruction names, which its rewrites must keep."""
     return [label for label in labels if _names(instruction, label)]
 
 
@@ -156,7 +156,7 @@ def _names(text: str, label: str) -> bool:
 def parse_paraphrase(text: str) -> str:
     """Return the first proper line of an answer to `paraphrase_prompt`, "" if there is none.
 
-    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are taken off.
+    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are removed.
     """
     for raw in text.splitlines():
         line = raw.strip()
@@ -169,7 +169,7 @@ def parse_paraphrase(text: str) -> str:
 
 
 def _bare(line: str) -> str:
-    """Strip what stands around a rewrite until nothing more comes off."""
+    """Strip numbering, openings, emphasis and quotation marks from a line until nothing changes."""
     while True:
         before = line
         line = _NUMBERING.sub("", line, count=1).strip()
@@ -186,7 +186,7 @@ def _bare(line: str) -> str:
 def rewrite_requests(
     tasks: Iterable[Task], wanted: Mapping[str, int], table: ParaphraseTable, codec: PromptCodec, seed: int
 ) -> list[Row]:
-    """Return requests {task, variant, prompt_ids, seeds}: every way to ask, each with its share of the attempts.
+    """Return requests {task, variant, prompt_ids, seeds}: one per way to ask, with its share of the attempts.
 
     A task gets paraphrase.max_attempts seeds per wanted rewrite.
     """

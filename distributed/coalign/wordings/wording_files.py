@@ -1,6 +1,6 @@
-"""Files of wordings: JSONL rows, one wording or a task with all of its own, checked key by key.
+"""Files of wordings: JSONL rows of one wording or of all wordings of a task, checked key by key.
 
-Used by filtering, evaluation and the step that paraphrases. Knows no model.
+Knows no model and no splits beyond those that a row names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _OPTIONS_FIELD = "{options_}"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WordingFiles:
-    """What files of wordings hold; `with_split` are the (task, id) whose row says in which split they belong."""
+    """What files of wordings hold; `dropped` are rows {task, id, text, reason} of wordings of unknown tasks.
+
+    `with_split` are the (task, id) of wordings whose row names their split.
+    """
 
     wordings: list[Wording]
     dropped: list[dict[str, Any]]
@@ -33,16 +36,16 @@ class WordingFiles:
 
 
 def load_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task]) -> tuple[list[Wording], list[dict[str, Any]]]:
-    """Return the wordings of these tasks in files, and rows {task, id, text, reason} for those of other tasks.
+    """Return the wordings of these tasks in files, and rows {task, id, text, reason} of those of other tasks.
 
-    Raises UserError with file, line and key.
+    `tasks` are keyed by id. Raises UserError that names file, line and key.
     """
     files = read_wordings(paths, tasks)
     return files.wordings, files.dropped
 
 
 def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task]) -> WordingFiles:
-    """Read JSONL files of wordings; see `load_wordings`.
+    """Return what JSONL files of wordings hold; arguments and errors as in `load_wordings`.
 
     A flat row is a Wording; a nested row holds `instructions` and `templates` of one task, which share `fields_regex`
     and `options`.
@@ -82,7 +85,7 @@ def _check_overlap(path: Path, in_file: set[str], tasks: Mapping[str, Task]) -> 
     if in_file.isdisjoint(tasks):
         raise UserError(
             f"{path}: none of its {len(in_file)} tasks is among the {len(tasks)} of this run; the file has"
-            f" {_some(in_file)}, the run has {_some(tasks)}: name the tasks in the file as the run does"
+            f" {_some(in_file)}, the run has {_some(tasks)}; use the run's names in the file"
         )
 
 
@@ -170,8 +173,8 @@ def _answers(row: dict[str, Any], where: str) -> dict[str, str] | None:
         raise UserError(f"{where}: answers={_shown(value)}; an object from gold answers to words was expected, or null")
     for label, other in _repeated(value).items():
         raise UserError(
-            f"{where}: answers gives {other!r} and {label!r} the same word {value[label]!r}, so that a response could"
-            " not be mapped back; give every answer a word of its own"
+            f"{where}: answers gives {other!r} and {label!r} the same word {value[label]!r}, so a response"
+            " could not be mapped back; give every answer a word of its own"
         )
     return value
 

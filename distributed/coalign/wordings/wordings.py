@@ -1,6 +1,6 @@
 """Wordings: rendered into prompts, answers mapped there and back, split into train / dev / test.
 
-Used by every step that shows an instruction to a model or compares answers over wordings. Knows no model.
+Pure functions of texts. Knows no files and no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coalign.text import normalise_answer, unit_hash
 ORIGINAL = "original"
 GENERATED = "model"
 FILE_PREFIX = "file:"
-MIN_WORDINGS = {"test": 4, "dev": 2}  # that a task needs to enter CR
+MIN_WORDINGS = {"test": 4, "dev": 2}  # needed for a task to enter CR
 
 PAIR_SUFFIXES = (":instruction", ":template")
 FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}|[{}]")
@@ -100,7 +100,7 @@ def _compiled(regex: str) -> re.Pattern[str]:
 
 
 def _answer_words(wording: Wording, input_text: str) -> dict[str, tuple[str, str]] | None:
-    """Return {normalised label: (label, word)} on this input; None when the words are not to be had or not distinct."""
+    """Return {normalised label: (label, word)} on this input; None when there are no words or they are not distinct."""
     assert wording.answers is not None
     fields = _fields(wording, input_text)
     if fields is None:
@@ -152,31 +152,36 @@ def assign_splits(
 ) -> list[Wording]:
     """Return one task's wordings with their split, in the order given.
 
-    The original is train; ids in `fixed` keep the split they have, and count. The others are taken in hash order,
-    those of files first, then generated ones; an instruction and its template stay together. Test takes up to
-    `num_test`, but at most half (rounded up) of the wordings from files and of the generated ones; dev up to `num_dev`,
-    but at most half (rounded down) of what then remains; train gets the rest. Of an unseen task all wordings from files
-    are test; generated ones fill up to `num_test`, and more of them are train, where nothing reads them.
+    The original is train. Ids in `fixed` keep their split, and count. The others are taken in hash order, those of
+    files first, then generated ones; an instruction and its template stay together.
+
+    Of a seen task, test takes up to `num_test`, but at most half (rounded up) of the wordings from files, and of the
+    generated ones. Dev takes up to `num_dev`, but at most half (rounded down) of what remains. Train gets the rest. Of
+    an unseen task all wordings from files are test, and generated ones fill up to `num_test`. Its further generated
+    ones are train, where nothing reads them.
     """
-    splits: dict[str, WordingSplit] = {w.id: w.split for w in wordings if w.id in fixed}
-    splits |= {w.id: "train" for w in wordings if w.source == ORIGINAL}
-    for generated in (False, True):
-        group = [w for w in wordings if w.source != ORIGINAL and (w.source == GENERATED) == generated]
-        if not task.seen and not generated:
-            splits |= {w.id: "test" for w in group if w.id not in splits}
-            continue
+    splits: dict[str, WordingSplit] = {w.id: w.split for w in wordings if w.id in fixed and w.source != ORIGINAL}
+
+    def room(split: WordingSplit, wanted: int) -> int:
+        return wanted - list(splits.values()).count(split)
+
+    def fill(split: WordingSplit, group: Sequence[Wording], limit: int) -> None:
         free = [w for w in group if w.id not in splits]
-        taken = list(splits.values())
-        # Half of the whole group, less what `fixed` put into test already.
-        half = math.ceil(len(group) / 2) - sum(splits.get(w.id) == "test" for w in group)
-        half = half if task.seen else len(group)
-        test = _take(free, min(num_test - taken.count("test"), half), task, seed)
-        free = [w for w in free if w.id not in test]
-        dev_limit = min(num_dev - taken.count("dev"), len(free) // 2) if task.seen else 0
-        dev = _take(free, dev_limit, task, seed)
-        for wording in group:
-            splits.setdefault(wording.id, "test" if wording.id in test else "dev" if wording.id in dev else "train")
-    return [dataclasses.replace(w, split=splits[w.id]) for w in wordings]
+        splits.update(dict.fromkeys(_take(free, limit, task, seed), split))
+
+    from_files = [w for w in wordings if w.source not in (ORIGINAL, GENERATED)]
+    generated = [w for w in wordings if w.source == GENERATED]
+    if task.seen:
+        for group in (from_files, generated):
+            in_test = sum(splits.get(w.id) == "test" for w in group)
+            fill("test", group, min(room("test", num_test), math.ceil(len(group) / 2) - in_test))
+            num_free = sum(w.id not in splits for w in group)
+            fill("dev", group, min(room("dev", num_dev), num_free // 2))
+            fill("train", group, len(group))
+    else:
+        fill("test", from_files, len(from_files))
+        fill("test", generated, room("test", num_test))
+    return [dataclasses.replace(w, split=splits.get(w.id, "train")) for w in wordings]
 
 
 def _take(wordings: Sequence[Wording], limit: int, task: Task, seed: int) -> set[str]:

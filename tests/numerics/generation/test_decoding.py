@@ -1,4 +1,4 @@
-"""generation, decoding: greedy against transformers, drawing against brute force, what is computed how often."""
+"""decoding: greedy against transformers, sampling against brute force, what is computed how often."""
 
 from __future__ import annotations
 
@@ -334,12 +334,12 @@ def test_a_model_that_waits_for_the_gpu_is_not_recorded(caplog: pytest.LogCaptur
     fixed = FixedSteps(model)
     args = (model, prompts_of(6), [[n, n + 9] for n in range(6)], Sampling(24, 1.5), codec, 8192)
     assert decode(*args, fixed) == decode(*args)
-    assert fixed.is_exact(codec) and not fixed.num_graphs and "not recorded" in caplog.text
+    assert fixed.is_exact(codec) and not fixed.num_graphs and "without CUDA graphs" in caplog.text
     torch.cuda.empty_cache()
 
 
 def test_prompts_are_computed_once_and_rows_refilled() -> None:
-    """Six prompts of three samples under a budget of two: one pass a prompt, and no step with more rows than fit."""
+    """Six prompts of three samples under a budget of two: one pass per prompt, and no step with more rows than fit."""
     model = network("llama", torch.float32)
     assert cascades_exactly(model, cast(Any, FakeCodec(2)))  # asked here, so that its passes are not counted
     source = random.Random(7)
@@ -452,7 +452,7 @@ def requests(num_seeds: int) -> list[dict[str, Any]]:
 
 
 def generate(folder: str, rows: list[dict[str, Any]], cuts: list[int], mode: str, **sampling: Any) -> list[Any]:
-    """Return the answers of rows worked off in shards, each by a worker of its own."""
+    """Return the answers of rows processed in shards, each by a worker of its own."""
     table = GenerationTable(mode=mode, dtype="float32", batch_tokens=200)  # type: ignore[arg-type]
     found = []
     for start, end in itertools.pairwise([0, *cuts, len(rows)]):

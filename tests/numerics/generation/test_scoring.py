@@ -1,4 +1,4 @@
-"""likelihoods: scores with shared beginnings against one row at a time, grouping against brute force."""
+"""scoring: scores with shared beginnings against one row at a time, grouping against brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model larger than a GPU: its layers lie on several, which are pretended here, and it says what it says on one."""
+"""A model larger than a GPU: its layers lie on several simulated devices, and its answers are those of one device."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_padding_at_the_left_changes_nothing() -> None:
 
 
 def test_rows_are_padded_to_few_widths() -> None:
-    """A kernel is compiled for each: eight an octave, whole blocks, and an eighth of padding at most."""
+    """A kernel is compiled for each: eight per octave, whole blocks, and an eighth of padding at most."""
     widths = range(1, 16_385)
     found = [padded_size(width, BLOCK) for width in widths]
     assert all(width <= wide and wide % 128 == 0 for width, wide in zip(widths, found, strict=True))
@@ -206,7 +206,7 @@ def gpu_model(dtype: torch.dtype) -> Any:
 
 
 def long_items(count: int) -> list[Item]:
-    """Return groups of some hundred tokens."""
+    """Return groups of a few hundred tokens."""
     source = random.Random(4)
     grown = []
     for item in random_items(count, seed=5):

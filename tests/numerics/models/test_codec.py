@@ -1,4 +1,4 @@
-"""encoding.Codec: one BOS, a trained end of turn, padding, lengths; over the tokenizers that models come with."""
+"""codec.Codec: one BOS, a trained end of turn, padding, lengths; over the tokenizers that models come with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""models: LoRA merged as its formula says, folders that reopen equal or do not appear, the random model."""
+"""model_folder: LoRA merged as its formula says, folders that reopen equal or do not appear, the random model."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def reference(case: Case) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
     if case.lora:
         network = attach_lora(network, case.model_table().lora)
     with contextlib.ExitStack() as patches:
-        for module in ("training", "layouts"):
-            patches.enter_context(mock.patch(f"coalign.{module}.token_logps", plain_logps))
+        for module in ("loop", "reference"):
+            patches.enter_context(mock.patch(f"coalign.training.{module}.token_logps", plain_logps))
         run_case(TorchEngine(network, case.train_table()), case)
     state = network.state_dict()
     return curve(case), {n: t for n, t in state.items() if ".lora_" in n} if case.lora else state

@@ -1,4 +1,4 @@
-"""training.train through the plain torch engine: schedule, checkpoints, resuming, NaN, signals, warnings."""
+"""loop.train through the plain torch engine: schedule, checkpoints, resuming, NaN, signals, warnings."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def run(
     """Train twelve updates of three rows, or resume."""
     engine = engine or new_engine(table)
     folder.mkdir(exist_ok=True)
-    train(
-        engine, TrainingPlan(items or rows(), 3, 5e-3, 0), objective or sft_objective(), table, QUIET, folder, measure
-    )
+    plan = TrainingPlan(items or rows(), objective or sft_objective(), 3, 5e-3, 0)
+    train(engine, plan, table, QUIET, folder, measure)
     return engine
 
 
@@ -401,8 +400,8 @@ def test_worst_responses_are_those_of_the_lowest_reward(tmp_path: Path) -> None:
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     """An event file beside metrics.jsonl, when log.tensorboard asks for it."""
     table = settings()
-    train(new_engine(table), TrainingPlan(rows(6), 3, 1e-3, 0), sft_objective(), table, LogTable(), tmp_path)
+    train(new_engine(table), TrainingPlan(rows(6), sft_objective(), 3, 1e-3, 0), table, LogTable(), tmp_path)
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     shutil.rmtree(tmp_path / "tensorboard")
-    train(new_engine(table), TrainingPlan(rows(6), 3, 1e-3, 0), sft_objective(), table, QUIET, tmp_path)
+    train(new_engine(table), TrainingPlan(rows(6), sft_objective(), 3, 1e-3, 0), table, QUIET, tmp_path)
     assert not (tmp_path / "tensorboard").exists()

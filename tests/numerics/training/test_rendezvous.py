@@ -1,4 +1,4 @@
-"""Ranks that find one another: who does not come is named, and what a slow link is."""
+"""Ranks meet: missing ones are named, and so are slow links."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from coalign.clusters.slurm_node import free_port
+from coalign.clusters.slurm_node import job_port
 from coalign.errors import UserError
 from coalign.training.rendezvous import meet, slow_hosts
 
@@ -33,13 +33,13 @@ def come(number: int, port: int) -> None:
 
 
 def test_ranks_that_do_not_come_are_named_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_rank(0, 6, free_port(1), monkeypatch, "0.5")
+    as_rank(0, 6, job_port(1), monkeypatch, "0.5")
     with pytest.raises(UserError, match=r"5 of 6 ranks did not come .* rank 1 of node alpha, rank 2 of node beta"):
         meet("gloo", torch.device("cpu"), datetime.timedelta(seconds=5))
 
 
 def test_a_rank_without_its_first_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port(2)
+    port = job_port(2)
     as_rank(1, 2, port, monkeypatch, "1")
     with pytest.raises(UserError, match=f"can't meet the others at 127.0.0.1:{port} within 1 s"):
         meet("gloo", torch.device("cpu"), datetime.timedelta(seconds=5))
@@ -47,7 +47,7 @@ def test_a_rank_without_its_first_says_where_it_looked(monkeypatch: pytest.Monke
 
 @pytest.mark.deepspeed
 def test_ranks_that_come_make_a_group() -> None:
-    multiprocessing.spawn(come, (free_port(3),), nprocs=2)
+    multiprocessing.spawn(come, (job_port(3),), nprocs=2)
 
 
 def test_a_slow_host_is_told_from_the_usual() -> None:

@@ -1,4 +1,4 @@
-"""Shared-prefix groups: the same log-probs, loss and gradients as one row a response, or refused."""
+"""Shared-prefix groups: the same log-probs, loss and gradients as one row per response, or refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_groups_equal_plain_rows(family: str, dtype: torch.dtype, tolerance: flo
     model = prepare(model) if prepare else model
     plain = computed(model, items, False)
     assert_equal(computed(model, items, True), plain, tolerance)
-    for per_row in ([5], [2, 1, 2]):  # several groups a row, the last one the shortest
+    for per_row in ([5], [2, 1, 2]):  # several groups per row, the last one the shortest
         assert_equal(computed(model, items, True, per_row=per_row), plain, tolerance)
 
 
@@ -208,7 +208,7 @@ def test_the_gradient_does_not_depend_on_the_split(shared: bool, pack_tokens: in
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_micro_batches_stay_within_the_token_budget(shared: bool) -> None:
-    """Padded tokens never exceed the budget, but for a row that is longer alone."""
+    """Padded tokens never exceed the budget, except for a single row that is longer."""
     items = random_items(40, seed=6)
     for part in (part for mine in micro_batches(items, 60, 2, shared) for part in mine if part.items):
         assert collate(part.items, 0, shared).input_ids_BT.numel() <= 60 or len(part.items) == 1
@@ -216,7 +216,7 @@ def test_micro_batches_stay_within_the_token_budget(shared: bool) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_padding_stays_within_its_limit(world: int) -> None:
-    """A row that is much longer than the others stands alone, with packs and without, and makes them no wider."""
+    """A row much longer than the others is alone in its micro-batch, with packs and without, and widens none."""
     items = [*random_items(30, seed=6), dataclasses.replace(random_items(1)[0], name="long", prompt=(5,) * 90)]
     for pack_tokens in (0, 40):
         parts = [p for mine in micro_batches(items, 400, world, True, pack_tokens, 12) for p in mine if p.items]

@@ -28,9 +28,9 @@ DEAD = (
     [
         (
             DEAD.format("Worker unexpectedly exits with a connection error code 2. End of file."),
-            "it was killed or crashed; Ray does not see its exit code",
+            "it was killed or crashed; Ray does not see its exit status",
         ),
-        (DEAD.format("Worker exits with an exit code 1."), "exit code 1"),
+        (DEAD.format("Worker exits with an exit code 1."), "exit status 1"),
         (DEAD.format("Worker was preempted."), "Worker was preempted."),
         ("Task was killed due to the node running low on memory.", "out of memory: Ray's memory monitor killed it"),
     ],
@@ -39,15 +39,15 @@ def test_rays_paragraph_becomes_one_reason(text: str, says: str) -> None:
     assert reason_of(RuntimeError(text)).startswith(says)
 
 
-def test_exit_codes_in_words() -> None:
-    assert exit_words(3) == "exit code 3"
-    assert exit_words(-11) == "killed by SIGSEGV (exit code -11)"
-    assert exit_words(-9) == "killed by SIGKILL (exit code -9), which out of memory often means"
+def test_exit_statuses_in_words() -> None:
+    assert exit_words(3) == "exit status 3"
+    assert exit_words(-11) == "killed by SIGSEGV (exit status -11)"
+    assert exit_words(-9) == "killed by SIGKILL (exit status -9), which often means out of memory"
 
 
 def test_what_is_known_better_than_by_ray_comes_first() -> None:
     dead = RuntimeError(DEAD.format("Worker unexpectedly exits with a connection error code 2. End of file."))
-    assert reason_of(dead, exit_words(3)) == "exit code 3"
+    assert reason_of(dead, exit_words(3)) == "exit status 3"
     short = RuntimeError("Task was killed due to the node running low on memory.")
     assert "memory monitor" in reason_of(short, exit_words(-9))
 

@@ -25,7 +25,7 @@ class Answering(Cluster):
     """A cluster whose nodes do what `acts` says, each time that they are asked: read, or raise."""
 
     def __init__(self, **acts: list[BaseException | None]) -> None:
-        self.is_private = False
+        self.is_private, self._shared = False, set()
         self.acts, self.lost = acts, set[str]()
         errors = SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError)
         self.ray = SimpleNamespace(exceptions=errors, wait=lambda references, **_: (references, []), get=self._get)

@@ -11,7 +11,7 @@ import pytest
 from coalign.clusters import slurm_flags, slurm_jobs, slurm_node
 from coalign.clusters.slurm_flags import check_time, parse_seconds
 from coalign.clusters.slurm_jobs import JobStep, QueuedJob, list_jobs, read_words
-from coalign.clusters.slurm_node import count_start, free_port
+from coalign.clusters.slurm_node import count_start, job_port
 from coalign.errors import UserError
 from coalign.tables import SlurmTable
 
@@ -181,11 +181,11 @@ def test_a_folder_of_logs_that_cannot_be_made_is_told(tmp_path: Path, monkeypatc
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:
-    port = free_port(123)
-    assert free_port(123) == port and free_port(124) != port != free_port(123, 1)
+    port = job_port(123)
+    assert job_port(123) == port and job_port(124) != port != job_port(123, 1)
     with socket.socket() as other:
         other.bind(("", port))
-        assert free_port(123) != port
+        assert job_port(123) != port
     assert slurm_node.FIRST_PORT <= port < slurm_node.FIRST_PORT + slurm_node.NUM_PORTS
 
 

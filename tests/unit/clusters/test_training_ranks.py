@@ -78,7 +78,7 @@ def test_a_killed_rank_is_told_from_a_failed_one(host: rank_host.Host) -> None:
     os.kill(host._ranks[1].pid, signal.SIGKILL)
     _, codes = outcome(host, 1)
     assert codes == [None, -9]
-    assert exit_words(-9) == "killed by SIGKILL (exit code -9), which out of memory often means"
+    assert exit_words(-9) == "killed by SIGKILL (exit status -9), which often means out of memory"
 
 
 def test_a_script_that_the_node_lacks_is_named(host: rank_host.Host) -> None:

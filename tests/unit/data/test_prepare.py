@@ -66,10 +66,10 @@ BAD_INPUT: dict[str, tuple[dict[str, bytes], str, list[str], str]] = {
     "missing, other format": ({}, "nope", ["data.format=sni"], r"nope: no such file or folder"),
     "unknown kind": ({"d.xyz": b"x"}, "d.xyz", [], r"d\.xyz: unknown kind of file; expected \.json,"),
     "sni from a file": ({"d.json": b"{}"}, "d.json", ["data.format=sni"], r"d\.json is a file; data\.format=sni needs"),
-    "folder without data": ({"d/readme.md": b""}, "d", [], r"d: a folder without data; expected tasks/\*\.json"),
+    "folder without data": ({"d/readme.md": b""}, "d", [], r"d: the folder holds no data; expected tasks/\*\.json"),
     "folder without tasks": ({"d/tasks/x.txt": b""}, "d", [], r"d: no task files; .* holds tasks/\*\.json"),
     "folder without jsonl": ({"d/x.csv": b""}, "d", ["data.format=jsonl"], r"d: no \*\.jsonl files"),
-    "empty file": ({"d.jsonl": b"\n"}, "d.jsonl", [], r"d\.jsonl: no instances in it"),
+    "empty file": ({"d.jsonl": b"\n"}, "d.jsonl", [], r"d\.jsonl: it holds no instances"),
     # JSONL
     "malformed line": ({"d.jsonl": good() + b"{x"}, "d.jsonl", [], r"d\.jsonl, line 2: malformed JSON"),
     "line is a list": ({"d.jsonl": b"[]"}, "d.jsonl", [], r"d\.jsonl, line 1: a JSON object was expected, not list"),
@@ -164,7 +164,7 @@ BAD_INPUT: dict[str, tuple[dict[str, bytes], str, list[str], str]] = {
         {TASK: sni(Instances=[{"input": "a", "output": ["b"]}, {"input": "x", "output": [""]}])},
         "d",
         [],
-        r"tasks/task1\.json: Instances\[1\]\.output is empty; every instance needs at least one reference\.",
+        r"tasks/task1\.json: Instances\[1\]\.output is empty; every instance needs at least one reference",
     ),
     "instance wrong input": (
         {TASK: sni(Instances=[{"input": 1, "output": "x"}])},

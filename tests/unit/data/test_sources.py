@@ -16,7 +16,7 @@ import pytest
 from coalign.config import DataTable, SourceTable
 from coalign.data import sources as data
 from coalign.data import splits
-from coalign.data.instances import DroppedInstance, FreeNames, Instance, distinct_answers, parse_row
+from coalign.data.instances import DroppedInstance, FreeNames, Instance, distinct_references, parse_row
 from coalign.data.inventory import Inventory, count_words
 from coalign.data.sources import Collection, digest_sources, find_format, instruction_slug, read_sources
 from coalign.data.splits import (
@@ -443,7 +443,7 @@ def test_split_of_mixed_rows_equals_the_plain_way(seed: int) -> None:
             name = ""
         text = source.choice([text, text.upper(), f" {text}  "])
         outputs = source.sample(["yes", "No", "Yes.", "maybe", "no"], k=source.randint(1, 3))
-        rows.append(Instance(f"row {index}", task, f"Do {task}.", text, distinct_answers(outputs), name))
+        rows.append(Instance(f"row {index}", task, f"Do {task}.", text, distinct_references(outputs), name))
     limits = {"max_sft_inputs": 30, "max_test_inputs": 7} if seed % 2 else {}
     found = split(rows, unseen=("b",), **limits)
     examples, dropped = deal_plainly(rows, DataTable(**limits), {"b"})
@@ -552,7 +552,7 @@ def test_tokenizer_texts_hold_nothing_held_out() -> None:
 def test_free_names_and_distinct_answers() -> None:
     names = FreeNames(["a", "a#2"])
     assert [names.take(name) for name in ("a", "b", "a", "b")] == ["a#3", "b", "a#4", "b#2"]
-    assert distinct_answers(["a", "B", "", "A.", "b"]) == ("a", "B")
+    assert distinct_references(["a", "B", "", "A.", "b"]) == ("a", "B")
 
 
 def test_real_tasks_split_as_their_lists_say() -> None:

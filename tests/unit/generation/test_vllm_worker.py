@@ -151,7 +151,7 @@ def test_log_probs_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_engine_gets_safe_options_and_is_kept() -> None:
-    """One engine a process: used again for the same model and settings, ended before another one starts."""
+    """One engine per process: used again for the same model and settings, ended before another one starts."""
     generate_worker()
     workers.make_score_worker(BASE, ModelTable(path=BASE), SETTINGS, 0)
     (engine,) = FakeEngine.made
@@ -197,7 +197,7 @@ def test_memory_is_that_of_the_workers_share(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_workers_that_would_share_a_gpu_unasked_are_refused() -> None:
     one, none = Node("a", "alpha", 8, 1, 8, 1), Node("b", "beta", 8, 0, 8, 0)
-    with pytest.raises(UserError, match=r"generation\.workers=1, or say generation\.gpus_per_worker=0\.5"):
+    with pytest.raises(UserError, match=r"generation\.workers=1, or set generation\.gpus_per_worker=0\.5"):
         asked_workers([one], GenerationTable(engine="vllm", workers=2))
     assert asked_workers([one], GenerationTable(engine="vllm", workers=2, gpus_per_worker=0.5)).gpus == 0.5
     assert asked_workers([one], GenerationTable(engine="vllm", workers=1)).gpus == 1.0

@@ -1,4 +1,4 @@
-"""ranking: pooling, the one best answer, groups under each wording, control arms; hand-computed cases."""
+"""groups: merging, the one best answer, groups under each wording, control arms; hand-computed cases."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from coalign.config import RankTable
 from coalign.errors import UserError
 from coalign.judging import best_answer
-from coalign.judging import groups as ranking
-from coalign.judging.best_answer import Pooled
-from coalign.records import Example, Group, Response, Verdict, Wording
+from coalign.judging.best_answer import RankRules, best_of
+from coalign.judging.groups import describe_groups, explain_no_groups, limit_candidates, make_groups, require_gold
+from coalign.records import Candidate, Example, Group, Response, Verdict, Wording
 
 EXAMPLE = Example("e1", "mood", "Nice film", ("positive", "pos"), "align")
 PLAIN = Wording("plain", "mood", "Positive or negative?")
@@ -33,14 +33,14 @@ def verdict(text: str, reward: int, finish: str = "stop", example: str = "e1") -
 def groups_of(
     responses: list[Response], verdicts: list[Verdict], gold: bool = True, seed: int = 0, **table: Any
 ) -> tuple[list[Group], list[dict[str, Any]], dict[str, Any]]:
-    return ranking.make_groups(responses, verdicts, EXAMPLES, WORDINGS, RankTable(**table), gold, seed)
+    return make_groups(responses, verdicts, EXAMPLES, WORDINGS, RankRules(RankTable(**table), gold, seed))
 
 
 def shown(group: Group) -> list[tuple[str, int, bool]]:
     return [(c.text, c.reward, c.best) for c in group.candidates]
 
 
-def test_pool_merges_equal_texts_over_wordings_and_finish() -> None:
+def test_equal_texts_merge_over_wordings_and_finish() -> None:
     responses = [
         said("plain", "negative"), said("other", "positive", "length"), said("mapped", "positive"),
         said("plain", "positive"), said("mapped", "positive"), said("plain", None), said("plain", "unjudged"),
@@ -51,38 +51,38 @@ def test_pool_merges_equal_texts_over_wordings_and_finish() -> None:
         verdict("Positive.", 2),
     ]  # fmt: skip
     table = {(v.task, v.example, v.text, v.finish): v for v in verdicts}
-    assert best_answer.pool(responses, table, EXAMPLE.outputs) == [
-        Pooled("negative", 1, False, "stop", 1, ("plain",)),
-        Pooled("positive", 2, True, "stop", 4, ("other", "mapped", "plain")),
-        Pooled("Positive.", 2, True, "stop", 1, ("plain",)),
+    assert best_answer.distinct_candidates(responses, table, EXAMPLE.outputs) == [
+        Candidate("negative", 1, "stop", 1, ("plain",)),
+        Candidate("positive", 2, "stop", 4, ("other", "mapped", "plain")),
+        Candidate("Positive.", 2, "stop", 1, ("plain",)),
     ]
 
 
-def pooled(text: str, reward: int, exact: bool = False, wordings: str = "a") -> Pooled:
-    return Pooled(text, reward, exact, "stop", 1, tuple(wordings))
+def candidate(text: str, reward: int, wordings: str = "a") -> Candidate:
+    return Candidate(text, reward, "stop", 1, tuple(wordings))
 
 
 @pytest.mark.parametrize(
     ("items", "gold", "best"),
     [
-        ([pooled("a", 1, True, "abc"), pooled("b", 2)], True, "b"),
-        ([pooled("a", 2, False, "abc"), pooled("b", 2, True)], True, "b"),
-        ([pooled("a", 2, False, "abc"), pooled("b", 2, True)], False, "a"),
-        ([pooled("a", 2, True, "ab"), pooled("b", 2, True, "abc")], True, "b"),
+        ([candidate("positive", 1, "abc"), candidate("b", 2)], True, "b"),
+        ([candidate("a", 2, "abc"), candidate("positive", 2)], True, "positive"),
+        ([candidate("a", 2, "abc"), candidate("positive", 2)], False, "a"),
+        ([candidate("positive", 2, "ab"), candidate("pos", 2, "abc")], True, "pos"),
     ],
 )
-def test_best_is_reward_then_exact_then_wordings(items: list[Pooled], gold: bool, best: str) -> None:
+def test_best_is_reward_then_exact_then_wordings(items: list[Candidate], gold: bool, best: str) -> None:
     for order in (items, items[::-1]):
-        _, chosen, joined = best_answer.rank_input(order, EXAMPLE, RankTable(), gold, 0)
-        assert chosen is not None
-        assert chosen.text == best
+        ranked, joined = best_answer.rank_candidates(order, EXAMPLE, RankRules(RankTable(), gold, 0))
+        assert [item.text for item in ranked if item.best] == [best]
         assert not joined
 
 
 def test_a_full_tie_is_broken_alike_in_any_order() -> None:
-    items = [pooled(text, 2) for text in "abcdef"]
-    chosen = {best_answer.rank_input(order, EXAMPLE, RankTable(), True, 0)[1] for order in (items, items[::-1])}
-    assert len(chosen) == 1
+    items = [candidate(text, 2) for text in "abcdef"]
+    rules = RankRules(RankTable(), True, 0)
+    chosen = {best_of(best_answer.rank_candidates(order, EXAMPLE, rules)[0]) for order in (items, items[::-1])}
+    assert len(chosen) == 1 and None not in chosen
 
 
 def test_groups_hold_the_answers_of_all_wordings_in_the_words_of_each() -> None:
@@ -139,7 +139,7 @@ def test_a_word_of_another_wording_loses_under_its_own_wording_alone(rewards: st
     loser = groups[1].candidates[1]
     assert (loser.count, loser.wordings, loser.finish) == (2, ("mapped",), "stop")
     assert counts["foreign_vocabulary"] == 1
-    assert any("1 candidates are words of another wording" in line for line in ranking.describe_groups(counts))
+    assert any("1 candidates are words of another wording" in line for line in describe_groups(counts))
 
 
 def test_a_foreign_word_alone_loses_to_the_joined_gold() -> None:
@@ -176,7 +176,7 @@ def test_without_gold_an_input_without_a_correct_response_is_dropped() -> None:
     assert not groups
     assert dropped == [{"reason": "no_correct_response", "task": "mood", "example": "e1"}]
     assert counts["dropped"] == {"no_correct_response": 1}
-    assert "no_correct_response: 1" in ranking.explain_no_groups(counts)
+    assert "no_correct_response: 1" in explain_no_groups(counts)
 
 
 def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
@@ -185,7 +185,7 @@ def test_without_gold_the_best_needs_the_agreement_of_enough_wordings() -> None:
     groups, dropped, counts = groups_of(responses, verdicts, gold=False, without_gold="judge")
     assert not groups
     assert dropped == [{"reason": "too_little_agreement", "task": "mood", "example": "e1"}]
-    assert "min_agreement" in ranking.explain_no_groups(counts)
+    assert "min_agreement" in explain_no_groups(counts)
     assert groups_of(responses, verdicts, gold=False, without_gold="judge", min_agreement=1 / 3)[0]
     assert groups_of(responses, verdicts, gold=True)[0]  # with gold nothing has to agree
 
@@ -224,7 +224,7 @@ def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
 
     def left_out(least: float, **table: Any) -> tuple[list[dict[str, Any]], set[str]]:
         settings = RankTable(min_wording_agreement=least, **table)
-        groups, dropped, counts = ranking.make_groups(responses, verdicts, examples, wordings, settings, True, 0)
+        groups, dropped, counts = make_groups(responses, verdicts, examples, wordings, RankRules(settings, True, 0))
         assert counts["inputs"] == 4
         return dropped, {group.wording for group in groups}
 
@@ -242,10 +242,10 @@ def test_a_generated_wording_that_gets_other_answers_is_left_out() -> None:
 
 
 def test_limit_keeps_best_and_takes_lowest_and_highest_in_turn() -> None:
-    best = pooled("best", 2)
+    best = candidate("best", 2)
     others = [
-        pooled("two", 2), pooled("one", 1, wordings="ab"), pooled("one-rare", 1), pooled("zero-rare", 0),
-        pooled("zero", 0, wordings="abc"),
+        candidate("two", 2), candidate("one", 1, wordings="ab"), candidate("one-rare", 1), candidate("zero-rare", 0),
+        candidate("zero", 0, wordings="abc"),
     ]  # fmt: skip
     expected = {
         2: ["best", "zero"],
@@ -257,7 +257,7 @@ def test_limit_keeps_best_and_takes_lowest_and_highest_in_turn() -> None:
     }
     for limit, texts in expected.items():
         for order in (others, others[::-1]):
-            kept = ranking.limit_candidates(order, best, ("mood", "e1"), limit)
+            kept = limit_candidates(order, best, ("mood", "e1"), limit)
             assert [item.text for item in kept] == texts
 
 
@@ -312,8 +312,8 @@ def test_groups_that_cannot_be_written_are_dropped_with_a_reason() -> None:
     narrow = Wording("narrow", "mood", "Awful?", answers={"negative": "awful"})
     wordings = {("mood", w.id): w for w in (PLAIN, misfit, narrow)}
     responses = [said(w, "positive") for w in ("plain", "misfit", "narrow")]
-    groups, dropped, counts = ranking.make_groups(
-        responses, [verdict("positive", 2)], EXAMPLES, wordings, RankTable(), True, 0
+    groups, dropped, counts = make_groups(
+        responses, [verdict("positive", 2)], EXAMPLES, wordings, RankRules(RankTable(), True, 0)
     )
     assert [g.wording for g in groups] == ["plain"]
     assert [(row["wording"], row["reason"]) for row in dropped] == [
@@ -335,11 +335,11 @@ def test_groups_without_an_ordered_pair_are_kept_and_counted() -> None:
     )
     assert len(groups) == 1
     assert (counts["ordered_pairs"], counts["tied_pairs"], counts["share_with_ordered_pair"]) == (0, 1, 0.0)
-    assert any("1 ties" in line for line in ranking.describe_groups(counts))
+    assert any("1 ties" in line for line in describe_groups(counts))
 
 
 @pytest.mark.parametrize("rewards", ["exact", "gold"])
 def test_gold_rewards_contradict_a_judge_without_gold(rewards: Any) -> None:
-    ranking.require_gold(RankTable(rewards=rewards), True)
+    require_gold(RankTable(rewards=rewards), True)
     with pytest.raises(UserError, match=r"judge\.gold=false"):
-        ranking.require_gold(RankTable(rewards=rewards), False)
+        require_gold(RankTable(rewards=rewards), False)

@@ -1,4 +1,4 @@
-"""judging: the rules, known answers, thresholds and quality against brute force, requests without duplicates."""
+"""verdicts and calibration: rules, known answers, thresholds and quality against brute force, no duplicate requests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import pytest
 
 from coalign.config import Config, JudgeTable
 from coalign.config_values import table_values
-from coalign.judging import calibration
-from coalign.judging import verdicts as judging
+from coalign.judging import calibration, known_answers
 from coalign.judging.judge_model import all_prompts
-from coalign.judging.verdicts import DistinctAnswer
+from coalign.judging.verdicts import (
+    DistinctAnswer,
+    count_judging,
+    decide_by_judge,
+    decide_by_rule,
+    decide_by_rules,
+    decide_by_scores,
+    describe_verdicts,
+    distinct_answers,
+    with_questions,
+)
 from coalign.records import Example, Response, Task, Verdict
 from coalign.text import normalise_answer
 
@@ -49,7 +58,7 @@ def test_distinct_answers_counts_text_and_finish_and_drops_foreign_words() -> No
         response("positive", example="e2"),
         response("yes", None),
     ]
-    answers, dropped = judging.distinct_answers(responses)
+    answers, dropped = distinct_answers(responses)
     assert answers == [
         DistinctAnswer("mood", "e1", "positive", "stop"),
         DistinctAnswer("mood", "e1", "positive", "length"),
@@ -71,7 +80,7 @@ def test_distinct_answers_counts_text_and_finish_and_drops_foreign_words() -> No
     ],
 )
 def test_rules(text: str, finish: str, golds: tuple[str, ...], expected: tuple[int, str] | None) -> None:
-    verdict = judging.decide_by_rule(DistinctAnswer("mood", "e1", text, finish), golds)  # type: ignore[arg-type]
+    verdict = decide_by_rule(DistinctAnswer("mood", "e1", text, finish), golds)  # type: ignore[arg-type]
     assert (verdict and (verdict.reward, verdict.rule)) == expected
 
 
@@ -86,7 +95,7 @@ def test_rules(text: str, finish: str, golds: tuple[str, ...], expected: tuple[i
     ],
 )
 def test_scores_to_reward(scores: dict[str, float], expected: tuple[int, str]) -> None:
-    verdict = judging.decide_by_scores(DistinctAnswer("mood", "e1", "x", "stop"), scores)
+    verdict = decide_by_scores(DistinctAnswer("mood", "e1", "x", "stop"), scores)
     assert (verdict.reward, verdict.rule) == expected
     assert verdict.type_score == scores.get("type")
     assert verdict.correct_score == scores["correct"]
@@ -95,17 +104,17 @@ def test_scores_to_reward(scores: dict[str, float], expected: tuple[int, str]) -
 def test_no_gold_appears_anywhere_without_gold() -> None:
     examples = {("mood", "e1"): Example("e1", "mood", "Nice film", ("GOLDWORD",), "align")}
     answer = DistinctAnswer("mood", "e1", "GOLDWORD", "stop")
-    assert judging.decide_by_rules([answer], examples, gold=False) == ({}, [answer])
+    assert decide_by_rules([answer], examples, gold=False) == ({}, [answer])
     table = JudgeTable(gold=False)
     other = DistinctAnswer("mood", "e1", "bad", "stop")
-    ((_, prompts),) = judging.with_questions([other], TASKS, examples, table)
+    ((_, prompts),) = with_questions([other], TASKS, examples, table)
     assert set(prompts) == {"type", "correct"}
     assert not any("GOLDWORD" in prompt for prompt in all_prompts(prompts))
     assert all(LABELS.instruction in prompt for prompt in all_prompts(prompts))
-    ((_, with_gold),) = judging.with_questions([other], TASKS, examples, JudgeTable())
+    ((_, with_gold),) = with_questions([other], TASKS, examples, JudgeTable())
     assert "GOLDWORD" in with_gold["correct"][0]
     assert "GOLDWORD" not in with_gold["type"][0]
-    ((_, control),) = judging.with_questions([other], TASKS, examples, JudgeTable(type_question=False))
+    ((_, control),) = with_questions([other], TASKS, examples, JudgeTable(type_question=False))
     assert set(control) == {"correct"}
 
 
@@ -127,35 +136,35 @@ FRUIT = {("title", "e1"): Example("e1", "title", "Which?", ("fig, plum",), "alig
     ],
 )
 def test_lists_are_judged_item_by_item(text: str, scores: dict[str, float], reward: int, rule: str) -> None:
-    """`scores` are those below 1, by what stands in the prompt."""
-    asked = judging.with_questions([DistinctAnswer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
+    """`scores` are those below 1, by what is in the prompt."""
+    asked = with_questions([DistinctAnswer("title", "e1", text, "stop")], TASKS, FRUIT, LISTS)
 
     def score(prompt: str) -> float:
         return next((value for part, value in scores.items() if part in prompt), 1.0)
 
     ((_, by_question),) = asked
     assert "fig, plum" not in "".join(all_prompts(by_question)) or text in by_question["type"][0]
-    decided, _ = judging.decide_by_judge(asked, score, {"type": 0.0, "correct": 0.0})
+    decided, _ = decide_by_judge(asked, score, {"type": 0.0, "correct": 0.0})
     assert [(v.reward, v.rule) for v in decided.values()] == [(reward, rule)]
 
 
 def test_without_gold_there_is_nothing_to_compare_item_by_item() -> None:
     table = LISTS.model_copy(update={"gold": False})
-    ((_, by_question),) = judging.with_questions([DistinctAnswer("title", "e1", "fig", "stop")], TASKS, FRUIT, table)
+    ((_, by_question),) = with_questions([DistinctAnswer("title", "e1", "fig", "stop")], TASKS, FRUIT, table)
     assert [len(prompts) for prompts in by_question.values()] == [1, 1]
     assert "Response: fig" in by_question["correct"][0]
 
 
 def test_an_answer_that_the_number_of_items_decides_does_not_measure_the_judge() -> None:
-    known = [calibration.KnownAnswer("title", "e1", text, "wrong", "fit") for text in ("fig", "fig, pear")]
-    asked = judging.with_questions(known, TASKS, FRUIT, JudgeTable(item_separator=",", type_question=False))
+    known = [known_answers.KnownAnswer("title", "e1", text, "wrong", "fit") for text in ("fig", "fig, pear")]
+    asked = with_questions(known, TASKS, FRUIT, JudgeTable(item_separator=",", type_question=False))
     samples = calibration.collect_samples(asked, lambda prompt: -3.0 if "pear" in prompt else 2.0)
     assert samples == {("correct", "fit"): ([], [-3.0])}
 
 
 def test_calibration_answers_are_what_they_claim() -> None:
     examples = {(e.task, e.id): e for e in dev_examples(20)}
-    known = calibration.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
+    known = known_answers.calibration_answers(TASKS, list(examples.values()), 1000, seed=3)
     for answer in known:
         example, task = examples[answer.task, answer.example], TASKS[answer.task]
         golds = {normalise_answer(gold) for gold in example.outputs}
@@ -171,7 +180,7 @@ def test_calibration_answers_are_what_they_claim() -> None:
     parts = {(k.task, k.example): k.part for k in known}
     assert sorted(parts.values()).count("fit") == len(examples) / 2
     assert all(k.part == parts[k.task, k.example] for k in known)
-    # The first reference stands in the prompt, so another one is the right answer to judge.
+    # The first reference is in the prompt, so another one is the right answer to judge.
     assert {k.text[:7] for k in known if k.task == "title" and k.kind == "right"} == {"Heading"}
 
 
@@ -179,31 +188,31 @@ def test_calibration_answers_are_limited_repeatable_and_seeded() -> None:
     examples = dev_examples(20)
 
     def chosen(examples: list[Example], seed: int) -> set[tuple[str, str]]:
-        return {(k.part, k.example) for k in calibration.calibration_answers(TASKS, examples, 10, seed)}
+        return {(k.part, k.example) for k in known_answers.calibration_answers(TASKS, examples, 10, seed)}
 
     assert len(chosen(examples, 3)) == 10
     assert chosen(examples, 3) == chosen(examples[::-1], 3)
     assert chosen(examples, 3) != chosen(examples, 4)
     unseen = {**TASKS, "title": Task("title", "Write a title.", seen=False)}
-    assert not [k for k in calibration.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
+    assert not [k for k in known_answers.calibration_answers(unseen, examples, 1000, seed=3) if k.task == "title"]
 
 
 def test_an_only_task_has_no_wrong_type_and_a_lone_free_example_no_wrong_answer() -> None:
     lone = [Example("t0", "title", "article", ("Title",), "dev")]
-    assert [k.kind for k in calibration.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
+    assert [k.kind for k in known_answers.calibration_answers({"title": FREE}, lone, 10, seed=0)] == ["right"]
 
 
 def test_audit_takes_a_seeded_share() -> None:
     examples = dev_examples(100)
     verdicts = [Verdict(e.id, e.task, e.outputs[0], "stop", 2, "exact_match") for e in examples]
     verdicts.append(Verdict("m0", "mood", "other", "stop", 0, "cut_off"))
-    known = calibration.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
+    known = known_answers.audit_answers(TASKS, examples, verdicts, 0.25, seed=1)
     right = [k for k in known if k.kind == "right"]
     wrong = [k for k in known if k.kind == "wrong"]
     assert 45 < len(right) < 105
     assert 45 < len(wrong) < 105
-    assert not calibration.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
-    everything = calibration.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
+    assert not known_answers.audit_answers(TASKS, examples, verdicts, 0.0, seed=1)
+    everything = known_answers.audit_answers(TASKS, examples, verdicts, 1.0, seed=1)
     assert len(everything) == 2 * len(examples)
     assert {k.text for k in everything} >= {"positive", "yes", "Title 3"}
 
@@ -254,8 +263,8 @@ def test_few_dev_rows_leave_the_threshold_at_zero_and_say_so() -> None:
 def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
     examples = dev_examples(40)
     by_key = {(e.task, e.id): e for e in examples}
-    known = calibration.calibration_answers(TASKS, examples, 1000, seed=0)
-    asked = judging.with_questions(known, TASKS, by_key, JudgeTable())
+    known = known_answers.calibration_answers(TASKS, examples, 1000, seed=0)
+    asked = with_questions(known, TASKS, by_key, JudgeTable())
     truth = {by_question["correct"][0]: k.kind == "right" for k, by_question in asked}
     # A judge that says 4 / 2 on one half and the reverse on the other: fitted well, measured as useless.
     shared = {p for k, by_question in asked for p in all_prompts(by_question) if k.part == "fit"}
@@ -271,7 +280,13 @@ def test_thresholds_come_from_one_half_and_quality_from_the_other() -> None:
 
 
 def weakness(**qualities: dict[str, Any]) -> str | None:
-    return calibration.weakness({question: {"quality": quality} for question, quality in qualities.items()}, 0.65)
+    return calibration.weakness({name: {"quality": quality} for name, quality in qualities.items()}, JudgeTable())
+
+
+def test_a_weak_judge_that_is_allowed_is_described_without_advice() -> None:
+    bad = {"correct": {"quality": calibration.measure([1.0, -1.0], [1.0, -1.0], 0.0)}}
+    message = calibration.weakness(bad, JudgeTable(allow_weak=True)) or ""
+    assert "too weak" in message and "allow_weak" not in message and "judge.model" not in message
 
 
 def test_weak_judge_stops_with_its_numbers_and_the_ways_out() -> None:
@@ -311,7 +326,7 @@ def test_too_long_prompts_leave_the_response_out_or_stop() -> None:
     answers = [DistinctAnswer("mood", "e1", "fine", "stop"), DistinctAnswer("mood", "e2", "long", "stop")]
     asked = [(a, {"type": (f"type {a.text}",), "correct": (f"correct {a.text}",)}) for a in answers]
     scores = {"type fine": 3.0, "correct fine": 1.0, "type long": 1.0, "correct long": None}
-    decided, dropped = judging.decide_by_judge(asked, scores.__getitem__, {"type": 1.0, "correct": 2.0})
+    decided, dropped = decide_by_judge(asked, scores.__getitem__, {"type": 1.0, "correct": 2.0})
     verdict = decided[answers[0]]
     assert (verdict.reward, verdict.type_score, verdict.correct_score) == (1, 2.0, -1.0)
     assert list(decided) == answers[:1]
@@ -324,16 +339,16 @@ def test_counts_add_up() -> None:
         response("", finish="length"), response("yes", None),
     ]  # fmt: skip
     examples = {("mood", e): Example(e, "mood", "x", ("positive",), "align") for e in ("e1", "e2")}
-    answers, dropped = judging.distinct_answers(responses)
-    decided, undecided = judging.decide_by_rules(answers, examples, gold=True)
-    asked = judging.with_questions(undecided, TASKS, examples, JudgeTable())
+    answers, dropped = distinct_answers(responses)
+    decided, undecided = decide_by_rules(answers, examples, gold=True)
+    asked = with_questions(undecided, TASKS, examples, JudgeTable())
     # Both inputs read "x" and have the same gold: their prompts are the same, two questions in all.
     assert len({prompt for _, by_question in asked for prompt in all_prompts(by_question)}) == 2
-    judged, _ = judging.decide_by_judge(asked, lambda prompt: -1.0, {"type": -2.0, "correct": 0.0})
-    counts = judging.count_judging(responses, asked, decided | judged, dropped, 2, 2)
+    judged, _ = decide_by_judge(asked, lambda prompt: -1.0, {"type": -2.0, "correct": 0.0})
+    counts = count_judging(responses, asked, decided | judged, dropped, 2, 2)
     assert counts["calls"] == {"asked": 2, "saved_by_duplicates": 4, "saved_by_rules": 4}
     assert counts["rewards"] == {"0": 1, "1": 2, "2": 1}
     assert counts["rules"] == {"correct": 2, "empty": 1, "exact_match": 1}
     assert counts["dropped"] == {"foreign_vocabulary": 1}
     assert counts["rewards_by_task"] == {"mood": {"0": 1, "1": 2, "2": 1}}
-    assert any("foreign_vocabulary: 1" in line for line in judging.describe_verdicts(counts))
+    assert any("foreign_vocabulary: 1" in line for line in describe_verdicts(counts))

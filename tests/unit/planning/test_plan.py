@@ -19,8 +19,7 @@ from coalign.models import worker_memory
 from coalign.models.worker_memory import GB
 from coalign.planning import data_counts, machine, plan_text, training_memory, workload
 from coalign.planning import plan as planning
-from coalign.planning.training_memory import Training
-from coalign.planning.workload import Tables
+from coalign.planning.training_memory import TrainingSetup
 
 ROOT = Path(__file__).resolve().parents[3]
 SEVEN = shapes.KNOWN["7b"][0]
@@ -40,9 +39,9 @@ GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab
 LORA = ModelTable(lora=LoraTable(enabled=True))
 
 
-def training(stage: int, ranks: int = 8, model: ModelTable | None = None, **settings: Any) -> Training:
+def training(stage: int, ranks: int = 8, model: ModelTable | None = None, **settings: Any) -> TrainingSetup:
     train = TrainTable.model_validate({"zero_stage": stage, **settings})
-    return Training(ROUND, model or ModelTable(), train, ranks, 2048)
+    return TrainingSetup(ROUND, model or ModelTable(), train, ranks, 2048)
 
 
 def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> planning.Plan:
@@ -50,8 +49,7 @@ def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> pla
     path = tmp_path / "plan.toml"
     path.write_text(f'[run]\nfolder = "{tmp_path}"\n[model]\npath = "elsewhere/model"\n')
     config = load(path, words.split())
-    tables = Tables(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Tables)})
-    return planning.make_plan(tables, machine.read_options(options.split())[0])
+    return planning.make_plan(config, machine.read_options(options.split())[0])
 
 
 def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
@@ -169,7 +167,7 @@ def test_activations_as_korthikanti_counts_them() -> None:
     statistics = 4 * 2 + 4 * heads  # of the norms, and logsumexp of attention, which the paper leaves out
     assert training_memory.layer_activation_bytes(gpt, 2) == (34 - 2) * h + statistics
     settings = {"micro_batch_tokens": 4096, "zero_stage": 0}
-    plain = Training(gpt, ModelTable(), TrainTable.model_validate(settings), 1, 256)
+    plain = TrainingSetup(gpt, ModelTable(), TrainTable.model_validate(settings), 1, 256)
     again = dataclasses.replace(plain, train=TrainTable.model_validate(settings | {"gradient_checkpointing": True}))
     layer = training_memory.layer_activation_bytes(gpt, 2)
     saved = training_memory.activation_bytes(plain) - training_memory.activation_bytes(again)
@@ -229,7 +227,7 @@ def test_a_checkpoint_by_hand() -> None:
 def test_work_follows_the_config(tmp_path: Path) -> None:
     words = "data.max_tasks=10 data.max_sft_inputs=64 data.max_align_inputs=5 sample.samples=3 sft.max_steps=7"
     plan = plan_of(tmp_path, words, "--shape 7b --prompt-tokens 100 --answer-tokens 10")
-    work = {one.step: one for one in workload.works(plan.tables, plan.shape, plan.counts)}
+    work = {one.step: one for one in workload.works(plan.config, plan.shape, plan.counts)}
     assert list(work) == ["prepare", "paraphrase", "sft", "sample", "judge", "rank", "align", "eval"]
     assert work["sft"].tokens == 7 * 32 * 110
     assert work["sample"].new_tokens == 10 * 5 * 4 * 3 * 10
@@ -248,7 +246,7 @@ def test_counts_come_from_prepare_when_it_is_complete(tmp_path: Path) -> None:
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {"tasks": {"seen": 1, "unseen": 0}, "inputs": {"sft": 4, "align": 3, "dev": 2, "test": 1}}
     (folder / "manifest.json").write_text(json.dumps({"counts": counts}))
-    found = data_counts.make_counts(folder, plan_of(tmp_path).tables.data, machine.ASSUMED, 4096)
+    found = data_counts.make_counts(folder, plan_of(tmp_path).config.data, machine.ASSUMED, 4096)
     assert (found.tasks, found.inputs) == (1, counts["inputs"])
     assert (found.instruction_tokens, found.prompt_tokens, found.answer_tokens) == (50, 65 + 12, 3)
     assert found.longest_tokens == 70 + 12 + 3
@@ -330,8 +328,8 @@ def test_tokens_in_flight_are_what_half_of_the_free_memory_holds(tmp_path: Path)
         needed = worker_memory.sampling_bytes(SEVEN, table, 96, 32)
         assert worker_memory.tokens_in_flight(SEVEN, "auto", 2 * needed + 1) == tokens
         assert worker_memory.tokens_in_flight(SEVEN, "auto", 2 * needed - 1) == tokens // 2
-    assert plan_of(tmp_path).tables.generation.batch_tokens == 32768
-    assert plan_of(tmp_path, "generation.batch_tokens=5000").tables.generation.batch_tokens == 5000
+    assert plan_of(tmp_path).config.generation.batch_tokens == 32768
+    assert plan_of(tmp_path, "generation.batch_tokens=5000").config.generation.batch_tokens == 5000
 
 
 def test_generation_that_does_not_fit(tmp_path: Path) -> None:
@@ -386,9 +384,9 @@ def test_workers_get_no_more_gpus_than_a_node_has(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:
-    written = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     assert "\n".join(plan_text.sizing_lines()) in written, (
-        "put the output of launch/plan.py --table into docs/running.md"
+        "put the output of launch/plan.py --table into docs/planning.md"
     )
 
 
@@ -412,7 +410,7 @@ def test_the_command_refuses_what_cannot_fit(tmp_path: Path) -> None:
 
 # Words of the config, options, the GPUs and ranks planned, and what is said of them.
 GPUS = [
-    ("", "", (8, 8), "a guess"),
+    ("", "", (8, 8), "an assumption"),
     ("slurm.nodes=1 slurm.gpus_per_node=2", "", (2, 2), "slurm.nodes=1 x slurm.gpus_per_node=2"),
     ("slurm.nodes=4 slurm.gpus_per_node=4 train.ray_ranks=2", "", (16, 16), "slurm.nodes=4 x slurm.gpus_per_node=4"),
     ("slurm.nodes=2 slurm.gpus_per_node=4 slurm.ranks_per_node=1", "", (8, 2), "slurm.ranks_per_node=1"),
@@ -434,7 +432,7 @@ def test_gpus_not_given_are_those_of_the_config(
 
 BAD = [
     (["nowhere.toml"], "no such config file"),
-    (["model.path=some/where"], "is no folder here and no known name"),
+    (["model.path=some/where"], "is neither a local folder nor a known name"),
     (["model.path=docs"], "holds no config.json"),
     (["--shape", "9b"], "choose among 1b"),
     (["--layers", "32"], "--hidden is missing"),
@@ -505,7 +503,7 @@ def test_bad_config_files(tmp_path: Path) -> None:
     cases = [
         ("{", "can't be read"),
         ("[]", "holds no table"),
-        (json.dumps({"model_type": "mixtral"}), "'mixtral' is not one"),
+        (json.dumps({"model_type": "mixtral"}), "'mixtral' is none whose"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "no value for 'num_attention_heads'"),
     ]
     for text, message in cases:

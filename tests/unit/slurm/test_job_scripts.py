@@ -6,12 +6,15 @@ The job scripts on a real Slurm cluster: tests/integration/test_slurm.py.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from coalign.steps import GENERATING_STEPS, STEPS, TRAINING_STEPS
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = str(10**8 + os.getpid())
@@ -117,18 +120,18 @@ def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "code", "said", "requeued"),
     [
-        ({"CODE": "1"}, 1, "the step rank failed (exit code 1)", False),
+        ({"CODE": "1"}, 1, "the step rank failed (exit status 1)", False),
         ({"CODE": "2"}, 2, "", False),
-        ({"CODE": "1", "PREEMPTED": "2026-01-01T00:00:00"}, 0, "queued again: told to stop by TERM, since", True),
-        ({"CODE": "1", "SIGNAL": "USR1"}, 0, "queued again: told to stop by USR1", True),
+        ({"CODE": "1", "PREEMPTED": "2026-01-01T00:00:00"}, 0, "requeued: told to stop by TERM, since", True),
+        ({"CODE": "1", "SIGNAL": "USR1"}, 0, "requeued: told to stop by USR1", True),
         ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1"}, 1, "", False),  # Slurm has started it anew meanwhile
-        ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, 0, "queued again: told", True),
-        ({"CODE": "1", "SIGNAL": "USR1", "REQUEUE": "0"}, 1, "not to be queued again (--no-requeue)", False),
+        ({"CODE": "1", "SIGNAL": "USR1", "RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, 0, "requeued: told", True),
+        ({"CODE": "1", "SIGNAL": "USR1", "REQUEUE": "0"}, 1, "may not be requeued (--no-requeue)", False),
         ({"CODE": "0", "SIGNAL": "USR1"}, 0, "", False),
         ({"CODE": "0", "COUNTED": "2"}, 2, "", False),
         ({"CODE": "0", "CHECKED": "143", "FOUND": "mistake"}, 2, "", False),  # another node was killed by srun
         ({"CODE": "0", "CHECKED": "143", "FOUND": "mistake", "LOST": "1"}, 0, "no answer from here", True),
-        ({"CODE": "0", "CHECKED": "143"}, 143, "failed (exit code 143)", False),
+        ({"CODE": "0", "CHECKED": "143"}, 143, "failed (exit status 143)", False),
         ({"CODE": "0", "CHECKED": "124"}, 124, "not checked within 300 s", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "CANCELLED None"}, 1, "", False),
         ({"CODE": "1", "SIGNAL": "TERM", "STATE": "COMPLETING TimeLimit"}, 1, "raise slurm.warn_seconds", False),
@@ -136,7 +139,7 @@ def test_modules_are_loaded_first(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_how_a_job_ends(run: Run, tmp_path: Path, more: dict[str, str], code: int, said: str, requeued: bool) -> None:
-    """Failed, queued again or just ended, by the step's exit code and by what Slurm says of the job."""
+    """Failed, requeued or just ended, by the step's exit status and by what Slurm says of the job."""
     done = run("c.toml", **more)
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
@@ -151,6 +154,21 @@ def test_a_script_runs_its_kind_of_step_alone(run: Run, script: str, step: str) 
     """As ranks a step that generates would write the same files several times."""
     done = run("c.toml", script=script, step=step)
     assert done.returncode == 2 and f"pipeline.sh --only {step}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "steps"),
+    [
+        ("deepspeed.sbatch", TRAINING_STEPS),
+        ("ray.sbatch", GENERATING_STEPS),
+        ("single.sbatch", tuple(step for step in STEPS if step not in TRAINING_STEPS)),
+    ],
+)
+def test_the_scripts_know_the_steps_of_the_package(run: Run, script: str, steps: tuple[str, ...]) -> None:
+    """check_step in slurm/job.sh lists them once more, since it runs before any Python is there."""
+    done = run("c.toml", script=script, step="nothing")
+    named = re.search(r"one of: ([\w ]+);", done.stderr)
+    assert named and {*named[1].split()} == {*steps}, done.stderr
 
 
 def test_a_killed_scripts_folder_goes_with_the_next_job(run: Run) -> None:

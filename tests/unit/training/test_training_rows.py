@@ -30,7 +30,7 @@ WORDINGS = [
 
 
 class WordCodec:
-    """One id a character: enough to see what a row holds."""
+    """One id per character: enough to see what a row holds."""
 
     max_tokens = 60
 
