@@ -193,9 +193,7 @@ def test_arms_are_compared_as_the_ladder_compares_them() -> None:
     assert sentences.last_stage_sentence(backwards) == sentence
     text = page.render_page(metrics)
     check_page(text)
-    assert (
-        "are in their own folders: SFT, original wordings in <code>runs/x/seed0/sft/sft</code>; SFT (IA) in" in text
-    )
+    assert "are in their own folders: SFT, original wordings in <code>runs/x/seed0/sft/sft</code>; SFT (IA) in" in text
     assert "in their own folders" not in page.render_page(results())
 
 
