@@ -25,7 +25,7 @@ logger = logging.getLogger("coalign")
 def judge_requests(
     pairs: Sequence[tuple[str, str]], codec: PromptCodec, too_long: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return a request to score yes and no after the question whether two answers mean the same, a pair each.
+    """Return a request per pair: score yes and no after the question whether two answers mean the same.
 
     A pair whose prompt exceeds the judge's context gets none but a row in the second list, and counts as not agreeing;
     UserError when `too_long` is "error".
@@ -67,7 +67,7 @@ class Agreement:
     folder: str = ""
 
     def decider(self, ask_judge: Decide) -> Decide | None:
-        """Return what tells which pairs of different answers agree; None where only equal ones do."""
+        """Return the function that decides which pairs of different answers agree; None where only equal ones do."""
         if self.kind == "exact":
             return None
         return ask_judge if self.kind == "judge" else functools.partial(rouge_l_agrees, threshold=self.threshold)

@@ -1,4 +1,4 @@
-"""The inputs that a report shows one by one, and failures told apart: another answer, wrong type, cut off, empty.
+"""The inputs that a report shows one by one, and the kinds of failure: another answer, wrong type, cut off, empty.
 
 What agrees has been settled before; knows no model and no file.
 
@@ -62,7 +62,7 @@ class ModelAnswers:
 
 
 def label_set(task: Task, example: Example) -> frozenset[str]:
-    """Return the normal forms of everything that is an answer of the right type; empty where that isn't known."""
+    """Return the normal forms of all answers of the right type; empty where that isn't known."""
     if not task.labels:
         return frozenset()
     return frozenset(normalise_answer(text) for text in (*task.labels, *example.outputs))
@@ -136,8 +136,8 @@ def pick_cases(
     """Return up to NUM_CASES inputs with every model's answers to each wording.
 
     First those that changed most from the first model to the last (in CR plus in the share of right answers; inputs
-    with a CR before others), then those on which the last model is least consistent, then others in hash order, a task
-    after another.
+    with a CR before others), then those on which the last model is least consistent, then others in hash order, one
+    task after another.
     """
     ranked = _rank_inputs(grids, models, min_wordings)
     chosen: dict[tuple[int, int], Reason] = {}

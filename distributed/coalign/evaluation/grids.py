@@ -1,7 +1,7 @@
 """From responses to numbers by input: grids of inputs and wordings, answer codes, correctness, agreement, columns.
 
-Pairs of input and wording that not every model has answered are left out, so that all arms are
-compared on the same ones. Knows no model and no file.
+Pairs of input and wording that some model has not answered are left out, so that all arms are compared on the same
+pairs. Knows no model and no file.
 
 Shape suffixes: I inputs, W wordings or repeats, B weightings, M columns (models times metrics).
 """
@@ -36,7 +36,7 @@ CONSISTENCY = (
     "mixed",
 )
 ANSWERS = ("accuracy", "rouge_l", "rouge_1", "worst_wording", "spread")
-# More extreme in a resample of few inputs than in all of them: their intervals go by the tasks alone.
+# More extreme in a resample of few inputs than in all of them: their intervals are over the tasks alone.
 EXTREMES = ("worst_wording", "spread")
 
 
@@ -132,7 +132,7 @@ def score_answers(grid: Grid, answers: dict[tuple[str, str, str], Response], voc
 
 
 def repeat_codes(responses: Sequence[Response], vocabulary: Vocabulary) -> dict[str, IntArray]:
-    """Return codes_IW by task of repeated answers to one wording: a row an input, a column a repeat."""
+    """Return codes_IW by task of repeated answers to one wording: a row per input, a column per repeat."""
     found: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for response in responses:
         key = metrics.answer_key(response.canonical, response.finish)

@@ -87,7 +87,7 @@ class NoiseFloor:
     num_repeats: int
     """Answers to each of them."""
     num_tasks: int
-    """Tasks that these inputs are of."""
+    """Tasks of these inputs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,8 +55,8 @@ def find_models(model: ModelTable, models: dict[str, str], trained: dict[str, Pa
 def model_table(value: str, model: ModelTable) -> ModelTable:
     """Return the [model] to use for a value of eval.models: the run's own, that of a trained step, or a foreign one's.
 
-    A training step of another run (an arm) goes by the context and the tokens that it was trained with; its chat
-    template lies beside its weights.
+    A training step of another run (an arm) keeps the context and the tokens that it was trained with; its chat
+    template is beside its weights.
     """
     if value in NAMED_MODELS:
         return model
@@ -79,7 +79,7 @@ def _is_step(folder: Path) -> bool:
 
 
 def digest_model(folder: str) -> str:
-    """Return the digest of a model folder; the name of a model on the hub stands for itself."""
+    """Return the digest of a model folder; a model on the hub has its name as digest."""
     return digest_folder(Path(folder)) if Path(folder).is_dir() else folder
 
 

@@ -119,7 +119,7 @@ def summarise(
 ) -> Evaluation:
     """Return what eval makes of the answers.
 
-    `decide` tells which pairs of different answers (in normal form) agree; without it only equal ones do.
+    `decide` returns which pairs of different answers (in normal form) agree; without it only equal ones do.
     """
     grids, dropped = build_grids(tasks, pairs, outputs)
     results = score_models(grids, outputs, MIN_WORDINGS[table.split], seed, decide)

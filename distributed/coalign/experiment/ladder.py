@@ -29,7 +29,7 @@ PIPELINE = STEPS[:-1]  # eval is done once for all arms of a seed
 OWNERS = {"prepare": "", "paraphrase": "sft_ia", "sft": "sft_ia"}  # of what an arm has not of its own; the rest: cat
 
 
-UPDATES = "as many updates as cat"  # stands for their number while it isn't known
+UPDATES = "as many updates as cat"  # in place of their number while it isn't known
 
 
 MORE_SEED = 1000  # added to the seed of sft_ia_more: its rows and wordings are drawn anew, not those of stage 1 again
@@ -258,6 +258,6 @@ def plan_lines(ladder: Ladder, steps: Sequence[StepRun]) -> list[str]:
     shared = [run for run in steps if run.seed in (None, ladder.seeds[0]) and len(run.arms) > 1]
     lines.append("run once and shared:")
     for run in shared:
-        times = "for all seeds" if run.seed is None else "a seed"
+        times = "for all seeds" if run.seed is None else "per seed"
         lines.append(f"  {run.step} of {run.arm or 'all arms'}, once {times}: {len(run.arms)} arms")
     return lines

@@ -61,9 +61,9 @@ def usage() -> str:
     return f"""usage: bash launch/ladder.sh [CONFIG.toml] [key=value ...] [--arms A,B] [--seeds 0,1,2] [--dry-run]
 
 Runs the experiment of arms in runs/NAME (run.folder, run.name): every arm with every seed, steps that arms share once,
-and writes runs/NAME/ladder/: table.md, figure.svg, figure.png, metrics.json. A step that is complete is passed over;
-after an interruption the same command goes on where it stopped. Without a config: configs/tiny.toml. The settings
-are those of the steps, and hold for every arm alike.
+and writes runs/NAME/ladder/: table.md, figure.svg, figure.png, metrics.json. A complete step is skipped;
+after an interruption the same command continues where it stopped. Without a config: configs/tiny.toml. The settings
+are those of the steps and apply to every arm.
 
   --arms A,B        some arms only, and the steps they need (default: all)
   --seeds 0,1,2     the seeds (default: three, from run.seed on)
@@ -73,4 +73,4 @@ are those of the steps, and hold for every arm alike.
 Arms:
 {listed}
 
-Exit code: 0 done, 2 a mistake to mend (its message is above), 1 anything else."""
+Exit code: 0 done, 2 invalid input or settings (the message is above), 1 any other failure."""

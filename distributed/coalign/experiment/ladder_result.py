@@ -104,7 +104,7 @@ class ArmDifference:
     b: str
     """The other arm."""
     what: str
-    """What the difference tells."""
+    """What the difference shows."""
     metric: str
     """Name of a field of ArmMetrics."""
     estimate: Estimate = dataclasses.field(metadata=typed_json.FLAT)

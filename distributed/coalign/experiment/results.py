@@ -91,7 +91,7 @@ class MetricGroup:
         b, a, what = pair
         members = self.sets[which]
         i, j = self.columns[b, metric], self.columns[a, metric]
-        # A minimum over wordings is lower in a resample of few inputs: its interval goes by tasks alone.
+        # A minimum over wordings is lower in a resample of few inputs: its interval is over tasks alone.
         resampled = which in self.drawn and metric not in EXTREMES
         moved = self.drawn[which][:, i] - self.drawn[which][:, j] if resampled else None
         found = estimate(self.points_TM[members, i] - self.points_TM[members, j], moved)

@@ -79,7 +79,7 @@ class ShownCase:
 
 
 def scaled_cases(cases: Sequence[ShownCase], scale: float) -> list[ShownCase]:
-    """Return a share of the inputs, of each kind that was chosen the first ones, and of their rows so many as fit."""
+    """Return a share of the inputs, the first ones of each kind that was chosen, with as many rows as fit."""
     kinds = Counter(shown.case.chosen for shown in cases)
     left = {kind: max(1, int(count * scale)) for kind, count in kinds.items()}
     max_rows = max(MIN_ROWS, int(MAX_ROWS * scale))
@@ -92,7 +92,7 @@ def scaled_cases(cases: Sequence[ShownCase], scale: float) -> list[ShownCase]:
 
 
 def telling_rows(rows: Sequence[AnswerRow], limit: int) -> list[AnswerRow]:
-    """Return the rows, of too many those with the most unusual answers, in the order of how many these are."""
+    """Return the rows; of too many those with the most unusual answers, the most first."""
     if len(rows) <= limit:
         return list(rows)
     return sorted(rows, key=lambda row: -sum(cell.unusual for cell in row.cells))[:limit]
@@ -104,7 +104,7 @@ def chosen_words(cases: Sequence[Case], first: str, last: str) -> str:
     words: Mapping[Literal["change", "inconsistent", "sample"], str] = {
         "change": f"those that changed most from {first} to {last}",
         "inconsistent": f"those on which {last} is least consistent",
-        "sample": "others in hash order, a task after another",
+        "sample": "others in hash order, one task after another",
     }
     return ", then ".join(text for kind, text in words.items() if kind in kinds)
 
@@ -156,7 +156,7 @@ def letter_of(cluster: int | None) -> str:
 def differences(text: str, usual: tuple[int | None, str], silent: bool) -> list[tuple[str, bool]]:
     """Return a text in pieces, each with whether it differs from the usual answer, word by word.
 
-    A piece that differs and is empty stands where the usual answer has words and this one has none.
+    An empty piece that differs marks a place where the usual answer has words and this one has none.
     """
     if not text or silent or usual[0] is None:
         return [(text, False)]

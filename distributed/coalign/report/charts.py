@@ -13,7 +13,7 @@ from typing import Any
 
 from coalign.report.svg import FONT, GREY, INK, LINE, ON, PAPER, SERIES, SOFT, WIDTH, new_figure, styled, to_svg
 
-MAX_ROWS = 24  # of a chart with a row a task
+MAX_ROWS = 24  # of a chart with a row per task
 MAX_DOTS = 40  # of a row
 _LETTER = 7.3  # pixels of a letter of the size FONT, about
 _ROW = 22
@@ -88,7 +88,7 @@ def colour_of(index: int, count: int) -> str:
 
 @styled
 def interval_dots(rows: Sequence[Dot], alt: str, *, floors: Sequence[str] = (), signed: bool = False) -> str:
-    """Draw a dot and its interval a row, the value beside it, and small marks for the floors."""
+    """Draw a row per dot: its interval, the value beside it, and small marks for the floors."""
     labels = told_apart(row.label for row in rows)
     left = _left_of(labels)
     figure, axes = new_figure(
@@ -218,7 +218,7 @@ def _draw_legend(figure: Any, lines: Sequence[Sequence[str]], colours: dict[str,
 def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = SERIES[0]) -> str:
     """Draw each row's values as dots on a line from the lowest to the highest, the mean as a bar across it.
 
-    Of more than MAX_DOTS values as many quantiles are drawn.
+    Of more than MAX_DOTS values, MAX_DOTS quantiles are drawn.
     """
     labels = told_apart(label for label, _ in rows)
     left = _left_of(labels)
@@ -235,7 +235,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float]]], alt: str, colour: str = 
 
 
 def quantiles(values: Sequence[float], limit: int = MAX_DOTS) -> list[float]:
-    """Return the values in order, of too many `limit` at equal distances, the lowest and the highest among them."""
+    """Return the values in order; of too many, `limit` at equal distances with the lowest and the highest."""
     ordered = sorted(values)
     if len(ordered) <= limit:
         return ordered

@@ -1,7 +1,7 @@
 """Several runs side by side: a column per run and model, the settings that differ, paired differences by task.
 
 Two runs are compared by pairs only on tasks that were evaluated on the same inputs, gold
-answers and wordings, which their metrics.json tells by a digest. Knows no model.
+answers and wordings: their metrics.json hold a digest of them. Knows no model.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def step_title(step: StepRecord) -> str:
 
 
 def data_stories(steps: Sequence[StepRecord]) -> dict[str, list[dict[str, Any]]]:
-    """Return for each step before training what became of the data, a list of rounds."""
+    """Return what became of the data in each step before training, with an entry per round."""
     return {
         "prepare": [
             {"counts": step.counts, "dropped": run_history.dropped_by_reason(step)}
@@ -63,7 +63,7 @@ def data_stories(steps: Sequence[StepRecord]) -> dict[str, list[dict[str, Any]]]
 
 
 def judge_rows(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return how well the judge answered what is known: a row a question and a source of known answers."""
+    """Return how well the judge answered what is known: a row per question and source of known answers."""
     sources = (("quality_dev", "dev inputs"), ("quality_audit", "align inputs (audit)"), ("quality", "together"))
     return [
         {"question": question, "source": source, **values[key]}

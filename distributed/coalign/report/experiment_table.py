@@ -14,7 +14,7 @@ from coalign.report.formatting import SET_NAMES, names_of, number, shown_sets, w
 
 COLUMNS = names_of("accuracy", "cr", "corrected_cr", "mcr", "worst_wording", "rouge_l")
 DRAWN = ("accuracy", "cr")
-# Okabe and Ito's colours, which also differ in lightness; a seed is told from a mean by its shape as well.
+# Okabe and Ito's colours, which also differ in lightness; a seed differs from a mean in shape as well.
 MEAN, SEED, LINE = "#0072B2", "#D55E00", "#999999"
 
 
@@ -41,7 +41,7 @@ def table_lines(result: LadderResult) -> list[str]:
         f"# {result.name}: {len(result.arms)} arms, {seeds}",
         "",
         f"{result.num_tasks} tasks, {result.split} inputs and wordings, agreement {result.agreement}. An arm's"
-        " number is the mean over the seeds of the mean over tasks; the seeds themselves stand below.",
+        " number is the mean over the seeds of the mean over tasks; the numbers of each seed are below.",
         "",
         *arm_table(result),
         "",
@@ -55,7 +55,7 @@ def table_lines(result: LadderResult) -> list[str]:
 
 
 def arm_table(result: LadderResult) -> list[str]:
-    """Return a row an arm: means over all tasks, and what the arm costs."""
+    """Return a row per arm: means over all tasks, and what the arm costs."""
     rows = [["arm", *COLUMNS.values(), "updates", "tokens trained", "tokens generated", "core-hours"]]
     for name, arm in result.arms.items():
         cost = arm.cost
@@ -78,7 +78,7 @@ def cost_lines(result: LadderResult) -> list[str]:
 
 
 def difference_table(result: LadderResult, which: str) -> list[str]:
-    """Return a row a comparison."""
+    """Return a row per comparison."""
     by_pair: dict[tuple[str, str], dict[str, ArmDifference]] = {}
     for row in result.differences.over(which):
         by_pair.setdefault((row.b, row.a), {})[row.metric] = row

@@ -1,6 +1,6 @@
 """Which pictures the report has: from metrics.json and a run's steps to charts, each with a caption.
 
-The numbers behind a picture stand in a table of the page as well. Knows no file and no HTML.
+The numbers behind a picture are in a table of the page as well. Knows no file and no HTML.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _point(one: TaskMetrics) -> tuple[float, float]:
 
 
 def wording_figures(metrics: Metrics) -> list[Figure]:
-    """Return each wording's accuracy under both models of the main pair, a row a task, the widest spread first."""
+    """Return each wording's accuracy under both models of the main pair, a row per task, the widest spread first."""
     names = main_pair(metrics) if len(metrics.models) > 1 else list(metrics.models)
     values: dict[str, list[dict[str, WordingMetrics]]] = {}
     for row in metrics.per_wording:
@@ -187,9 +187,9 @@ def wording_figures(metrics: Metrics) -> list[Figure]:
     spreads = {task: max(one) - min(one) for task, one in of[names[-1]].items()}
     ranked = sorted(spreads, key=lambda task: (-spreads[task], task))[:MAX_ROWS]
     shown = f"{len(ranked)} of {len(spreads)} tasks" if len(ranked) < len(spreads) else "Every task"
-    caption = f"{shown}, the widest spread first: a dot a wording, a bar at their mean."
+    caption = f"{shown}, the widest spread first: a dot per wording, a bar at their mean."
     if any(len(values[task]) > MAX_DOTS for task in ranked):
-        caption += f" Of more than {MAX_DOTS} wordings that many quantiles are drawn, lowest and highest included."
+        caption += f" Where a task has more than {MAX_DOTS} wordings, {MAX_DOTS} quantiles are drawn, with both ends."
     found = []
     for name in names if ranked else ():
         said = "; ".join(
@@ -243,13 +243,13 @@ def size_figure(counts: Mapping[str, Any], title: str) -> Figure:
 
 # (title, caption, [(kind, quantity, name)])
 _SFT = [
-    ("Loss", "Negative log-likelihood a token of the gold answers; dev: on dev inputs.",
+    ("Loss", "Negative log-likelihood per token of the gold answers; dev: on dev inputs.",
      [("train", "loss", "train"), ("dev", "dev_loss", "dev")]),
 ]  # fmt: skip
 _ALIGN = [
     ("Loss and its parts", "The best response's term, and the ranking term before its weight.",
      [("train", "loss", "loss"), ("train", "loss_best", "best"), ("train", "loss_ranking", "ranking")]),
-    ("p of best and worst responses", "Mean log-probability a token; others: all but the best; gold: of dev answers.",
+    ("p of best and worst responses", "Mean log-probability per token; others: all but the best; gold: of dev answers.",
      [("train", "p_best", "best"), ("train", "p_others", "others"), ("train", "p_worst", "worst"),
       ("dev", "p_gold", "gold (dev)")]),
     ("Share of active pairs", "Pairs that still push: the hinge is not zero.", [("train", "active_pairs", "active")]),

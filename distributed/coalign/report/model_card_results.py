@@ -26,8 +26,8 @@ UNSEEN = " under wordings that no training step has seen"
 def add_results(run: RunFolder, table: EvalTable, metrics: Metrics) -> None:
     """Write the results into the cards of the models that this run has made itself.
 
-    A measurement that is written elsewhere (eval.folder) is no result of the run, and borrowed steps, the base model
-    and other folders are not ours to write to.
+    An eval that writes elsewhere (eval.folder) is no result of the run. Borrowed steps, the base model and other
+    folders are not ours to write to.
     """
     if table.folder:
         return
@@ -48,7 +48,7 @@ def fill_card(card: Path, metrics: Metrics, name: str) -> None:
         filled = with_results(text, metrics, name)
         if filled != text:  # a card that says it already keeps its time
             write_atomic(card, filled)
-    except (OSError, ValueError, YAMLError) as error:  # somebody may have edited it
+    except (OSError, ValueError, YAMLError) as error:  # a person may have edited it
         logger.warning("the results could not be written into %s: %s", card, " ".join(str(error).split()))
 
 

@@ -28,7 +28,7 @@ from coalign.runs.step_folder import StepFolder, installed_versions, read_manife
 logger = logging.getLogger("coalign")
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-STEPS_TO = {  # whose settings make a model what it is
+STEPS_TO = {  # whose settings define a model
     "sft": ("prepare", "paraphrase", "sft"),
     "align": ("prepare", "paraphrase", "sft", "sample", "judge", "rank", "align"),
 }
@@ -209,7 +209,7 @@ def _what(stage: str, config: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def _method(stage: str, configs: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a paragraph a stage, with the settings that make it what it is."""
+    """Return a paragraph per stage, with the settings that define it."""
     sft = configs["sft"]
     asked = "the original instructions alone" if sft.get("sft.wordings") == "original" else "original and paraphrased"
     first = (

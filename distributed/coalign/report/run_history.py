@@ -1,7 +1,7 @@
 """What the steps of a run have left on disk, for the report: counts, examples of what was dropped, curves, settings.
 
-A step's folder is believed only when its manifest has the digest that eval has
-written down, so that a page never mixes in a step that was run again since. Knows no model and draws nothing.
+A step's folder counts only when its manifest has the digest that eval has recorded,
+so that a page never shows a step that was run again since. Knows no model and draws nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StepRecord:
 
 
 def find_steps(folder: Path, metrics: Metrics) -> tuple[list[StepRecord], list[str]]:
-    """Return the steps that the results in an eval folder were made from, and what is missing, a line each.
+    """Return the steps that the results in an eval folder were made from, and a line for each that is missing.
 
     They are looked for beside the eval folder and where eval has found them. Without the digests of an older
     metrics.json those of eval's manifest count.
@@ -128,7 +128,7 @@ def dropped_by_reason(step: StepRecord) -> list[Row]:
 
 
 def kept_wordings(step: StepRecord) -> list[Row]:
-    """Return a few of the wordings that the model wrote and that were kept, in hash order and of other tasks each."""
+    """Return a few of the wordings that the model wrote and that were kept, in hash order, each of another task."""
     path = step.folder / "wordings.jsonl"
     rows = [row for _, row in read_rows(path)] if path.is_file() else []
     written = [row for row in rows if row.get("source") == "model"]
@@ -250,7 +250,7 @@ class FinishedStep:
 
 
 def times(steps: Sequence[StepRecord], metrics: Metrics, own: StepRecord | None = None) -> list[FinishedStep]:
-    """Return what each step has used, as eval wrote it down, with when it was finished where its folder is here.
+    """Return what each step has used, as eval recorded it, and when it was finished where its folder is here.
 
     Eval's own row is from metrics.json, of older ones from its manifest, `own`.
     """

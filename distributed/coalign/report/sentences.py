@@ -30,7 +30,7 @@ def headline_sentence(metrics: Metrics) -> str:
 def noise_clause(metrics: Metrics, names: Sequence[str]) -> str:
     """Return what CR one and the same wording gives under each of these models, "" where that wasn't asked."""
     clauses: list[str] = []
-    told: list[str] = []
+    named: list[str] = []
     size = ""
     noise = {name: metrics.models[name].noise for name in names}
     for how, floors in (
@@ -38,9 +38,9 @@ def noise_clause(metrics: Metrics, names: Sequence[str]) -> str:
         (f"sampled at temperature {metrics.noise_temperature}", {name: noise[name].temperature for name in names}),
     ):
         known = [name for name in names if floors[name].cr is not None]
-        of = {name: "" if known == told else f" for {metrics.label(name)}" for name in known}
+        of = {name: "" if known == named else f" for {metrics.label(name)}" for name in known}
         if known:
-            told, size = known, figures.floor_size(floors[known[0]])
+            named, size = known, figures.floor_size(floors[known[0]])
             clauses.append(f"{' and '.join(number(floors[name].cr) + of[name] for name in known)} {how}")
     return f"; the noise floor of CR (one wording, {size}) is {', '.join(clauses)}" if clauses else ""
 
@@ -81,13 +81,13 @@ def _negated(one: Estimate) -> Estimate:
 
 def _moved(name: str, before: Estimate, after: Estimate, paired: Estimate | None) -> str:
     if before.mean is None or after.mean is None or paired is None:
-        return f"{name} can't be told (too few wordings a task)"
+        return f"{name} is not known (too few wordings per task)"
     change = f"{with_interval(before)} to {with_interval(after)}, by {with_interval(paired, signed=True)}"
     if paired.low is None or paired.high is None:
         return f"{name} went from {change} (too few tasks for an interval)"
     if paired.low > 0 or paired.high < 0:
         return f"{name} {'rose' if paired.low > 0 else 'fell'} from {change}"
-    return f"{name} went from {change} (no change is shown: the interval holds 0)"
+    return f"{name} went from {change} (no change is shown: the interval contains 0)"
 
 
 def constant_sentence(metrics: Metrics) -> str:
@@ -99,6 +99,6 @@ def constant_sentence(metrics: Metrics) -> str:
         f"{metrics.label(name)} {with_interval(one, signed=True)}" for name, one in found.differences.items()
     )
     return (
-        "One constant answer a task, its most frequent gold answer, would have an accuracy of"
+        "One constant answer per task, its most frequent gold answer, would have an accuracy of"
         f" {number(found.accuracy.mean)}; minus that, accuracy: {above}."
     )

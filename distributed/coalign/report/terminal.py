@@ -54,7 +54,7 @@ def headline_lines(metrics: Metrics) -> list[str]:
 
 
 def more_lines(metrics: Metrics) -> list[str]:
-    """Return what stands beside CR: expected CR, shares of outcomes, noise floors, agreement of the modes, drops."""
+    """Return what supplements CR: expected CR, shares of outcomes, noise floors, agreement of the modes, drops."""
     head = [
         "",
         *MORE.values(),

@@ -101,7 +101,7 @@ def build_requests(
     Raises UserError when one does not fit and `too_long` is "error".
     """
     requests = [Request(pair, codec.encode_prompt(pair.prompt), seeds_of(pair)) for pair in pairs]
-    names = ["{1} of {0} under {2}".format(*request.pair.key) for request in requests]
+    names = ["input {1} of {0} under wording {2}".format(*request.pair.key) for request in requests]
     lengths = [(name, len(r.prompt_ids) + max_new_tokens) for name, r in zip(names, requests, strict=True)]
     left_out = check_lengths(lengths, codec.max_tokens, too_long)
     named = list(zip(names, requests, strict=True))

@@ -193,9 +193,7 @@ def test_arms_are_compared_as_the_ladder_compares_them() -> None:
     assert sentences.last_stage_sentence(backwards) == sentence
     text = page.render_page(metrics)
     check_page(text)
-    assert (
-        "found in their own folders: SFT, original wordings in <code>runs/x/seed0/sft/sft</code>; SFT (IA) in" in text
-    )
+    assert "are in their own folders: SFT, original wordings in <code>runs/x/seed0/sft/sft</code>; SFT (IA) in" in text
     assert "in their own folders" not in page.render_page(results())
 
 
@@ -226,7 +224,7 @@ def test_few_tasks_and_few_wordings() -> None:
     none = summarised({"base": by_rule(pairs, half_right), "align": by_rule(pairs, half_right)}, tasks, pairs)
     text = page.render_page(none)
     check_page(text)
-    assert "consistency (CR) can&#39;t be told" in text and "No task has the 4 wordings" in text
+    assert "consistency (CR) is not known" in text and "No task has the 4 wordings" in text
     assert 'data-outcomes="nn"' in text
 
 
@@ -325,7 +323,7 @@ def test_pictures_of_many_tasks_and_wordings_show_some() -> None:
     assert "300 of 400 tasks are drawn, those that moved furthest" in figure.caption
     assert re.search(r">t39\d<", figure.svg) and len(figure.svg) < 200_000
     shown = figures.wording_figures(metrics)[0]
-    assert "Of more than 40 wordings that many quantiles are drawn" in shown.caption
+    assert "Where a task has more than 40 wordings, 40 quantiles are drawn" in shown.caption
     assert shown.svg.count("fill-opacity") == charts.MAX_DOTS
     dots = charts.quantiles([i / 99 for i in range(100)][::-1])
     assert (len(dots), dots[0], dots[-1]) == (charts.MAX_DOTS, 0.0, 1.0) and dots == sorted(dots)
@@ -368,16 +366,16 @@ def test_models_are_called_by_their_labels_everywhere() -> None:
     assert "base → SFT (IA) + CAT</b>" in text and "changed most from base to SFT (IA) + CAT" in text
     assert '.answers td[data-m="1"]::before { content: "SFT (IA) \\2b  CAT"; }' in text
     assert "<b>constant answer</b>" in text and "constant_answer" not in text
-    assert "The worst wording and the comparison with a constant answer always go by t" in text
+    assert "The worst wording and the comparison with a constant answer always have t intervals" in text
 
 
 def test_older_metrics_know_no_constant_answer() -> None:
     metrics = results()
-    assert "One constant answer a task" in page.render_page(metrics)
+    assert "One constant answer per task" in page.render_page(metrics)
     metrics = replace(metrics, constant_answer=None)
     text = page.render_page(metrics)
     check_page(text)
-    assert "One constant answer a task" not in text
+    assert "One constant answer per task" not in text
     assert sentences.constant_sentence(metrics) == "" and terminal.headline_lines(metrics)[-1] != ""
 
 
