@@ -12,8 +12,8 @@ from coalign.clusters.shards import run_shards
 from coalign.config import Config, cores_used, table_for_other_model
 from coalign.config_values import changed_values
 from coalign.evaluation import agreement as agreeing
-from coalign.evaluation import models_under_test
 from coalign.evaluation import requests as evaluation
+from coalign.evaluation import tested_models
 from coalign.evaluation.metrics_schema import EvalCounts, complete
 from coalign.evaluation.summary import summarise
 from coalign.recipe import run_step
@@ -38,9 +38,9 @@ def main(argv: list[str]) -> None:
     needs = command.require(dict.fromkeys([*read, *(value for value in table.models.values() if value in trained)]))
     tasks = read_records(Task, needs["prepare"] / "tasks.jsonl")
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
-    folders = models_under_test.find_models(config.model, table.models, trained, needs["prepare"])
+    folders = tested_models.find_models(config.model, table.models, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
-    judge, digests = models_under_test.check_models(folders, own, agreement.folder)
+    judge, digests = tested_models.check_models(folders, own, agreement.folder)
     examples = read_records(Example, needs["prepare"] / "examples.jsonl")
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
     opened = command.begin(needs, files | digests, Path(table.folder) if table.folder else None)
@@ -84,7 +84,7 @@ def ask_model(
     from coalign.models import model_folder
 
     table, settings = config.eval, config.generation
-    model = models_under_test.model_table(table.models[name.partition("-")[2]], config.model)
+    model = tested_models.model_table(table.models[name.partition("-")[2]], config.model)
     codec = model_folder.load_codec(folder, model)
     requests, left_out = build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
     too_long = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]

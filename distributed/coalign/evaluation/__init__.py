@@ -2,7 +2,7 @@
 
 Begin with summary: it turns responses (grids, metrics) into the content of metrics.json, with means and paired
 differences (estimates, intervals), rows by task, wording and input (result_rows) and inputs to look at (cases).
-requests and models_under_test say what is asked of which models, agreement when two answers mean the same.
+requests and tested_models say what is asked of which models, agreement when two answers mean the same.
 metrics_schema and metrics_rows declare metrics.json field by field, metrics_file writes and reads it, and typed_json
 checks any declared form. scores reads scores.jsonl of one or several runs.
 

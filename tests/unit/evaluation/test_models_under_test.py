@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coalign.errors import UserError
-from coalign.evaluation import models_under_test
+from coalign.evaluation import tested_models
 
 
 def model_folder(path: Path, text: str = "{}") -> Path:
@@ -25,19 +25,17 @@ def test_models_are_found_by_step_folder_and_name(tmp_path: Path) -> None:
     half = tmp_path / "half" / "align"
     model_folder(half / "model")
     (half / "config.json").write_text('{"config": {}, "inputs": {}}')
-    found = {
-        value: models_under_test.resolve_model(value, steps, "B") for value in ("base", "sft", str(plain), str(other))
-    }
+    found = {value: tested_models.resolve_model(value, steps, "B") for value in ("base", "sft", str(plain), str(other))}
     assert found == {
         "base": "B",
         "sft": str(steps["sft"] / "model"),
         str(plain): str(plain),
         str(other): str(other / "model"),
     }
-    assert models_under_test.resolve_model("some-lab/some-model", steps, "B") == "some-lab/some-model"
+    assert tested_models.resolve_model("some-lab/some-model", steps, "B") == "some-lab/some-model"
     for bad, message in ((str(half), "not complete"), (str(tmp_path), "holds no model"), ("nowhere", "check the path")):
         with pytest.raises(UserError, match=message):
-            models_under_test.resolve_model(bad, steps, "B")
+            tested_models.resolve_model(bad, steps, "B")
 
 
 def test_a_model_does_not_judge_itself(tmp_path: Path) -> None:
@@ -45,10 +43,10 @@ def test_a_model_does_not_judge_itself(tmp_path: Path) -> None:
     copy = model_folder(tmp_path / "copy" / "model", '{"a": 1}').parent
     judge = model_folder(tmp_path / "judge", '{"a": 2}')
     folders = {"base": str(tested)}
-    chosen, digests = models_under_test.check_models(folders, set(), str(judge))
+    chosen, digests = tested_models.check_models(folders, set(), str(judge))
     assert chosen == str(judge)
     assert set(digests) == {"model base", "judge of agreement"}
     with pytest.raises(UserError, match="same model as 'base'"):
-        models_under_test.check_models(folders, {"base"}, str(copy))
+        tested_models.check_models(folders, {"base"}, str(copy))
     with pytest.raises(UserError, match="neither exact"):
-        models_under_test.check_models(folders, set(), str(tmp_path))
+        tested_models.check_models(folders, set(), str(tmp_path))

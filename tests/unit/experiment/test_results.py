@@ -12,7 +12,7 @@ import pytest
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
-from coalign.evaluation import models_under_test, summary
+from coalign.evaluation import summary, tested_models
 from coalign.evaluation.intervals import t_quantile
 from coalign.evaluation.scores import read_scores
 from coalign.experiment import arms, ladder, ladder_result, results
@@ -227,7 +227,7 @@ def test_a_trained_step_of_another_run_is_asked_within_its_own_context(tmp_path:
     own = ModelTable(max_tokens=64, end_of_turn="<end>", chat_template="a.jinja")
     kept = {"model.too_long": "drop", "model.max_tokens": 64, "model.end_of_turn": "<end>", "model.pad_token": ""}
     write_json(tmp_path / "manifest.json", {"config": kept | {"model.attention": "sdpa"}})
-    assert models_under_test.model_table("sft", own) is own
-    assert models_under_test.model_table("some/model", own) == ModelTable()
-    found = models_under_test.model_table(str(tmp_path), ModelTable())
+    assert tested_models.model_table("sft", own) is own
+    assert tested_models.model_table("some/model", own) == ModelTable()
+    found = tested_models.model_table(str(tmp_path), ModelTable())
     assert (found.max_tokens, found.end_of_turn, found.chat_template) == (64, "<end>", "")
