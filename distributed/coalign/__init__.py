@@ -17,4 +17,4 @@ text            normal forms: when two texts count as the same
 The packages are built on it; the docstring of each lists its modules. docs/architecture.md says which may import which.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -13,6 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
+import coalign
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README_LINES = 150
@@ -134,3 +136,8 @@ def test_what_the_checks_read() -> None:
     assert paths_in_code(text) == ["docs/e.md", "tests/f", "configs/a.toml"]
     assert anchor_of("Rows, `and` more (2026-11-26)") == "rows-and-more-2026-11-26"
     assert _LINK.findall(_CODE.sub("", split_page(text)[0])) == ["c.md#d"]
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert newest is not None and newest[1] == coalign.__version__
