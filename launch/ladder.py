@@ -17,10 +17,10 @@ from coalign.experiment import arms, ladder_result, results
 from coalign.experiment.ladder import (
     Ladder,
     StepRun,
+    ladder_lines,
     make_ladder,
-    plan_lines,
 )
-from coalign.experiment.ladder_options import read_options, usage
+from coalign.experiment.ladder_options import ladder_usage, read_ladder_options
 from coalign.experiment.ladder_run import run_all
 from coalign.process import derive_seed, free_port
 from coalign.recipe import run_step
@@ -34,13 +34,13 @@ from coalign.steps import TRAINING_STEPS
 def main(argv: list[str]) -> None:
     """Plan the steps, run what is missing, and show the result."""
     if any(word in ("-h", "--help") for word in argv):
-        print(usage())
+        print(ladder_usage())
         return
-    options, words = read_options(argv)
+    options, words = read_ladder_options(argv)
     config = parse_command_line("ladder", words)
     ladder = make_ladder(table_values(config, tuple(Config.model_fields)), options)
     steps = ladder.steps()
-    print("\n".join(plan_lines(ladder, steps)), flush=True)
+    print("\n".join(ladder_lines(ladder, steps)), flush=True)
     if options.dry_run:
         print("\n".join(shlex.join(command(run.step, run.words(words))) for run in steps))
         return

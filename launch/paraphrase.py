@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     settled = filtering.settle(tasks, files, table, config.run.seed, answers, too_long)
     step.output.write_output("wordings.jsonl", (to_row(w) for task in tasks for w in settled.by_task[task.id]))
     step.output.write_output("dropped.jsonl", settled.dropped)
-    counts = filtering.summarise(tasks, settled, table)
+    counts = filtering.count_wordings(tasks, settled, table)
     filtering.log_result(counts, settled)
     num_tokens = sum(answer["num_tokens"] for given in answers.values() for answer in given)
     cores = cores_used(config.generation, config.run) if total else 1

@@ -17,9 +17,9 @@ from coalign.recipe import run_step
 def main(argv: list[str]) -> None:
     """Print the plan, or the sizing table."""
     if any(word in ("-h", "--help") for word in argv):
-        print(machine.usage())
+        print(machine.plan_usage())
         return
-    options, words = machine.read_options(argv)
+    options, words = machine.read_machine_options(argv)
     if options.table:
         print("\n".join(plan_text.sizing_lines()))
         return

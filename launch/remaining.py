@@ -18,7 +18,7 @@ try:
     from coalign.config_values import table_values
     from coalign.errors import UserError
     from coalign.experiment.ladder import make_ladder
-    from coalign.experiment.ladder_options import read_options
+    from coalign.experiment.ladder_options import read_ladder_options
     from coalign.recipe import run_step
     from coalign.runs.run_folder import RunFolder, incomplete
     from coalign.runs.step_folder import read_manifest
@@ -47,7 +47,7 @@ def workers_of_ladder(words: list[str]) -> int:
     try:
         if {"-h", "--help"} & {*words}:
             return 0
-        options, rest = read_options(words)
+        options, rest = read_ladder_options(words)
         config = parse_command_line("ladder", rest)
         ladder = make_ladder(table_values(config, tuple(Config.model_fields)), options)
     except UserError:

@@ -48,7 +48,7 @@ KINDS: dict[AnswerKind, str] = {
     "empty": "nothing but white space",
 }
 
-Reason = Literal["change", "inconsistent", "sample"]  # why an input is shown
+FailureKind = Literal["change", "inconsistent", "sample"]  # why an input is shown
 Answers = Mapping[tuple[str, str, str], Response]
 
 
@@ -140,7 +140,7 @@ def pick_cases(
     task after another.
     """
     ranked = _rank_inputs(grids, models, min_wordings)
-    chosen: dict[tuple[int, int], Reason] = {}
+    chosen: dict[tuple[int, int], FailureKind] = {}
     changed = sorted((one for one in ranked if one.change > 0), key=lambda one: (not one.in_cr, -one.change, one.order))
     unsteady = sorted((one for one in ranked if one.cr < 1.0), key=lambda one: (one.cr, one.mcr, one.order))
     of_task: Counter[int] = Counter()
@@ -149,7 +149,7 @@ def pick_cases(
         others.append((of_task[one.grid], one))
         of_task[one.grid] += 1
     others.sort(key=lambda pair: (pair[0], pair[1].order))
-    sources: tuple[tuple[Reason, list[_Ranked], int], ...] = (
+    sources: tuple[tuple[FailureKind, list[_Ranked], int], ...] = (
         ("change", changed, NUM_CHANGED),
         ("inconsistent", unsteady, NUM_INCONSISTENT),
         ("sample", [one for _, one in others], NUM_CASES),
@@ -200,7 +200,7 @@ def _rank_inputs(grids: Sequence[Grid], models: Mapping[str, ModelAnswers], min_
     return ranked
 
 
-def _case(grid: Grid, row: int, models: dict[str, CaseModel], chosen: Reason, change: float) -> Case:
+def _case(grid: Grid, row: int, models: dict[str, CaseModel], chosen: FailureKind, change: float) -> Case:
     example = grid.examples[row]
     return Case(
         task=grid.task.id,

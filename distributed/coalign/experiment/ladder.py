@@ -246,7 +246,7 @@ def remaining_seconds(done: Sequence[tuple[str, float]], todo: Sequence[str]) ->
     return sum(sum(same[step]) / len(same[step]) if same[step] else mean for step in todo)
 
 
-def plan_lines(ladder: Ladder, steps: Sequence[StepRun]) -> list[str]:
+def ladder_lines(ladder: Ladder, steps: Sequence[StepRun]) -> list[str]:
     """Return what is going to be done, for people: every arm with its settings, and what several arms share."""
     lines = [f"{len(ladder.arms)} arms, seeds {', '.join(map(str, ladder.seeds))}: {len(steps)} steps in {ladder.home}"]
     width = max(map(len, ladder.arms))

@@ -21,7 +21,7 @@ class LadderOptions:
     dry_run: bool = False
 
 
-def read_options(argv: Sequence[str]) -> tuple[LadderOptions, list[str]]:
+def read_ladder_options(argv: Sequence[str]) -> tuple[LadderOptions, list[str]]:
     """Return the options and the words that are left. Raises UserError."""
     found: dict[str, str] = {}
     words, rest = [], list(argv)
@@ -54,7 +54,7 @@ def _list_of(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def usage() -> str:
+def ladder_usage() -> str:
     """Return what --help prints."""
     width = max(map(len, ARMS))
     listed = "\n".join(f"  {arm.name:{width}}  {arm.title}" for arm in ARMS.values())

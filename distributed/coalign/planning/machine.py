@@ -52,7 +52,7 @@ class MachineOptions:
     table: bool = _option(False, "print the sizing table of docs/planning.md and nothing else")
 
 
-def usage() -> str:
+def plan_usage() -> str:
     """Return what --help prints."""
     lines = ["usage: python launch/plan.py [CONFIG.toml] [key=value ...] [--option value ...]", ""]
     lines += ["Prints what a run needs, from formulas: memory per GPU, disk, tokens, FLOPs, hours. Runs nothing."]
@@ -63,7 +63,7 @@ def usage() -> str:
     return "\n".join([*lines, "", "Without a config: configs/tiny.toml. For the keys see --help of a step."])
 
 
-def read_options(argv: Sequence[str]) -> tuple[MachineOptions, list[str]]:
+def read_machine_options(argv: Sequence[str]) -> tuple[MachineOptions, list[str]]:
     """Return the options and the other words: a config and key=value. Raises UserError for a bad option."""
     fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(MachineOptions)}
     found: dict[str, Any] = {}

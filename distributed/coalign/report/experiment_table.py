@@ -45,7 +45,7 @@ def table_lines(result: LadderResult) -> list[str]:
         "",
         *arm_table(result),
         "",
-        *cost_lines(result),
+        *ladder_cost_lines(result),
     ]
     for which in shown_sets(result):
         lines += ["", f"## Paired differences, {SET_NAMES[which]}", "", *difference_table(result, which)]
@@ -65,7 +65,7 @@ def arm_table(result: LadderResult) -> list[str]:
     return markdown(rows)
 
 
-def cost_lines(result: LadderResult) -> list[str]:
+def ladder_cost_lines(result: LadderResult) -> list[str]:
     """Return what the costs mean."""
     total, asked = result.cost.together, result.cost.eval
     return [

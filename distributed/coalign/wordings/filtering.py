@@ -206,7 +206,7 @@ def choose_rewrites(
     return accepted, dropped
 
 
-def summarise(tasks: Sequence[Task], settled: Settled, table: ParaphraseTable) -> dict[str, Any]:
+def count_wordings(tasks: Sequence[Task], settled: Settled, table: ParaphraseTable) -> dict[str, Any]:
     """Return the counts of the step: wordings by split and source, dropped ones by reason, and what each task lacks."""
     by_task = settled.by_task
     wordings = [wording for task in tasks for wording in by_task[task.id]]

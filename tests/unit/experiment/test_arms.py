@@ -22,7 +22,7 @@ from coalign.experiment.ladder import (
     make_ladder,
     remaining_seconds,
 )
-from coalign.experiment.ladder_options import LadderOptions, read_options
+from coalign.experiment.ladder_options import LadderOptions, read_ladder_options
 from coalign.runs.atomic_files import write_json
 from coalign.runs.run_folder import RunFolder
 from coalign.steps import STEP_TABLES
@@ -181,11 +181,13 @@ def test_a_choice_of_arms_runs_what_they_need_and_is_evaluated_apart() -> None:
 )
 def test_mistaken_options(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        read_options(words)
+        read_ladder_options(words)
 
 
 def test_options_are_taken_out_of_the_words() -> None:
-    options, words = read_options(["a.toml", "--arms", "cat,sft", "--seeds=2,0", "x.y=1=2", "--dry-run", "--odd"])
+    options, words = read_ladder_options(
+        ["a.toml", "--arms", "cat,sft", "--seeds=2,0", "x.y=1=2", "--dry-run", "--odd"]
+    )
     assert options == LadderOptions(("sft", "cat"), (2, 0), True)
     assert words == ["a.toml", "x.y=1=2", "--odd"]
 

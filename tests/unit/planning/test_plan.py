@@ -49,7 +49,7 @@ def plan_of(tmp_path: Path, words: str = "", options: str = "--shape 7b") -> pla
     path = tmp_path / "plan.toml"
     path.write_text(f'[run]\nfolder = "{tmp_path}"\n[model]\npath = "elsewhere/model"\n')
     config = load(path, words.split())
-    return planning.make_plan(config, machine.read_options(options.split())[0])
+    return planning.make_plan(config, machine.read_machine_options(options.split())[0])
 
 
 def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
@@ -516,6 +516,6 @@ def test_numbers_describe_a_model() -> None:
     numbers = {"layers": 32, "hidden": 4096}
     assert shapes.count_parameters(shapes.shape_of_numbers(numbers)) == PUBLISHED["7b"]
     assert shapes.count_parameters(shapes.shape_of_numbers(numbers | {"parameters": 7 * 10**9})) == 7 * 10**9
-    options, words = machine.read_options(["x.toml", "--parameters", "7e9", "a.b=1", "--layers=32"])
+    options, words = machine.read_machine_options(["x.toml", "--parameters", "7e9", "a.b=1", "--layers=32"])
     assert (options.parameters, options.layers, words) == (7 * 10**9, 32, ["x.toml", "a.b=1"])
-    assert machine.read_options(["--ranks", "2"])[0].gpus == 2
+    assert machine.read_machine_options(["--ranks", "2"])[0].gpus == 2

@@ -13,10 +13,10 @@ from coalign.errors import UserError
 from coalign.records import Task, Wording
 from coalign.wordings.filtering import (
     choose_rewrites,
+    count_wordings,
     drop_held_out,
     drop_repeats,
     settle,
-    summarise,
 )
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
 from coalign.wordings.rewrites import REASONS, answers_in_turn, check_rewrite, labels_in
@@ -278,7 +278,7 @@ def test_files_alone_and_the_summary() -> None:
     assert [w.split for w in settled.by_task["t"]].count("test") == 2
     assert [w.id for w in settled.by_task["u"]] == ["original"]
     assert [row["reason"] for row in settled.dropped] == ["near_duplicate"]
-    counts = summarise(tasks, settled, few)
+    counts = count_wordings(tasks, settled, few)
     assert counts["sources"] == {"original": 2, "file": 6}
     assert counts["splits"] == {"train": 4, "test": 2, "dev": 2}
     assert counts["short"] == {"t": {"train": 1}, "u": {"test": 2}}
