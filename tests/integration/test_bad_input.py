@@ -933,7 +933,8 @@ def test_full_object_store_stops_the_step_and_it_resumes(
     member = SimpleNamespace(actor=actor, place="here", in_flight=0)
     wait = lambda refs, num_returns, timeout: (refs[:1], refs[1:])  # noqa: E731
     fake_ray = SimpleNamespace(exceptions=ray.exceptions, get=get, wait=wait)
-    pool = SimpleNamespace(calls=0, members=[member], ray=fake_ray, require_shared=lambda folder: None)
+    cluster = SimpleNamespace(require_shared=lambda folder: None)
+    pool = SimpleNamespace(calls=0, members=[member], ray=fake_ray, cluster=cluster)
     run.remove("sample")
     with monkeypatch.context() as patch:
         patch.setattr("coalign.clusters.worker_pool._pool", lambda _: pool)

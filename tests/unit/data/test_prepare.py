@@ -305,7 +305,7 @@ def test_random_model_is_made_from_sft_texts(tmp_path: Path, monkeypatch: pytest
 
 def test_real_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not SNI_MINI.is_dir():
-        pytest.skip("shared data absent")
+        pytest.skip("the shared data are not here")
     step = prepare(tmp_path, SNI_MINI)
     assert "40 seen, 11 unseen" in capsys.readouterr().out
     assert len(read_records(Task, step / "tasks.jsonl")) == 51

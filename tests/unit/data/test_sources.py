@@ -557,7 +557,7 @@ def test_free_names_and_distinct_answers() -> None:
 
 def test_real_tasks_split_as_their_lists_say() -> None:
     if not SNI_MINI.is_dir():
-        pytest.skip("shared data absent")
+        pytest.skip("the shared data are not here")
     table = DataTable(path=str(SNI_MINI))
     found = read_sources(table)
     prepared = split_instances(found.tasks, found.instances, table)
