@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -153,7 +153,7 @@ def main() -> None:
         (DOCS / name).write_text(make(), encoding="utf-8")
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
@@ -163,7 +163,7 @@ def class_section(kind: type, known: set[str], file: str = "") -> str:
     """Return a heading, the docstring and a table of the fields of a dataclass; types among `known` are links."""
     documented = field_docs(kind)
     hints = get_type_hints(kind)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for field in dataclasses.fields(kind):
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         words = type_words(hints[field.name], known)
