@@ -46,9 +46,9 @@ ENGINES = {
     "safetensors": "models/model_folder.py",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
-# Only these load anything of HEAVY when they are imported; of models/, three modules answer without it.
+# Only these load anything of HEAVY when they are imported; of models/, four modules answer without it.
 HEAVY_PACKAGES = {"models", "generation", "training"}
-LIGHT_MODULES = {"models/sizes.py", "models/shape.py", "models/worker_memory.py"}
+LIGHT_MODULES = {"models/sizes.py", "models/shape.py", "models/known_shapes.py", "models/worker_memory.py"}
 MAX_FILES = 20  # in a folder of the package
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}
 

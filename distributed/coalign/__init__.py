@@ -8,7 +8,7 @@ tables          what a table of the configuration is made of
 config          the configuration: one class per table, every key with its unit and meaning
 config_values   its values as flat keys
 commandline     from the words of a command to a checked configuration
-recipe          how a recipe starts and ends: exit status, logging, commands it runs
+recipe          the process around a recipe: exit status, logging, commands it runs
 process         this process: ranks, nodes, seeds, preemption
 records         what steps hand to one another, as JSON lines
 prompts         every text shown to a model besides the data

@@ -1,4 +1,4 @@
-"""How a recipe starts and ends: exit status, logging, what it announces, commands it runs, when it stops by itself.
+"""The process around a recipe: exit status, logging, what it announces, commands it runs, when it stops by itself.
 
 `run_step` is the entry point of every recipe. Imports neither torch nor an engine at the top, and knows no step.
 """

@@ -1,6 +1,6 @@
-"""What crosses a stage boundary: plain frozen records, one JSON object per line on disk.
+"""What steps hand to one another: plain frozen records, one JSON object per line on disk.
 
-Steps hand these to one another. Knows no model, no tokenizer and no engine.
+Knows no model, no tokenizer and no engine.
 """
 
 from __future__ import annotations

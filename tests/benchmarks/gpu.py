@@ -47,8 +47,8 @@ from coalign.config import LoraTable, ModelTable, TrainTable
 from coalign.generation.decoding import decode
 from coalign.generation.sampling import Sampling
 from coalign.models import attention
+from coalign.models.known_shapes import find_shape
 from coalign.models.model_folder import without_planned_attention
-from coalign.models.shape import find_shape
 from coalign.planning.training_memory import TrainingSetup, training_memory
 from coalign.training.engine import Engine
 from coalign.training.loop import _update

@@ -1,6 +1,6 @@
 """A demand on a Ray cluster against what its nodes have: whether it can ever fit, what fits now, the table of both.
 
-Numbers, and the words and errors that follow from them. Knows no Ray.
+`asked_workers` and `asked_ranks` decide how many CPUs and GPUs each worker and rank asks for. Knows no Ray.
 """
 
 from __future__ import annotations

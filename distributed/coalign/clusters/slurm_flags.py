@@ -1,6 +1,6 @@
-"""The flags of sbatch: what a step's job asks for, which flags a pipeline refuses, which settings contradict others.
+"""The resource flags of sbatch: what a step's job asks for, which flags are refused, which settings contradict.
 
-Pure text and numbers; runs no command.
+slurm_jobs adds names, logs and dependencies. Pure text and numbers; runs no command.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def require_ranks(cluster: Cluster, request: RankRequest) -> None:
     require_fits(nodes, asked_ranks(nodes, request.ranks, request.cpus_per_rank), request.grows)
 
 
-def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
+def run_ranks(cluster: Cluster, request: RankRequest, step: str) -> int:
     """Run a training step on the cluster's nodes; return its exit status, 128 + n for signal n.
 
     After a lost node it restarts on the nodes that are left, from the step's newest checkpoint. SIGTERM and SIGUSR1
@@ -74,7 +74,7 @@ def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
     stop.install()
     try:
         for left in reversed(range(MAX_RESTARTS + 1)):
-            group = _RankGroup(cluster, request, stage, stop, left < MAX_RESTARTS)
+            group = _RankGroup(cluster, request, step, stop, left < MAX_RESTARTS)
             try:
                 code = group.run()
             finally:
@@ -85,17 +85,17 @@ def run_ranks(cluster: Cluster, request: RankRequest, stage: str) -> int:
                 return code if code >= 0 else 128 - code
             if not left:
                 break
-            logger.warning("%s: restarting from the newest checkpoint", stage)
+            logger.warning("%s: restarting from the newest checkpoint", step)
     finally:
         stop.remove()
-    raise RuntimeError(f"{stage}: a node or a process of Ray's was lost {MAX_RESTARTS + 1} times; see above")
+    raise RuntimeError(f"{step}: a node or a process of Ray's was lost {MAX_RESTARTS + 1} times; see above")
 
 
 class _RankGroup:
     """One attempt: the placement group, an actor on each of its nodes, and the ranks there."""
 
-    def __init__(self, cluster: Cluster, request: RankRequest, stage: str, stop: Preemption, takes_over: bool) -> None:
-        self.cluster, self.request, self.stage, self.stop, self.ray = cluster, request, stage, stop, cluster.ray
+    def __init__(self, cluster: Cluster, request: RankRequest, step: str, stop: Preemption, takes_over: bool) -> None:
+        self.cluster, self.request, self.step, self.stop, self.ray = cluster, request, step, stop, cluster.ray
         self.takes_over = takes_over
         self.reserved: Any = None
         self.hosts: list[Any] = []
@@ -140,7 +140,7 @@ class _RankGroup:
             if now - said > SAY_SECONDS or said == since:
                 said = now
                 limit = f"{now - since:.0f} s of at most {request.wait_seconds:g}"
-                logger.info("%s: %s (%s)", self.stage, waiting_words(nodes, asked, asked.count), limit)
+                logger.info("%s: %s (%s)", self.step, waiting_words(nodes, asked, asked.count), limit)
             if self.stop.requested():
                 raise SystemExit("stopped by a signal; run the same command again to go on")
             time.sleep(POLL_SECONDS)
@@ -157,7 +157,7 @@ class _RankGroup:
     def _give_up(self, nodes: list[Node], asked: Demand) -> None:
         log_demand(nodes, asked)
         raise UserError(
-            f"{self.stage}: the cluster's CPUs and GPUs were not free within"
+            f"{self.step}: the cluster's CPUs and GPUs were not free within"
             f" generation.ray_wait_seconds={self.request.wait_seconds:g}; {waiting_words(nodes, asked, asked.count)};"
             " wait longer, set train.ray_ranks to fewer, or end what holds the cluster (ray list actors)"
         )
@@ -169,7 +169,7 @@ class _RankGroup:
             try:
                 met.append(self.ray.get(host.meet.remote()))
             except self.ray.exceptions.RuntimeEnvSetupError as error:
-                raise UserError(f"{self.stage}: Ray can't set up the job's environment on a node: {error}") from None
+                raise UserError(f"{self.step}: Ray can't set up the job's environment on a node: {error}") from None
             except self.ray.exceptions.RayError as error:
                 self._say_lost(len(met), error)
                 return LOST
@@ -192,7 +192,7 @@ class _RankGroup:
                 for local, number in enumerate(numbers)
             ]
             started.append(host.start.remote(self.request.command, environments, address))
-            logger.info("%s: ranks %d to %d, %s", self.stage, numbers[0], numbers[-1], place)
+            logger.info("%s: ranks %d to %d, %s", self.step, numbers[0], numbers[-1], place)
         for index, reference in enumerate(started):
             try:
                 reason = self.ray.get(reference)
@@ -201,7 +201,7 @@ class _RankGroup:
                 return False
             if reason:
                 raise UserError(
-                    f"{self.stage}: on {met[index][0].host} {reason}; submit with --runtime-env configs/ray_job.yaml,"
+                    f"{self.step}: on {met[index][0].host} {reason}; submit with --runtime-env configs/ray_job.yaml,"
                     " or from a folder that every node sees"
                 )
         return True
@@ -255,14 +255,14 @@ class _RankGroup:
             return
         place = self.places[index]
         why = exit_words(code) + ("; the kernel of this node killed a process because memory ran out" if short else "")
-        who = f"{self.stage}: rank {number} on {place.host if place else 'a node'}"
+        who = f"{self.step}: rank {number} on {place.host if place else 'a node'}"
         say_death(logger, who, why, list(self.last[number]), "the others are ended")
 
     def _say_lost(self, index: int, error: BaseException) -> None:
         place = self.places[index]
         why, lines = explain_death(self.cluster, place, error)
         numbers = self.ranks_of[index] if index < len(self.ranks_of) else []
-        who = f"{self.stage}: Ray's process for ranks {numbers}" + (f" ({place})" if place else "")
+        who = f"{self.step}: Ray's process for ranks {numbers}" + (f" ({place})" if place else "")
         say_death(logger, who, why, lines, "the others are ended")
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from coalign.records import Row, Worker
 logger = logging.getLogger("coalign")
 
 MAX_IN_FLIGHT = 2  # shards per worker: one running, one waiting, so that no worker idles
-MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the stage
+MAX_RETRIES = 2  # a shard that fails 1 + MAX_RETRIES times fails the step
 END_SECONDS = 10.0  # a killed actor may take this long to end
 
 
@@ -141,7 +141,7 @@ def map_shards(
     make_worker: Callable[[], Worker],
     shards: Sequence[tuple[int, list[Row]]],
     settings: GenerationTable,
-    stage: str,
+    title: str,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Yield (shard index, results) in the order in which they are done.
 
@@ -158,16 +158,16 @@ def map_shards(
         return
     pool = _pool(settings)
     pool.calls += 1
-    yield from _Call(pool, make_worker, shards, stage).run()
+    yield from _Call(pool, make_worker, shards, title).run()
 
 
 class _Call:
     """One call of map_shards: the shards that wait, and those in flight with their member."""
 
     def __init__(
-        self, pool: _Pool, make_worker: Callable[[], Worker], shards: Sequence[tuple[int, list[Row]]], stage: str
+        self, pool: _Pool, make_worker: Callable[[], Worker], shards: Sequence[tuple[int, list[Row]]], title: str
     ) -> None:
-        self.pool, self.make_worker, self.stage, self.ray = pool, make_worker, stage, pool.ray
+        self.pool, self.make_worker, self.title, self.ray = pool, make_worker, title, pool.ray
         self.waiting = list(reversed(shards))
         self.in_flight: dict[Any, tuple[int, list[Row], _Member]] = {}
         self.tries: Counter[int] = Counter()
@@ -195,7 +195,7 @@ class _Call:
             for member in self.pool.members:
                 if member.place and member.in_flight < depth and len(self.waiting) > to_come:
                     index, rows = self.waiting.pop()
-                    with _full_store(self.ray, index, self.stage):
+                    with _full_store(self.ray, index, self.title):
                         reference = member.actor.run.remote(self.pool.calls, self.make_worker, rows)
                     self.in_flight[reference] = (index, rows, member)
                     member.in_flight += 1
@@ -205,14 +205,14 @@ class _Call:
         try:
             member.place = self.ray.get(member.greeting)
             self.failed_starts = 0
-            logger.info("%s: a worker has started, %s", self.stage, member.place)
+            logger.info("%s: a worker has started, %s", self.title, member.place)
         except self.ray.exceptions.RuntimeEnvSetupError as error:
-            raise UserError(f"{self.stage}: Ray can't set up the job's environment on a node: {error}") from None
+            raise UserError(f"{self.title}: Ray can't set up the job's environment on a node: {error}") from None
         except self.ray.exceptions.RayError as error:
             self.failed_starts += 1
             if self.failed_starts > MAX_RETRIES:
                 raise RuntimeError(
-                    f"{self.stage}: no worker starts, {self.failed_starts} died at once: {error}"
+                    f"{self.title}: no worker starts, {self.failed_starts} died at once: {error}"
                 ) from None
             self._bury(member, error)
 
@@ -221,7 +221,7 @@ class _Call:
         if member not in self.pool.members:
             return "it ended with another shard"
         why, lines = explain_death(self.pool.cluster, member.place, error)
-        who = f"{self.stage}: the worker ({member.place})" if member.place else f"{self.stage}: a worker"
+        who = f"{self.title}: the worker ({member.place})" if member.place else f"{self.title}: a worker"
         say_death(logger, who, why, lines, "another takes its place")
         self.pool.replace(member)
         self.since = time.monotonic()
@@ -234,15 +234,15 @@ class _Call:
         self.since = time.monotonic()
         errors = self.ray.exceptions
         try:
-            with _full_store(self.ray, index, self.stage):
+            with _full_store(self.ray, index, self.title):
                 return index, self.ray.get(reference)
         except errors.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from None
             if type(cause).__name__ == "OutOfMemoryError":
-                raise UserError(f"{self.stage}: {out_of_memory(cause)}") from None
-            raise RuntimeError(f"{self.stage}: shard {index} failed: {cause!r}\n{error}") from None
+                raise UserError(f"{self.title}: {out_of_memory(cause)}") from None
+            raise RuntimeError(f"{self.title}: shard {index} failed: {cause!r}\n{error}") from None
         except errors.ObjectLostError as error:  # its node was lost after the work was done
             self._retry(index, rows, str(error))
         except errors.RayError as error:
@@ -253,9 +253,9 @@ class _Call:
         self.tries[index] += 1
         if self.tries[index] > MAX_RETRIES:
             raise RuntimeError(
-                f"{self.stage}: shard {index} (or one beside it) ended its worker {1 + MAX_RETRIES} times: {why}"
+                f"{self.title}: shard {index} (or one beside it) ended its worker {1 + MAX_RETRIES} times: {why}"
             ) from None
-        logger.warning("%s: shard %d is tried again", self.stage, index)
+        logger.warning("%s: shard %d is tried again", self.title, index)
         self.waiting.append((index, rows))
 
     def _look(self, missing: int) -> None:
@@ -271,16 +271,16 @@ class _Call:
         if nobody and waited > pool.wait_seconds:
             log_demand(nodes, pool.asked)
             raise UserError(
-                f"{self.stage}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
+                f"{self.title}: no worker has started within generation.ray_wait_seconds={pool.wait_seconds:g};"
                 f" {words}; wait longer, ask for less, or end what holds the cluster (ray list actors); finished"
                 " shards are kept"
             )
         limit = f"{waited:.0f} s of at most {pool.wait_seconds:g}" if nobody else "the others work"
-        logger.info("%s: %s (%s)", self.stage, words, limit)
+        logger.info("%s: %s (%s)", self.title, words, limit)
 
 
 @contextlib.contextmanager
-def _full_store(ray: Any, index: int, stage: str) -> Iterator[None]:
+def _full_store(ray: Any, index: int, title: str) -> Iterator[None]:
     """Turn what Ray raises when rows or results find no space into a UserError."""
     full = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
     try:
@@ -289,6 +289,6 @@ def _full_store(ray: Any, index: int, stage: str) -> Iterator[None]:
         if not isinstance(getattr(error, "cause", error), full):
             raise
         raise UserError(
-            f"{stage}: no space in the Ray object store for shard {index}; use a smaller generation.shard_size, or"
+            f"{title}: no space in the Ray object store for shard {index}; use a smaller generation.shard_size, or"
             " free space in /dev/shm and /tmp; finished shards are kept"
         ) from None

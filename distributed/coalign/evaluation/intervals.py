@@ -1,6 +1,6 @@
 """Macro means over tasks with intervals: a two-level bootstrap (tasks, then inputs), or a t interval on few tasks.
 
-Knows no metric: a task is a number of inputs and a statistic of their weights.
+Knows no metric: a task is a number of inputs and a statistic of their weights. estimates.py pairs two models.
 
 Shape suffixes: T tasks, I inputs of a task, B resamples, M columns (metrics times models).
 """

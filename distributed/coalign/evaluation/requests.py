@@ -1,4 +1,4 @@
-"""What eval asks: which models, which inputs under which wordings, the repeats for the noise floors; answers back.
+"""What eval asks of each model: inputs under wordings, repeats for the noise floors; and the answers read back.
 
 Pure text and paths: knows no model. summary.py makes the tables from the responses.
 """

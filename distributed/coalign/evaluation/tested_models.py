@@ -1,4 +1,4 @@
-"""Which models are evaluated, by name or folder, and what the steps before have cost.
+"""Which models are evaluated: names, folders and hub names resolved, the judge of agreement checked.
 
 Knows folders and manifests, no answers.
 """

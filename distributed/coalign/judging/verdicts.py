@@ -1,4 +1,4 @@
-"""Self-reward: which responses need the judge, what it is asked, and how its scores become verdicts.
+"""Which responses need the judge, what it is asked, and how its scores become verdicts.
 
 Pure text and numbers: it makes prompts and reads log-odds in nats. Knows no model; calibration measures the judge.
 """

@@ -6,7 +6,7 @@ token belongs to. generation/ and training/ use the same words, and planning/ th
 Begin with codec (text to token ids) and logprobs (the log-prob of every response token of a Batch).
 Text and files: codec; model_folder (load, LoRA, verified export); random_model (a tiny model to start from).
 Computing: rows (token rows as tensors), attention (who sees whom), fused_head (log-probs without all logits).
-Numbers without torch: sizes (blocks, rows, padding), shape (widths and parameters), worker_memory (bytes per worker).
+Without torch: sizes (blocks, rows, padding), shape, known_shapes (widths, parameters), worker_memory (its formulas).
 
 It knows neither sampling nor training: no seeds, losses, optimizers, wordings or rewards. generation/ and training/
 import it and never each other.

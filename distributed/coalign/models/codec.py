@@ -1,4 +1,4 @@
-"""Text to token ids and back: chat template, exactly one BOS, a trained end-of-turn, lengths against the context.
+"""Text to token ids and back: chat template, exactly one BOS, a trained end-of-turn, the length of the context.
 
 Everything behind it carries token ids. Knows a tokenizer, no model weights.
 """

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coalign.config import LoraTable, ModelTable, RandomTable
+from coalign.config import LoraTable, RandomTable
 from coalign.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -57,7 +57,7 @@ class Shape:
         return self.num_kv_heads * self.head_size
 
 
-def _llama(
+def llama_shape(
     name: str, layers: int, hidden: int, heads: tuple[int, int], rest: tuple[int, int, int], **more: Any
 ) -> Shape:
     """Return a Llama-like shape; `heads` are (query, key), `rest` is (intermediate, vocabulary, context)."""
@@ -65,77 +65,11 @@ def _llama(
     return Shape(name, layers, hidden, *heads, size, *rest, **more)
 
 
-# Published shapes, for models without a local folder: {name: (shape, models of that shape on the hub)}.
-KNOWN: dict[str, tuple[Shape, tuple[str, ...]]] = {
-    "1b": (
-        _llama("Llama 3.2 1B", 16, 2048, (32, 8), (8192, 128256, 131072), tied=True),
-        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct"),
-    ),
-    "4b": (
-        _llama("Qwen3 4B", 36, 2560, (32, 8), (9728, 151936, 40960), head_size=128, tied=True, qk_norm=True),
-        ("Qwen/Qwen3-4B",),
-    ),
-    "7b": (
-        _llama("Llama 2 7B", 32, 4096, (32, 32), (11008, 32000, 4096)),
-        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", "lmsys/vicuna-7b-v1.5"),
-    ),
-    "mistral-7b": (
-        _llama("Mistral 7B", 32, 4096, (32, 8), (14336, 32000, 32768)),
-        ("mistralai/Mistral-7B-v0.1",),
-    ),
-    "8b": (
-        _llama("Llama 3.1 8B", 32, 4096, (32, 8), (14336, 128256, 131072)),
-        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
-    ),
-    "13b": (
-        _llama("Llama 2 13B", 40, 5120, (40, 40), (13824, 32000, 4096)),
-        ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"),
-    ),
-    "32b": (
-        _llama("Qwen2.5 32B", 64, 5120, (40, 8), (27648, 152064, 131072), qkv_bias=True),
-        ("Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-32B-Instruct"),
-    ),
-    "70b": (
-        _llama("Llama 2 70B", 80, 8192, (64, 8), (28672, 32000, 4096)),
-        ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"),
-    ),
-}
-
-
-def find_shape(model: ModelTable) -> tuple[Shape, str]:
-    """Return the shape of the model that a run starts from, and a phrase that says where it was found.
-
-    Raises UserError when model.path is neither a local folder nor a model of a known shape.
-    """
-    if model.init == "random":
-        return random_shape(model.random), "[model.random], at most vocab_size tokens"
-    if Path(model.path, "config.json").is_file() and model.path:
-        return read_shape(Path(model.path)), f"{model.path}/config.json"
-    if model.path and Path(model.path).exists():
-        raise UserError(f"{model.path} holds no config.json; a Hugging Face model folder was expected")
-    for name, (shape, hub_names) in KNOWN.items():
-        if model.path in hub_names:
-            return shape, f"the known shape {name} of {model.path}, which is no local folder"
-    raise UserError(
-        f"model.path={model.path!r} is neither a local folder nor a known name; give its shape: --shape NAME"
-        f" ({', '.join(KNOWN)}), or --layers and --hidden"
-    )
-
-
-def known_shape(name: str) -> Shape:
-    """Return a known shape by its name. Raises UserError for any other name."""
-    if name not in KNOWN:
-        raise UserError(
-            f"--shape {name}: no known shape; choose among {', '.join(KNOWN)}, or give --layers and --hidden"
-        )
-    return KNOWN[name][0]
-
-
 def random_shape(table: RandomTable) -> Shape:
     """Return the shape of a model with random weights; its tokenizer may end up with fewer tokens."""
     heads = (table.num_heads, table.num_heads)
     rest = (table.intermediate_size, table.vocab_size, table.context)
-    return _llama("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
+    return llama_shape("random weights", table.num_layers, table.hidden_size, heads, rest, tied=True)
 
 
 def words_of_numbers(numbers: dict[str, int]) -> str:
@@ -162,7 +96,7 @@ def shape_of_numbers(numbers: dict[str, int]) -> Shape:
     intermediate = numbers.get("intermediate") or -(-hidden * 8 // 3 // 256) * 256
     rest = (intermediate, numbers.get("vocabulary") or 32000, numbers.get("context") or 4096)
     kv_heads = numbers.get("kv_heads") or heads
-    return _llama(
+    return llama_shape(
         "given", numbers["layers"], hidden, (heads, kv_heads), rest, given_parameters=numbers.get("parameters") or 0
     )
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from coalign.config import ModelTable, TrainTable
 from coalign.errors import UserError
-from coalign.models.shape import KNOWN, Shape, find_shape, known_shape, shape_of_numbers, words_of_numbers
+from coalign.models.known_shapes import KNOWN, find_shape, known_shape
+from coalign.models.shape import Shape, shape_of_numbers, words_of_numbers
 from coalign.planning.data_counts import Assumed
 from coalign.tables import SlurmTable
 

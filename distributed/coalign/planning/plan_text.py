@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coalign.config import LoraTable, ModelTable, TrainTable
-from coalign.models.shape import KNOWN, Shape, count_lora_parameters, count_parameters
+from coalign.models.known_shapes import KNOWN
+from coalign.models.shape import Shape, count_lora_parameters, count_parameters
 from coalign.models.worker_memory import GB, Memory
 from coalign.planning.data_counts import CHARACTERS_PER_TOKEN
 from coalign.planning.plan import Plan, training_memories, worker_memory
@@ -61,8 +62,8 @@ def _head(plan: Plan) -> list[str]:
         "From formulas, for the GPUs named here; nothing was measured on this machine. GB are 10^9 bytes.",
         f"model    {shape.name}: {count_parameters(shape) / 1e9:.3f}B parameters, {shape.num_layers} layers,"
         f" hidden {shape.hidden}, vocabulary {shape.vocabulary} (from {plan.source})",
-        f"machine  {options.gpus} GPUs of {options.gpu_memory:g} GB and {options.gpu_tflops:g} TFLOP/s,"
-        f" {plan.ranks} ranks",
+        f"machine  {options.gpus} GPU{'s' if options.gpus != 1 else ''} of {options.gpu_memory:g} GB and"
+        f" {options.gpu_tflops:g} TFLOP/s, {plan.ranks} rank{'s' if plan.ranks != 1 else ''}",
         f"training {', '.join([*parts, precision])}, {train.micro_batch_tokens} tokens per micro-batch",
     ]
 

@@ -9,6 +9,6 @@ encode_ahead   the token ids of a training step, written by the step before it
 costs          time, cores and tokens of the steps, for the report
 
 Steps are *needed* (what a step reads), *borrowed* (run.inputs) or *stale* (made from something else than now). A shard
-is a file of rows here; clusters/ calls the same rows work in flight. This package knows no engine and no other package.
+is a part of a step's requests; its results are a file in shards/. This package knows no engine and no other package.
 Begin with open_step, then step_folder.
 """

@@ -33,6 +33,7 @@ _NUMBERING = re.compile(r"^(?:\(?\d{1,2}[.):]|[-*•])\s+")
 _EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>.+)\1$")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
+# Why a rewrite is dropped. filtering.py adds "longer_than_context", and files of wordings "unknown_task".
 Reason = Literal[
     "empty",
     "cut_off",

@@ -14,15 +14,15 @@ import pytest
 from coalign.commandline import load
 from coalign.config import GenerationTable, LoraTable, ModelTable, TrainTable
 from coalign.errors import UserError
+from coalign.models import known_shapes, worker_memory
 from coalign.models import shape as shapes
-from coalign.models import worker_memory
 from coalign.models.worker_memory import GB
 from coalign.planning import data_counts, machine, plan_text, training_memory, workload
 from coalign.planning import plan as planning
 from coalign.planning.training_memory import TrainingSetup
 
 ROOT = Path(__file__).resolve().parents[3]
-SEVEN = shapes.KNOWN["7b"][0]
+SEVEN = known_shapes.KNOWN["7b"][0]
 ROUND = dataclasses.replace(SEVEN, given_parameters=7 * 10**9)  # 7B as papers count
 # As on the hub: the sizes of published checkpoints.
 PUBLISHED = {
@@ -59,7 +59,7 @@ def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_published_models(name: str) -> None:
-    assert shapes.count_parameters(shapes.known_shape(name)) == PUBLISHED[name]
+    assert shapes.count_parameters(known_shapes.known_shape(name)) == PUBLISHED[name]
 
 
 def test_parameters_of_a_config_file(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_activations_as_korthikanti_counts_them() -> None:
 
 
 def test_grouped_keys_count_in_the_cache_and_not_in_masked_attention() -> None:
-    mistral = shapes.KNOWN["mistral-7b"][0]
+    mistral = known_shapes.KNOWN["mistral-7b"][0]
     assert worker_memory.kv_bytes(SEVEN, 2) == 524_288
     assert worker_memory.kv_bytes(mistral, 2) == 524_288 // 4
     ungrouped = dataclasses.replace(mistral, num_kv_heads=32)
