@@ -434,7 +434,7 @@ BAD = [
     (["nowhere.toml"], "no such config file"),
     (["model.path=some/where"], "is neither a local folder nor a known name"),
     (["model.path=docs"], "holds no config.json"),
-    (["--shape", "9b"], "choose among 1b"),
+    (["--shape", "9b"], "choose among qwen2.5-0.5b, "),
     (["--layers", "32"], "--hidden is missing"),
     (["--hidden", "64"], "--layers is missing: --hidden alone"),
     (
