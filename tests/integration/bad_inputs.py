@@ -1,6 +1,6 @@
 """A working folder with a tiny run in it, and recipes run in this process as their command lines would run.
 
-Used by test_bad_input.py and test_reuse.py. Relative paths in configs and messages count from the working folder.
+Relative paths in configs and messages count from the working folder.
 """
 
 from __future__ import annotations

@@ -239,9 +239,9 @@ class Run:
         return start(command, self.path.parent / "printed", env)
 
     def step(self, step: str, *settings: str, ranks: int = 0, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a step to its end and return its outcome; fail when the exit code is another than `code`."""
+        """Run a step to its end and return its outcome; fail when the exit status is another than `code`."""
         done = self.start(step, *settings, ranks=ranks).wait()
-        assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == code, f"exit status {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     def start_all(self, *settings: str, ranks: int = 2) -> Command:
@@ -252,7 +252,7 @@ class Run:
     def all_steps(self, *settings: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
         """Run launch/local.sh to its end and return its outcome."""
         done = self.start_all(*settings, ranks=ranks).wait(2 * LIMIT_SECONDS)
-        assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     def manifest(self, step: str) -> dict[str, Any]:

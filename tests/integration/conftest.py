@@ -30,7 +30,7 @@ def watched(made_once: MakeOnce) -> Watched:
         command = Run(folder / "whole").start_all()
         clusters.watch(command)
         done = command.wait(2 * LIMIT_SECONDS)
-        assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         (folder / "seen.json").write_text(json.dumps({"printed": done.stdout, "clusters": clusters.to_values()}))
 
     folder = made_once("finished_commands", fill)

@@ -123,7 +123,7 @@ class Nodes:
             )
 
     def inside(self, node: int, words: list[str], token: str | None = None, seconds: float = 240) -> tuple[int, str]:
-        """Run a command on a node; return its exit code and what it printed."""
+        """Run a command on a node; return its exit status and what it printed."""
         log = self.folder / f"{secrets.token_hex(4)}.log"
         process = self.popen(node, words, log, token)
         try:

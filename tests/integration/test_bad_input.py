@@ -1,4 +1,4 @@
-"""Mistakes of a user's, through the recipes: one clear line on stderr, exit code 2, nothing half-written.
+"""Mistakes of a user's, through the recipes: one clear line on stderr, exit status 2, nothing half-written.
 
 A new case is one row of CASES (the run in the working folder) or EARLY (an empty working folder).
 """
@@ -668,7 +668,7 @@ def prepare_case(case: Case, world: World) -> None:
 
 
 def assert_one_clear_line(outcome: Outcome, says: tuple[str, ...]) -> None:
-    assert outcome.code == 2, f"exit code {outcome.code}\n{outcome.stdout[-1000:]}\n{outcome.stderr[-3000:]}"
+    assert outcome.code == 2, f"exit status {outcome.code}\n{outcome.stdout[-1000:]}\n{outcome.stderr[-3000:]}"
     assert len(outcome.errors) == 1, outcome.stderr
     line = outcome.errors[0]
     assert line.startswith("error: ")
@@ -985,7 +985,7 @@ def test_two_commands_on_one_step(run: World) -> None:
 
 
 def test_one_line_from_many_ranks(world: World) -> None:
-    """Of two ranks without an input step the first alone tells, and both leave with exit code 2."""
+    """Of two ranks without an input step the first alone tells, and both leave with exit status 2."""
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
@@ -1004,7 +1004,7 @@ def test_one_line_from_many_ranks(world: World) -> None:
 
 @pytest.mark.deepspeed
 def test_one_line_through_the_launcher(world: World) -> None:
-    """`deepspeed` with two ranks and a misspelt key prints the mistake once and passes exit code 2 on."""
+    """`deepspeed` with two ranks and a misspelt key prints the mistake once and passes exit status 2 on."""
     launcher = Path(sys.executable).with_name("deepspeed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

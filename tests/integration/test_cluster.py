@@ -32,7 +32,7 @@ def test_nobody_else_can_use_it(watched: Watched) -> None:
 
 
 def test_a_failed_step_ends_the_cluster(copy_of: Callable[..., Run]) -> None:
-    """The script leaves with the step's exit code, and `wait` sees to it that no process is left."""
+    """The script leaves with the step's exit status, and `wait` sees to it that no process is left."""
     run = copy_of("judge", "rank", "align", "eval")
     clusters = Clusters()
     command = run.start_all("judge.allow_weak=false", "judge.min_quality=1.0")

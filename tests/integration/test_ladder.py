@@ -22,7 +22,7 @@ SMALL = (
 def ladder(folder: Path, *words: str, code: int = 0, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     command = ["bash", "launch/ladder.sh", str(CONFIG.relative_to(ROOT)), f"run.folder={folder}", "run.name=tiny"]
     done = start([*command, *words], folder / "printed", {"RANKS": str(ranks)}).wait(4 * LIMIT_SECONDS)
-    assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == code, f"exit status {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 

@@ -97,7 +97,7 @@ def test_a_second_run_does_nothing_and_says_so(finished: Run) -> None:
 
 
 def test_two_commands_on_one_step_do_not_mix(copy_of: Callable[..., Run], finished: Run) -> None:
-    """The second command stops with exit code 2 and names the first one's process, which goes on undisturbed."""
+    """The second command stops with exit status 2 and names the first one's process, which goes on undisturbed."""
     run = copy_of("sample", "judge", "rank", "align", "eval")
     first = run.start("sample", "generation.workers=0")
     until(lambda: any((run.path / "sample" / "shards").glob("*.jsonl")), 240, first.output, first.end)

@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Start the cluster once: two CPUs and two pretended GPUs a node. Commands run in a fresh checkout."""
+    """Start the cluster once: two CPUs and two pretended GPUs per node. Commands run in a fresh checkout."""
     if reason := ray_nodes.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
@@ -182,7 +182,7 @@ print(json.dumps(answers))
 
 
 def test_what_cannot_be_met_is_refused_with_a_table(nodes: Nodes, finished: tuple[Path, str]) -> None:
-    """More GPUs a worker than any node has: nothing is placed, the table says what each node has."""
+    """More GPUs per worker than any node has: nothing is placed, the table says what each node has."""
     copy_without(finished, "greedy", "sample", "judge", "rank", "align", "eval")
     words = step_words(nodes, "sample", "greedy", "generation.workers=1", "generation.gpus_per_worker=3")
     code, printed = nodes.inside(0, on_cluster(words))

@@ -27,8 +27,8 @@ def borrow(*steps: str) -> str:
 
 
 def must(outcome: Outcome, code: int = 0) -> Outcome:
-    """Return an outcome; fail when the exit code is another than `code`."""
-    assert outcome.code == code, f"exit code {outcome.code}\n{outcome.stdout[-2000:]}\n{outcome.stderr[-3000:]}"
+    """Return an outcome; fail when the exit status is another than `code`."""
+    assert outcome.code == code, f"exit status {outcome.code}\n{outcome.stdout[-2000:]}\n{outcome.stderr[-3000:]}"
     return outcome
 
 

@@ -1,6 +1,6 @@
 """GPUs that aren't there: tensors that say they lie on one, computed on the CPU, refused where real ones would be.
 
-Used by several_devices.py, in a process of its own: a kind of device is registered once a process, for good.
+several_devices.py runs it in a process of its own: a kind of device is registered once per process, for good.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny random networks of several families, and random items for them. Used by the numerics tests and their ranks."""
+"""Tiny random networks of several families, and random items for them.."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Environments of other projects: what is in each, and how it is made once, on demand. The one place of their versions.
 
-Used by the tests in this folder and by the benchmarks' rows against other projects. COALIGN_VLLM_VENV and the like name
+For the tests in this folder and the benchmarks against other projects. COALIGN_VLLM_VENV and the like name
 another place for an environment.
 """
 

@@ -73,4 +73,4 @@ are those of the steps and apply to every arm.
 Arms:
 {listed}
 
-Exit code: 0 done, 2 invalid input or settings (the message is above), 1 any other failure."""
+Exit status: 0 done, 2 invalid input or settings (the message is above), 1 any other failure."""
