@@ -29,7 +29,12 @@ except ModuleNotFoundError as error:
 
 def main(argv: list[str]) -> None:
     """Print the steps and the number of workers. Raises UserError for an invalid config of a pipeline."""
-    script, *words = argv
+    script, *words = argv or [""]
+    if script in ("-h", "--help"):
+        print(__doc__)
+        return
+    if script not in ("local", "ladder"):
+        raise UserError(f"{script!r} is no script that asks this; see python launch/remaining.py --help")
     if script == "ladder":
         print(workers_of_ladder(words))
         return

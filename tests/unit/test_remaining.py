@@ -71,3 +71,10 @@ def test_invalid_settings_of_a_pipeline_are_reported_before_anything_starts() ->
     outcome = ask("local", "sft.batchrows=4")
     assert outcome.code == 2 and not outcome.stdout
     assert outcome.errors == [line for line in outcome.errors if "did you mean 'batch_rows'?" in line] != []
+
+
+def test_help_and_other_scripts() -> None:
+    assert "python launch/remaining.py local" in run_recipe("remaining", "--help").stdout
+    for words in ((), ("pipeline",)):
+        outcome = run_recipe("remaining", *words)
+        assert outcome.code == 2 and len(outcome.errors) == 1
