@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 from coalign import process
 from coalign.clusters import slurm_node
@@ -43,7 +42,7 @@ def check(argv: list[str], count: bool) -> None:
     host, is_first = socket.gethostname(), os.environ.get("SLURM_NODEID", "0") == "0"
     job, restarts = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     run = RunFolder(config.run, words)
-    folder = Path(config.eval.folder) if step == "eval" and config.eval.folder else run.step(step)
+    folder = run.own_steps(config.eval.folder).get(step, run.step(step))
     if count:
         slurm_node.count_start(folder, job, restarts)
         return

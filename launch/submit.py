@@ -9,8 +9,7 @@ from coalign.clusters import slurm_flags, slurm_jobs
 from coalign.commandline import parse_command_line
 from coalign.config import Config
 from coalign.recipe import run_step
-from coalign.runs.run_folder import RunFolder
-from coalign.runs.step_folder import read_manifest
+from coalign.runs.run_folder import RunFolder, incomplete
 from coalign.steps import STEP_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +48,8 @@ def main(argv: list[str]) -> None:
         flags = [*slurm_flags.resource_flags(table, step.name, step.script), *request.flags]
         return slurm_jobs.make_command(ROOT, config.run.name, step, flags, request.words, after)
 
-    complete = [step.name for step in steps if read_manifest(step.folder) is not None]
+    left = incomplete({step.name: step.folder for step in steps})
+    complete = [step.name for step in steps if step.name not in left]
     if request.dry_run:
         missing = [step for step in steps if step.name not in complete]
         for before, step in zip([None, *missing], missing, strict=False):
@@ -67,10 +67,7 @@ def main(argv: list[str]) -> None:
 
 def find_steps(config: Config) -> list[slurm_jobs.JobStep]:
     """Return the steps of this run in order, without those taken from another run."""
-    run = RunFolder(config.run, [])
-    folders = {name: run.step(name) for name in STEP_TABLES if name not in config.run.inputs}
-    if config.eval.folder:
-        folders["eval"] = Path(config.eval.folder)
+    folders = RunFolder(config.run, []).own_steps(config.eval.folder)
     workers = config.generation.workers
     return [slurm_jobs.JobStep(name, path, slurm_jobs.script_of(name, workers)) for name, path in folders.items()]
 
