@@ -235,7 +235,7 @@ def test_two_ranks_then_one(copy_of: Callable[..., Run], finished: Run) -> None:
     run = copy_of(*LATER["sft"])
     reopen(run, "sft", 1)
     done = run.step("sft")
-    assert "the checkpoint was made by 2 ranks, now 1" in done.stdout
+    assert "the checkpoint was made by 2 ranks and is converted for 1" in done.stdout
     assert_same_curve(run.curve("sft"), finished.curve("sft"), 1e-4)
     assert_same_weights(run.path / "sft" / "model", finished.path / "sft" / "model", 1e-3)
 
@@ -247,7 +247,7 @@ def test_one_rank_then_two(copy_of: Callable[..., Run], finished: Run) -> None:
     begun = lambda: bool(checkpoints_of(run, "align"))  # noqa: E731
     interrupt(lambda: run.start("align"), run, "align", begun, Command.kill, 0.3, "model")
     done = run.step("align", ranks=2)
-    assert "the checkpoint was made by 1 ranks, now 2" in done.stdout
+    assert "the checkpoint was made by 1 ranks and is converted for 2" in done.stdout
     assert_same_curve(run.curve("align"), finished.curve("align"), 1e-4)
 
 
