@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +45,12 @@ ENGINES = {
     "peft": "models/model_folder.py",
     "safetensors": "models/model_folder.py",
 }
-HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", *ENGINES}
+HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", "pandas", "scipy", "jax", *ENGINES}
 # Only these load anything of HEAVY when they are imported; of models/, four modules answer without it.
 HEAVY_PACKAGES = {"models", "generation", "training"}
 LIGHT_MODULES = {"models/sizes.py", "models/shape.py", "models/known_shapes.py", "models/worker_memory.py"}
+# Outside these packages nothing of HEAVY is imported within a function either, but here.
+LAZY = {"recipe.py": "torch", "report/svg.py": "matplotlib", "report/experiment_table.py": "matplotlib"}
 MAX_FILES = 20  # in a folder of the package
 MEANINGLESS_STEMS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "core", "tools"}
 
@@ -77,37 +79,60 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield (dotted name, line) of every import in a file, wherever it stands."""
-    for node in ast.walk(tree_of(path)):
+def imports_in(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
+    """Yield (dotted name, line) of every import among nodes; of `from a import b` it is a.b."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}, line {node.lineno}: relative import; write the whole name"
-            if node.module == "coalign":
-                yield from ((f"coalign.{alias.name}", node.lineno) for alias in node.names)
-            else:
-                yield node.module or "", node.lineno
+            assert node.level == 0, f"line {node.lineno}: relative import; write the whole name"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "coalign":
+            yield f"coalign.{node.attr}", node.lineno
 
 
-def own_modules(names: Iterator[tuple[str, int]]) -> dict[Path, int]:
-    """Return {module of ours: line} for dotted names, of which the last part may be something in a module."""
-    found = {}
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield (dotted name, line) of every import in a file, wherever it stands."""
+    yield from imports_in(ast.walk(tree_of(path)))
+
+
+def at_once(body: Iterable[ast.stmt]) -> Iterator[ast.AST]:
+    """Yield the statements that run when a file is imported: also those within if, try, with and class."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        yield node
+        for name in ("body", "orelse", "finalbody"):
+            yield from at_once(getattr(node, name, []))
+        for handler in getattr(node, "handlers", []):
+            yield from at_once(handler.body)
+
+
+def own_modules(names: Iterable[tuple[str, int]]) -> dict[Path, int]:
+    """Return {module of ours: line} for dotted names, whose last parts may be something in a module or a package."""
+    found: dict[Path, int] = {}
     for name, line in names:
         top, *parts = name.split(".")
-        places = [PACKAGE.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(len(parts), 0, -1)]
-        if top == "coalign":
-            found |= {path: line for path in [p for p in places if p.is_file()][:1]}
+        if top != "coalign":
+            continue
+        for depth in range(len(parts), 0, -1):
+            place = PACKAGE.joinpath(*parts[:depth])
+            existing = [path for path in (place.with_name(f"{place.name}.py"), place / "__init__.py") if path.is_file()]
+            if existing:
+                found[existing[0]] = line
+                break
     return found
 
 
 def package_of(path: Path) -> str:
     """Return the package that a module is in, "" for the ground floor."""
-    return "" if path.parent == PACKAGE else path.parent.name
+    return "" if path.parent == PACKAGE else path.relative_to(PACKAGE).parts[0]
 
 
 def test_the_table_names_every_package_from_the_bottom_up() -> None:
-    assert {folder.name for folder in folders} == set(ALLOWED)
+    assert {package_of(path) for path in modules} - {""} == {folder.name for folder in folders} == set(ALLOWED)
+    nested = [place_of(path) for path in modules if len(path.relative_to(PACKAGE).parts) > 2]
+    assert not nested, "a package has no folders of modules inside"
     rows = list(ALLOWED)
     for package, below in ALLOWED.items():
         assert all(rows.index(other) < rows.index(package) for other in below), f"{package} names a row below its own"
@@ -157,23 +182,27 @@ def test_engine_is_imported_through_its_own_module(path: Path) -> None:
 @functools.cache
 def loaded_with(path: Path) -> frozenset[str]:
     """Return every name that importing a file imports at once, through our own modules too."""
-    names: set[str] = set()
-    for node in tree_of(path).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name for name, _ in imports_in(at_once(tree_of(path).body))}
     below = own_modules((name, 0) for name in names)
-    return frozenset(names).union(*(loaded_with(module) for module in below))
+    return frozenset(names).union(*(loaded_with(module) for module in below if module != path))
+
+
+def heavy_in(names: Iterable[str]) -> set[str]:
+    """Return which of HEAVY is among dotted names."""
+    return {name.partition(".")[0] for name in names} & HEAVY
 
 
 @each_module
 def test_module_outside_the_engines_loads_nothing_heavy(path: Path) -> None:
     """Pure text and numbers answer at once, on a machine without any engine."""
-    if package_of(path) in HEAVY_PACKAGES and place_of(path) not in LIGHT_MODULES:
+    place = place_of(path)
+    if package_of(path) in HEAVY_PACKAGES and place not in LIGHT_MODULES:
         return
-    heavy = {name for name in loaded_with(path) if name.partition(".")[0] in HEAVY - {"datasets"}}
-    assert not heavy or place_of(path) in ENGINES.values(), f"importing {place_of(path)} imports {sorted(heavy)}"
+    heavy = heavy_in(loaded_with(path))
+    assert heavy <= {"datasets"} and (not heavy or package_of(path) == "data"), f"importing {place} imports {heavy}"
+    doors = {engine for engine, door in ENGINES.items() if door == place}
+    anywhere = heavy_in(name for name, _ in imports_of(path)) - doors - {LAZY.get(place, "")}
+    assert not anywhere, f"{place} imports {anywhere}; only models/, generation/ and training/ may"
 
 
 @pytest.mark.parametrize("path", recipes, ids=lambda path: path.stem)
@@ -190,12 +219,9 @@ def test_root_config_stays_in_the_recipes(path: Path) -> None:
         return
     if package_of(path) == "planning":
         return
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "coalign.config":
-            names = {alias.name for alias in node.names}
-            assert "Config" not in names, (
-                f"{place_of(path)}, line {node.lineno}: take the values or the table that you need"
-            )
+    whole = {"coalign.config", "coalign.config.Config", "coalign.config.*"}
+    taken = [f"line {line}: {name}" for name, line in imports_of(path) if name in whole]
+    assert not taken, f"{place_of(path)} takes the root Config ({taken}); take the values or the table that you need"
 
 
 def test_source_root_is_no_package() -> None:
@@ -268,6 +294,18 @@ def is_true(call: ast.Call, keyword: str) -> bool:
 
 
 @each_source
+def test_imports_are_statements(path: Path) -> None:
+    """The rules above read statements; an import by a call would pass them unseen."""
+    hidden = [
+        node.lineno
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"__import__|exec|eval|(importlib\.)?import_module", ast.unparse(node.func))
+    ]
+    assert not hidden, f"{path.name}, lines {hidden}: write an import statement"
+
+
+@each_source
 def test_nothing_runs_code_from_a_file(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.Call):
@@ -307,3 +345,44 @@ def test_no_path_of_one_machine() -> None:
             continue
         found += [f"{path.relative_to(ROOT)}, line {i}" for i, line in enumerate(lines, 1) if machine.search(line)]
     assert not found
+
+
+# The rules read one form of import after another; each must be seen, wherever it stands.
+@pytest.mark.parametrize(
+    ("text", "module"),
+    [
+        ("from coalign.training import loop", "training/loop.py"),
+        ("from coalign.training import loop as other", "training/loop.py"),
+        ("from coalign.training.loop import train", "training/loop.py"),
+        ("from coalign.training.loop import *", "training/loop.py"),
+        ("import coalign.training.loop", "training/loop.py"),
+        ("import coalign.training.loop as other", "training/loop.py"),
+        ("from coalign import training", "training/__init__.py"),
+        ("from coalign.training import *", "training/__init__.py"),
+        ("import coalign.training", "training/__init__.py"),
+        ("import coalign\ncoalign.training.loop.train()", "training/__init__.py"),
+        ("def f():\n    from coalign.training import loop", "training/loop.py"),
+        ("if TYPE_CHECKING:\n    from coalign.training import loop", "training/loop.py"),
+        ("from coalign import config", "config.py"),
+        ("from coalign.config import Config", "config.py"),
+    ],
+)
+def test_every_form_of_import_is_seen(text: str, module: str) -> None:
+    found = own_modules(imports_in(ast.walk(ast.parse(text))))
+    assert [place_of(path) for path in found] == [module]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("import torch", True),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", True),
+        ("try:\n    pass\nexcept ImportError:\n    import torch", True),
+        ("if True:\n    pass\nelse:\n    import torch", True),
+        ("with suppress(ImportError):\n    import torch", True),
+        ("class A:\n    import torch.nn", True),
+        ("def f():\n    import torch", False),
+    ],
+)
+def test_what_runs_on_import_is_seen(text: str, seen: bool) -> None:
+    assert heavy_in(name for name, _ in imports_in(at_once(ast.parse(text).body))) == ({"torch"} if seen else set())
