@@ -43,9 +43,9 @@ def read_metrics(folder: Path) -> tuple[Path, Metrics]:
         if path.is_file():
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: malformed JSON ({error}); run eval again") from error
-            if not isinstance(content, dict) or "models" not in content:
+            if not isinstance(content, dict) or not content.get("models"):
                 raise UserError(f"{path} was not written by eval; name a run whose eval step is complete")
             return place, from_json(content, str(path))
     if together := _evaluated_together(folder.resolve()):
@@ -63,7 +63,7 @@ def _evaluated_together(folder: Path) -> Path | None:
     for path in sorted(folder.parent.glob(f"eval*/{METRICS_FILE}")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and folder.name in content.get("models", ()):
             return path.parent

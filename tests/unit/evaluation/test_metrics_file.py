@@ -121,6 +121,13 @@ def declared_keys(kind: Any) -> set[str]:
     return keys
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": {}}', "[" * 20_000])
+def test_what_eval_did_not_write_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(UserError, match=r"metrics\.json(: malformed JSON| was not written by eval)"):
+        metrics_file.read_metrics(tmp_path)
+
+
 def test_every_declared_field_is_on_disk(written: dict[str, Any]) -> None:
     assert declared_keys(Metrics) == written.keys() - {"version"}
     metrics = metrics_file.from_json(written)
