@@ -31,13 +31,13 @@ def judge_requests(
     UserError when `too_long` is "error".
     """
     verdicts = [codec.encode_plain(YES), codec.encode_plain(NO)]
-    room = codec.max_tokens - max(map(len, verdicts))
+    longest = max(map(len, verdicts))
     requests: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
     for index, pair in enumerate(pairs):
         ids = codec.encode_prompt(same_answer_question(*pair))
         what = f"eval.agreement: the question whether {pair[0][:40]!r} and {pair[1][:40]!r} mean the same"
-        if fits(len(ids), room, too_long, what, "count such pairs as not agreeing", "judge"):
+        if fits(len(ids) + longest, codec.max_tokens, too_long, what, "count such pairs as not agreeing", "judge"):
             requests.append({"pair": index, "prompt_ids": ids, "continuations": verdicts})
         else:
             dropped.append({"reason": "too_long_for_judge", "answers": list(pair), "num_tokens": len(ids)})

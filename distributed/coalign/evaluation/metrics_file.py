@@ -65,6 +65,7 @@ def _evaluated_together(folder: Path) -> Path | None:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(content, dict) and folder.name in content.get("models", ()):
+        models = content.get("models") if isinstance(content, dict) else None
+        if isinstance(models, dict) and folder.name in models:
             return path.parent
     return None

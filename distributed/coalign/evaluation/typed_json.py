@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,7 +68,7 @@ def read_version(kind: type[Declared], content: dict[str, Any], version: int, fi
             " coalign, or run the step again with this one"
         )
     try:
-        return from_json(kind, rest, older=found == 0)
+        return from_json(kind, rest, older=found < version)
     except MalformedError as error:
         raise UserError(f"{file}: {error}; restore the file as it was written, or run the step again") from error
 
@@ -132,6 +133,8 @@ def _read_object(kind: type, value: dict[str, Any], path: str, older: bool) -> A
 def _checked(kind: Any, value: Any, path: str, expected: str, boolean: bool = False) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and not boolean):
         raise MalformedError(f"{path or 'the file'}: {expected} was expected, not {_short(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MalformedError(f"{path}: a finite number was expected, not {value}")
     return value
 
 

@@ -217,7 +217,7 @@ def is_current(folder: Path, settings: Settings, run: RunFolder, files: dict[str
     """Return whether a step is complete with these settings and with the results that its inputs have now.
 
     Where it is not, or where it has read what isn't known here, the step itself knows what to do or to say. `files`
-    holds the digests that files beside the run have now, by the names of artifacts.StepFolder; `models` is eval.models.
+    holds the digests that files beside the run have now, by the names of StepFolder; `models` is eval.models.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest["config"] != json.loads(json.dumps(settings)):

@@ -145,3 +145,31 @@ def test_every_declared_field_is_on_disk(written: dict[str, Any]) -> None:
 def test_settings_may_be_anything() -> None:
     metrics = dataclasses.replace(results(), settings={"eval.models": {"a b": "base"}, "run.seed": 1, "x": [None]})
     assert metrics_file.from_json(json.loads(json.dumps(metrics_file.to_json(metrics)))) == metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form whose second version has a new field."""
+
+    a: float
+    new: str = ""
+
+
+def test_every_older_version_may_lack_a_new_field() -> None:
+    for version in (0, 1):
+        assert typed_json.read_version(Form, {"version": version, "a": 1.0}, 2, "f") == Form(1.0)
+    with pytest.raises(UserError, match="f: new: "):
+        typed_json.read_version(Form, {"version": 2, "a": 1.0}, 2, "f")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match="f: a: a finite number was expected"):
+        typed_json.read_version(Form, {"version": 2, "a": value, "new": ""}, 2, "f")
+
+
+def test_a_neighbour_without_models_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text('{"models": null}')
+    with pytest.raises(UserError, match="holds neither"):
+        metrics_file.read_metrics(tmp_path / "x")
