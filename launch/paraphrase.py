@@ -29,23 +29,27 @@ def main(argv: list[str]) -> None:
     # Before the step's folder is made, so that an invalid file leaves nothing behind that holds its digest.
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
     files = read_wordings(table.files, {task.id: task for task in tasks})
-    wanted = filtering.settle(tasks, files, table, config.run.seed).wanted
+    filtering.check_files(tasks, files, table)
     step = command.begin(["prepare"], digests | (digest_model_files(config.model) if table.num_wordings else {}))
     if step is None:
         return
-    total = sum(wanted.values())
-    plan = f"{len(files.wordings)} wordings from files, {total} rewrites to ask the model for, {len(tasks)} tasks"
-    step.announce(plan, with_model=total > 0)
+    answers: dict[str, list[Row]] = {}
 
-    answers, too_long = ask_for_rewrites(step, tasks, wanted) if total else ({}, set())
-    settled = filtering.settle(tasks, files, table, config.run.seed, answers, too_long)
+    def ask(wanted: dict[str, int]) -> tuple[dict[str, list[Row]], set[str]]:
+        total, given = sum(wanted.values()), f"{len(files.wordings)} wordings from files"
+        step.announce(f"{given}, {total} rewrites to ask the model for, {len(tasks)} tasks", with_model=total > 0)
+        found = ask_for_rewrites(step, tasks, wanted) if total else ({}, set())
+        answers.update(found[0])
+        return found
+
+    settled = filtering.settle(tasks, files, table, config.run.seed, ask)
     step.output.write_output("wordings.jsonl", (to_row(w) for task in tasks for w in settled.by_task[task.id]))
     step.output.write_output("dropped.jsonl", settled.dropped)
     counts = filtering.count_wordings(tasks, settled, table)
     filtering.log_result(counts, settled)
-    num_tokens = sum(answer["num_tokens"] for given in answers.values() for answer in given)
-    cores = cores_used(config.generation, config.run) if total else 1
-    step.output.commit(counts | {"tokens_generated": num_tokens, "cores": cores})
+    counts["tokens_generated"] = sum(answer["num_tokens"] for given in answers.values() for answer in given)
+    cores = cores_used(config.generation, config.run) if any(settled.wanted.values()) else 1
+    step.output.commit(counts | {"cores": cores})
     inputs = (read_manifest(prepared) or {})["counts"]["inputs"][config.sft.split]
     num_rows = config.sft.num_drawn(inputs, config.sft.batch_rows)
     encode_ahead(Path(__file__).with_name("sft.py"), step.run, num_rows, close_pools)
@@ -67,9 +71,8 @@ def ask_for_rewrites(
     too_long = check_lengths(lengths, codec.max_tokens, config.model.too_long)
     fitting = [row for row in requests if row["task"] not in too_long]
     sampling = Sampling(table.max_new_tokens, temperature=table.temperature, top_p=table.top_p)
-    worker = functools.partial(
-        make_generate_worker, folder, config.model, config.generation, sampling, config.run.threads
-    )
+    options = (folder, config.model, config.generation, sampling, config.run.threads)
+    worker = functools.partial(make_generate_worker, *options)
     return answers_in_turn(run_shards(step.output, fitting, worker, config.generation, "paraphrase")), too_long
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from coalign.config import ParaphraseTable
@@ -30,6 +30,9 @@ from coalign.wordings.wordings import (
 )
 
 logger = logging.getLogger("coalign")
+
+# {task: rewrites wanted} -> a model's answers to each task in the order to try, and the tasks too long for its context
+Ask = Callable[[dict[str, int]], tuple[Mapping[str, Sequence[Row]], Collection[str]]]
 
 
 def drop_repeats(
@@ -104,29 +107,41 @@ class Settled:
     originals: list[str]
 
 
+def check_files(tasks: Sequence[Task], files: WordingFiles, table: ParaphraseTable) -> None:
+    """Raise UserError for a wording in a file that takes the id of the task's own instruction for another text."""
+    instructions = {task.id: task.instruction for task in tasks}
+    for wording in files.wordings:
+        instruction = instructions[wording.task]
+        if wording.id == ORIGINAL and similarity(wording.text, instruction) < table.max_similarity:
+            raise UserError(
+                f"{wording.source.removeprefix(FILE_PREFIX)}: task {wording.task!r} has a wording with the id"
+                f" {ORIGINAL!r}, which is reserved for the task's own instruction; give it another id"
+            )
+
+
 def settle(
     tasks: Sequence[Task],
     files: WordingFiles,
     table: ParaphraseTable,
     seed: int,
-    answers: Mapping[str, Sequence[Row]] | None = None,
-    too_long: Collection[str] = (),
+    ask: Ask = lambda _: ({}, ()),
 ) -> Settled:
     """Decide which wordings every task keeps: its original, those from files, and rewrites among a model's answers.
 
-    `answers` maps a task to the model's answers, in the order to try. Without it only the files are settled, and
-    `wanted` is what to ask the model for. `too_long` are the tasks whose instruction exceeds the model's context.
-    Raises UserError for a wording in a file that has the id of the task's own instruction.
+    `ask` is called once, with the number of rewrites that each task needs beside its files. Raises UserError as
+    `check_files` does.
     """
+    check_files(tasks, files, table)
     by_task, dropped = _merge_files(tasks, files, table, seed)
     wanted = {task.id: _num_wanted(task, by_task[task.id], table) for task in tasks}
+    answers, too_long = ask(wanted)
     dropped += [
         {"task": t.id, "text": t.instruction, "reason": "longer_than_context"} for t in tasks if t.id in too_long
     ]
     found = (w for wordings in by_task.values() for w in wordings if w.split != "train")
     held_out = NearRepeats(table.max_similarity, map(bare_text, found))
     for task in tasks:
-        from_files, given = by_task[task.id], (answers or {}).get(task.id, ())
+        from_files, given = by_task[task.id], answers.get(task.id, ())
         accepted, bad = choose_rewrites(task, from_files, given, wanted[task.id], table, held_out)
         dropped += bad
         fixed, together = {wording.id for wording in from_files}, [*from_files, *accepted]
@@ -151,16 +166,10 @@ def _merge_files(
     by_task: dict[str, list[Wording]] = {task.id: [original_wording(task)] for task in tasks}
     dropped = list(files.dropped)
     for wording in files.wordings:
-        first = by_task[wording.task][0]
         if wording.id != ORIGINAL:
             by_task[wording.task].append(wording)
-        elif similarity(wording.text, first.text) >= table.max_similarity:
-            dropped.append({"task": wording.task, "id": wording.id, "text": wording.text, "reason": "near_duplicate"})
         else:
-            raise UserError(
-                f"{wording.source.removeprefix(FILE_PREFIX)}: task {wording.task!r} has a wording with the id"
-                f" {ORIGINAL!r}, which is reserved for the task's own instruction; give it another id"
-            )
+            dropped.append({"task": wording.task, "id": wording.id, "text": wording.text, "reason": "near_duplicate"})
     with_split: dict[str, set[str]] = defaultdict(set)
     for task_id, id_ in files.with_split:
         with_split[task_id].add(id_)

@@ -216,7 +216,7 @@ def test_rewrites_and_files_are_compared_with_the_held_out_wordings_of_other_tas
     assert [w.id for w in settled.by_task["t"]] == ["original"]
     assert [(row["task"], row["id"], row["reason"]) for row in settled.dropped] == [("t", "x", "held_out")]
     answers = {"t": [{"text": "Which is the total of these numbers?", "finish": "stop"}]}
-    again = settle(tasks, given, TABLE, 0, answers)
+    again = settle(tasks, given, TABLE, 0, lambda _: (answers, ()))
     assert again.by_task == settled.by_task and again.wanted == settled.wanted
     assert [row["reason"] for row in again.dropped] == ["held_out", "held_out"]
 
@@ -236,7 +236,7 @@ def test_rewrites_fill_up_what_files_lack_and_every_loss_has_its_reason() -> Non
         "?",
     ]
     answers = {"t": [{"text": text, "finish": "stop"} for text in texts]}
-    settled = settle(tasks, files, few, 0, answers, {"long"})
+    settled = settle(tasks, files, few, 0, lambda _: (answers, {"long"}))
     kept = {w.id: w.split for w in settled.by_task["t"]}
     assert kept["original"] == "train" and kept["w1"] == "test" and {*kept} == {"original", "w1", "model:0", "model:1"}
     reasons = {(row["task"], row["reason"]) for row in settled.dropped}
