@@ -6,6 +6,7 @@ import fcntl
 import fnmatch
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Remember skipped modules."""
     _remember(report)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a test module that imports Ray: the tests of that process could start no private cluster."""
+    if "ray" in sys.modules:
+        raise pytest.UsageError("a test module imports ray at its top; import it in a process of its own")
 
 
 @pytest.hookimpl(trylast=True)

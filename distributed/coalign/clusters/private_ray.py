@@ -57,7 +57,17 @@ def start_holder(workers: int) -> subprocess.Popen[str]:
 
 
 def _make_private() -> None:
-    """Restrict the cluster: only who has the token runs code in it, and only this machine reaches its ports."""
+    """Restrict the cluster: only who has the token runs code in it, and only this machine reaches its ports.
+
+    Raises UserError when this process has imported Ray with other settings: Ray reads them once, and would try for ever
+    to reach the cluster at another address without the token.
+    """
+    if "ray" in sys.modules and sys.modules["ray"]._private.ray_constants.ENABLE_RAY_CLUSTER:
+        raise UserError(
+            "this process imported ray before coalign could restrict it to this machine; start the private cluster"
+            " first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before the"
+            " import"
+        )
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"

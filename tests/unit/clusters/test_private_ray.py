@@ -106,3 +106,17 @@ def test_a_start_that_fails_or_aborts_is_tried_again(ends: str, printed: str, co
     holder.stdin.close()
     assert holder.wait(60) == code
     assert not any(folder.exists() for folder in folders)
+
+
+IMPORTED_BEFORE = """
+import ray
+from coalign.clusters.ray_connection import Cluster
+
+Cluster("", 1)
+"""
+
+
+def test_a_process_that_has_imported_ray_is_told_so() -> None:
+    """Ray reads at its import whether it may use 127.0.0.1 and a token; connecting would time out again and again."""
+    found = subprocess.run([sys.executable, "-c", IMPORTED_BEFORE], capture_output=True, text=True, timeout=100)
+    assert "UserError: this process imported ray before coalign" in found.stderr
