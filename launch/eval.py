@@ -85,16 +85,16 @@ def ask_model(
 
     table, settings = config.eval, config.generation
     model = tested_models.model_table(table.models[name.partition("-")[2]], config.model)
-    codec = model_folder.load_codec(folder, model)
-    requests, left_out = build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
+    codec = model_folder.load_codec(folder, model, step.date)
+    room = model.answer_tokens(table.max_new_tokens)
+    requests, left_out = build_requests(pairs, codec, model.too_long, room, lambda _: [0])
     too_long = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
 
     def generate(what: str, asked: list[Request], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
-        sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
+        sampling = workers.Sampling(room, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
-        shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        rows = [request.to_row() for request in asked]
+        shards, rows = re.sub(r"[^\w.-]", "_", f"{name}-{what}"), [request.to_row() for request in asked]
         return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     return evaluation.collect_answers(requests, table, settings, config.run.seed, generate), too_long
@@ -108,7 +108,7 @@ def ask_judge(
     from coalign.models import model_folder
 
     model = table_for_other_model(config.model)
-    codec = model_folder.load_codec(folder, model)
+    codec = model_folder.load_codec(folder, model, step.date)
     requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
     dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)

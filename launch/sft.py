@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     config, table, output = step.config, step.config.sft, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, step.needs["prepare"])
-    codec = load_codec(source, config.model)
+    codec = load_codec(source, config.model, step.output.date)
     wordings, rows = step.read(Wording), output.path / "shards" / "rows"
     chosen = training_wordings(wordings, table.wordings)
 

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from coalign.config import Config
 from coalign.tables import Table as Table
 
 
 def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool = True) -> dict[str, Any]:
-    """Return {"table.key": value} of the tables, flat; `with_neutral` False leaves out the neutral keys."""
+    """Return {"table.key": value} of the tables, flat; `with_neutral` False leaves out what a manifest does.
+
+    Those are neutral keys, and later keys at their default.
+    """
     flat: dict[str, Any] = {}
     for name in tables:
         _collect(getattr(config, name), name, flat, with_neutral)
@@ -39,13 +44,17 @@ def differing_values(values: dict[str, Any]) -> dict[str, Any]:
 def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool) -> None:
     for key, field in type(table).model_fields.items():
         value = getattr(table, key)
-        extra = field.json_schema_extra
         if isinstance(value, Table):
             _collect(value, f"{prefix}.{key}", flat, with_neutral)
-        elif with_neutral or not (isinstance(extra, dict) and extra.get("neutral")):
+        elif with_neutral or not _left_out(value, field):
             flat[f"{prefix}.{key}"] = (
                 [v.model_dump() if isinstance(v, Table) else v for v in value] if isinstance(value, list) else value
             )
+
+
+def _left_out(value: Any, field: FieldInfo) -> bool:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return bool(extra.get("neutral") or (extra.get("later") and value == field.default))
 
 
 def known_keys() -> list[str]:
