@@ -72,9 +72,10 @@ def ask_for_rewrites(
     too_long = check_lengths(lengths, codec.max_tokens, config.model.too_long)
     fitting = [row for row in requests if row["task"] not in too_long]
     sampling = Sampling(room, temperature=table.temperature, top_p=table.top_p)
-    options = (folder, config.model, config.generation, sampling, config.run.threads)
-    worker = functools.partial(make_generate_worker, *options)
-    return answers_in_turn(run_shards(step.output, fitting, worker, config.generation, "paraphrase")), too_long
+    make = functools.partial(
+        make_generate_worker, folder, config.model, config.generation, sampling, config.run.threads
+    )
+    return answers_in_turn(run_shards(step.output, fitting, make, config.generation, "paraphrase")), too_long
 
 
 if __name__ == "__main__":

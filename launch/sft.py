@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
         counts = totals | found
-        write_card(output, step.run, counts, codec.end_of_turn)
+        write_card(output, step.run, counts, codec.end_of_turn, codec.turn.describe())
         output.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
 from coalign.models.codec import Codec
+from coalign.models.stop_tokens import end_with, load_generation_config, stops_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -97,31 +98,7 @@ def load_codec(folder: str, table: ModelTable, date: str = "") -> Codec:
 
     `date` (YYYY-MM-DD, empty: today) is for a template that writes one. Raises UserError, see Codec.
     """
-    return Codec(load_tokenizer(folder, table), table, _stops_of(load_generation_config(folder, table)), date)
-
-
-def load_generation_config(folder: str, table: ModelTable) -> GenerationConfig | None:
-    """Return the generation config of a model folder or hub name, None without one.
-
-    Raises UserError for one that can't be read.
-    """
-    if Path(folder).exists() and not Path(folder, "generation_config.json").exists():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder, revision=table.revision)
-    except OSError as error:
-        if Path(folder).exists():
-            raise UserError(f"{folder}: generation_config.json can't be read: {_first_line(error)}") from error
-        logger.debug("%s has no generation config", folder)
-        return None
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{folder}: generation_config.json is damaged: {_first_line(error)}") from error
-
-
-def _stops_of(config: GenerationConfig | None) -> list[int]:
-    """Return the ids that end a text by a generation config's list."""
-    stops = config.eos_token_id if config is not None else None
-    return [index for index in (stops if isinstance(stops, list) else [stops]) if type(index) is int]
+    return Codec(load_tokenizer(folder, table), table, stops_of(load_generation_config(folder, table)), date)
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
@@ -260,9 +237,9 @@ def export_model(
     """Write a model folder that appears only when it is whole and verified.
 
     `state` holds weights on the CPU under the model's own names; config and generation config come from `source`, the
-    model that training started from, with `stops` as the tokens that end a text. The folder is reopened as a user would open it: keys, shapes, values and tied
-    weights are compared, then `check(model)` returns a complaint or None. Raises UserError when the disk is full and
-    RuntimeError when a check fails.
+    model that training started from, with `stops` as the tokens that end a text. The folder is reopened as a user would
+    open it: keys, shapes, values and tied weights are compared, then `check(model)` returns a complaint or None. Raises
+    UserError when the disk is full and RuntimeError when a check fails.
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
@@ -273,7 +250,7 @@ def export_model(
     generation = load_generation_config(source, table)
     if generation is not None:
         shell.generation_config = generation
-    _end_with(shell, stops)
+    end_with(shell, stops)
 
     def write(target: Path) -> None:
         shell.save_pretrained(target, state_dict=dict(state))  # a copy, since save_pretrained empties it
@@ -283,19 +260,6 @@ def export_model(
             raise RuntimeError(f"the exported model failed its check and was not kept: {complaint}")
 
     replace_folder(folder, write)
-
-
-def _end_with(shell: Any, stops: Sequence[int]) -> None:
-    """Write into a model's configs which tokens end a text; what they name already stays, after those of `stops`."""
-    if not stops:
-        return
-    theirs = _stops_of(shell.generation_config)
-    ends = list(dict.fromkeys([*stops, *theirs]))
-    value = ends[0] if len(ends) == 1 else ends
-    shell.generation_config.eos_token_id = value
-    for config in {id(config): config for config in (shell.config, _text_config(shell.config))}.values():
-        if hasattr(config, "eos_token_id"):
-            config.eos_token_id = value
 
 
 def _compare_folder(

@@ -54,6 +54,21 @@ class Turn:
     asked: str
     has_system: bool
 
+    def describe(self) -> str:
+        """Return a sentence or two on thoughts for the model's card, "" for a template without any."""
+        prompt = self.whole.split(ANSWER)[0] if self.own_prompt else self.asked
+        end = f"the prompt ends with `{prompt.rstrip()[-40:]!r}`"
+        if self.thinking == "strip":
+            return (
+                "Answers were sampled with thoughts, which were taken off before anything was judged, compared or"
+                f" counted. Training saw answers without a thought, as the chat template writes them: {end}."
+            )
+        if self.thinking == "keep":
+            return "A thought that the model wrote is part of its answer, in training as in every comparison."
+        if self.own_prompt or CLOSE.search(self.asked):
+            return f"Training, sampling and evaluation were without thinking: {end}."
+        return ""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:

@@ -20,7 +20,8 @@ LLAMA_2 = (
     "{% endif %}{% endfor %}"
 )
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\n\n' + m['content'] | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"
 )
 LLAMA_31 = (
@@ -36,7 +37,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<|start|>' + role + '\n' + m['content'] | trim + '<|eot|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}"
@@ -93,11 +95,9 @@ QWEN_3 += (
 # History has no thoughts, the generation prompt an empty one: as in several hybrid models.
 FORGETS_THOUGHTS = CHATML.replace("<|im_start|>assistant\n'", "<|im_start|>assistant\n<think>\n\n</think>\n\n'")
 # Thinking is switched by the variable `thinking`, and on by default.
-THINKS_BY_DEFAULT = (
-    CHATML.replace(
-        "{{ '<|im_start|>assistant\n' }}",
-        "{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if thinking is false else '<think>\n') }}",
-    )
+THINKS_BY_DEFAULT = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if thinking is false else '<think>\n') }}",
 )
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"

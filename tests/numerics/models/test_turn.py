@@ -1,4 +1,4 @@
-"""The turn that is trained is the chat template's own: families, thoughts, dates, limits, templates that lose a text."""
+"""The trained turn is the chat template's own: families, thoughts, dates, limits, templates that lose a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from numerics.models.test_codec import make_tokenizer
 
 HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 OFF = [
-    *("CHATML", "CHATML_WITH_SYSTEM", "LLAMA_2", "LLAMA_3", "LLAMA_31", "MISTRAL", "GEMMA", "PHI_3", "ZEPHYR", "VICUNA"),
+    *(
+        "CHATML",
+        "CHATML_WITH_SYSTEM",
+        "LLAMA_2",
+        "LLAMA_3",
+        "LLAMA_31",
+        "MISTRAL",
+        "GEMMA",
+        "PHI_3",
+        "ZEPHYR",
+        "VICUNA",
+    ),
     *("ALPACA", "COMMAND_R", "GRANITE", "QWEN_3", "FORGETS_THOUGHTS", "THINKS_BY_DEFAULT", "HARMONY"),
     "NO_GENERATION_PROMPT",
 ]
@@ -117,7 +128,11 @@ def test_kept_thoughts_belong_to_the_answer() -> None:
         ("QWEN_3", "Four", "Four"),
         ("LLAMA_3", "[THINK]2[/THINK]Four", "Four"),
         ("LLAMA_3", "a < b and c</d>", "a < b and c</d>"),
-        ("HARMONY", "<|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>Four", "Four"),
+        (
+            "HARMONY",
+            "<|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>Four",
+            "Four",
+        ),
         ("HARMONY", "<|channel|>analysis<|message|>2 and", ""),
     ],
 )
@@ -211,7 +226,9 @@ def test_a_date_is_that_of_the_run(name: str) -> None:
     first, again, other = (codec_of(name, date=day) for day in ("2026-12-01", "2026-12-01", "2027-01-09"))
     assert first.encode_prompt("a?") == again.encode_prompt("a?") != other.encode_prompt("a?")
     assert first.digest() == again.digest() != other.digest()
-    assert codec_of(name).encode_prompt("a?") == codec_of(name, date=datetime.datetime.now(datetime.UTC).date().isoformat()).encode_prompt("a?")
+    assert codec_of(name).encode_prompt("a?") == codec_of(
+        name, date=datetime.datetime.now(datetime.UTC).date().isoformat()
+    ).encode_prompt("a?")
 
 
 def test_every_part_of_a_date_is_as_the_clock_writes_it() -> None:
