@@ -171,7 +171,7 @@ class Codec:
         rest = text[closed[-1] :] if closed else text
         if OPEN.search(rest) or (self.turn.opens and not closed):
             return []
-        return self._encode_template(rest) if closed else ids
+        return self._encode_template(rest.lstrip()) if closed else ids
 
     def _default_bos(self) -> int | None:
         """Return the BOS id when the tokenizer or the template puts one before a text, else None."""
