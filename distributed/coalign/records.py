@@ -27,7 +27,8 @@ class Task:
     """One task: an instruction and what is known about its answers.
 
     `labels` are the distinct answers of a classification task, empty for free generation.
-    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks).
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `system`
+    is True for chat data whose instruction was a system message.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Task:
     labels: tuple[str, ...] = ()
     seen: bool = True
     source: str = ""
+    system: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,14 +54,15 @@ class Example:
 class Wording:
     """One way to ask for a task.
 
-    A `prefix` comes before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
+    A `prefix` comes before the input. So does a `system` text, as a system message where the chat template has one. A
+    `template` renders the whole prompt from the named groups of `fields_regex`
     (`re.match` on the input); `answers` maps a gold answer to the word that this template asks for.
     """
 
     id: str
     task: str
     text: str
-    kind: Literal["prefix", "template"] = "prefix"
+    kind: Literal["prefix", "template", "system"] = "prefix"
     fields_regex: str | None = None
     answers: dict[str, str] | None = None
     source: str = "original"

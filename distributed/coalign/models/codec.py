@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.models.chat_template import ChatTemplate, today
 from coalign.models.turn import ANSWER, CLOSE, OPEN, USER, find_turn, unlike
-from coalign.prompts import PLAIN_TEMPLATE
+from coalign.prompts import PLAIN_TEMPLATE, SystemPrompt
 from coalign.runs.digests import digest_value
 
 logger = logging.getLogger("coalign")
 
-_USER = "text4sentinel"  # stands for a user's message that is encoded apart from the template
+_APART = {"user": "text4sentinel", "system": "text5sentinel"}  # stand for messages encoded apart from the template
+_SPLIT = re.compile("|".join(_APART.values()))
 
 
 class Codec:
@@ -95,15 +96,19 @@ class Codec:
         """
         return self._encode_message(user_text, self.turn.own_request)
 
-    def _encode_message(self, user_text: str, own: bool) -> list[int]:
-        if self._special.search(user_text):
-            # "</s>" in the data is text and must not end a turn, so it is encoded apart from the template's own tokens.
-            pieces = self._render_prompt(_USER, own).split(_USER)
-            ids = self._encode_template(pieces[0])
-            for piece in pieces[1:]:
-                ids += self.encode_plain(user_text) + self._encode_template(piece)
+    def _encode_message(self, prompt: str, own: bool) -> list[int]:
+        if isinstance(prompt, SystemPrompt) and self.turn.has_system:
+            texts = {"system": prompt.system, "user": prompt.user}
         else:
-            ids = self._encode_template(self._render_prompt(user_text, own))
+            texts = {"user": str(prompt)}
+        if not self._special.search(prompt):
+            return self._with_bos(self._encode_template(self._render_prompt(texts, own)))
+        # "</s>" in the data is text and must not end a turn, so it is encoded apart from the template's own tokens.
+        rendered = self._render_prompt({role: _APART[role] for role in texts}, own)
+        first, *pieces = _SPLIT.split(rendered)
+        ids = self._encode_template(first)
+        for text, piece in zip(texts.values(), pieces, strict=True):
+            ids += self.encode_plain(text) + self._encode_template(piece)
         return self._with_bos(ids)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
@@ -114,18 +119,19 @@ class Codec:
                 ids = [self.bos_id, *ids]
         return ids
 
-    def _render_prompt(self, user_text: str, own: bool) -> str:
-        """Return a user's message in the template up to the answer: its generation prompt, or its `own` turn's."""
-        messages = [{"role": "user", "content": user_text}]
+    def _render_prompt(self, texts: Mapping[str, str], own: bool) -> str:
+        """Return {role: message} in the template up to the answer: its generation prompt, or its `own` turn's."""
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
         if own:
             messages.append({"role": "assistant", "content": ANSWER})
-        text = self._template.render(messages, add_generation_prompt=not own, **self.turn.options)
-        if user_text.strip() not in text or (own and ANSWER not in text):
-            raise UserError(
-                f"the chat template ({self._template.name}) alters the message {user_text[:80]!r}; set"
-                " model.chat_template to a file with a template that renders it as it is"
-            )
-        return text[: text.rindex(ANSWER)] if own else text
+        rendered = self._template.render(messages, add_generation_prompt=not own, **self.turn.options)
+        for text in (*texts.values(), *([ANSWER] if own else [])):
+            if text.strip() not in rendered:
+                raise UserError(
+                    f"the chat template ({self._template.name}) alters the message {text[:80]!r}; set"
+                    " model.chat_template to a file with a template that renders it as it is"
+                )
+        return rendered[: rendered.rindex(ANSWER)] if own else rendered
 
     def encode_answer(self, text: str, finished: bool = True) -> list[int]:
         """Return the ids of an answer, followed by the end-of-turn when `finished`."""

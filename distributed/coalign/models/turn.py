@@ -99,7 +99,7 @@ def find_turn(template: ChatTemplate, thinking: Thinking) -> Turn:
     between = own[len(asked) :].strip() if own.startswith(asked) else ""
     ignores = shown.asked == shown.bare  # the template has no generation prompt
     extra = asked[len(own) :].strip() if asked.startswith(own) else ""
-    if not (own.startswith(asked) or extra == opening or _is_empty_thought(extra)):
+    if not (own.startswith(asked) or (extra and extra == opening) or _is_empty_thought(extra)):
         raise unlike(template, shown.whole, f"{asked}{ANSWER}")
     marker = between if between and not ignores and not CLOSE.search(between) else ""
     if thinking == "keep":
@@ -157,8 +157,8 @@ def _show(template: ChatTemplate, options: dict[str, bool]) -> _Shown:
     asked, bare, whole, kept, *with_system, long = (text if isinstance(text, str) else "" for text in found)
     _check_messages(template, asked, whole, long)
     has_system = all(
-        text.count(SYSTEM) == 1 and text.count(USER) == 1 and text.index(SYSTEM) < text.index(USER)
-        for text in with_system
+        text.count(SYSTEM) == text.count(USER) == 1 and text.rpartition(USER)[2] == plain.rpartition(USER)[2]
+        for text, plain in zip(with_system, (asked, whole), strict=True)
     )
     return _Shown(asked, bare, whole, kept, has_system)
 

@@ -88,7 +88,7 @@ def draw_pairs(
         dropped += [{"reason": reasons[w.id], **where, "wording": w.id} for w in order if reasons[w.id]]
         fitting = [wording for wording in order if not reasons[wording.id]]
         for wording in fitting[:wordings_per_input]:
-            pairs.append(Pair(example, wording, str(render_prompt(wording, example.input))))
+            pairs.append(Pair(example, wording, render_prompt(wording, example.input) or ""))
     return pairs, dropped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import pickle
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from coalign.errors import UserError
 from coalign.models.chat_template import ChatTemplate
 from coalign.models.codec import Codec
 from coalign.models.limited_call import TooMuchError, call_limited
+from coalign.prompts import SystemPrompt
 from numerics.models import templates
 from numerics.models.test_codec import make_tokenizer
 
@@ -260,3 +262,27 @@ def test_a_tokenizer_that_makes_no_tokens_is_refused() -> None:
 def test_the_sources_own_stops_are_obeyed() -> None:
     codec = codec_of("CHATML", source_stops=[7, 5, 10**6])
     assert codec.stop_ids == [2, 4, 5, 7] and codec.ends == [4, 2, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("CHATML", "<|im_start|>system\nBe <b>.<|im_end|>\n<|im_start|>user\nice?<|im_end|>"),
+        ("CHATML_WITH_SYSTEM", "<|im_start|>system\nBe <b>.<|im_end|>\n<|im_start|>user\nice?"),
+        ("LLAMA_2", "<s>[INST] <<SYS>>\nBe <b>.\n<</SYS>>\n\nice? [/INST]"),
+        ("HARMONY", "Instructions\n\nBe <b>.<|end|><|start|>user<|message|>ice?<|end|>"),
+        ("R1", "<s>Be <b>.<|User|>ice?<|Assistant|>"),
+        ("MISTRAL", "<s>[INST] Be <b>.\n\nice?[/INST]"),
+        ("GEMMA", "<s><|start|>user\nBe <b>.\n\nice?<|eot|>"),
+        ("ALPACA", "### Instruction:\nBe <b>.\n\nice?\n\n"),
+    ],
+)
+@pytest.mark.parametrize("word", ["<b>", "<s>"])
+def test_a_system_message_stays_one_where_the_template_has_it(name: str, begin: str, word: str) -> None:
+    """Elsewhere it opens the user's message; a special token in it stays text."""
+    codec = codec_of(name, "strip" if name == "R1" else "off")
+    prompt = SystemPrompt(f"Be {word}.", "ice?")
+    assert pickle.loads(pickle.dumps(prompt)).user == "ice?" and prompt == f"Be {word}.\n\nice?"
+    ids = codec.encode_prompt(prompt)
+    assert begin.replace("<b>", word) in text_of(codec, ids)
+    assert ids.count(1) == (1 if codec.bos_id is not None else 0)
