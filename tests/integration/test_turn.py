@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,52 @@ def pretend_to_think(seen: list[Any]) -> Callable[..., Any]:
         return [[GeneratedIds(said[i % 2], i % 2 == 0) for i, _ in enumerate(one)] for one in seeds]
 
     return decode
+
+
+def test_a_system_message_of_chat_data_stays_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the rows through wordings of files to the prompts that are sampled."""
+    rows = [
+        {"task": task, "messages": [system(text), {"role": "user", "content": word}, answer(word)]}
+        for task, text in (("first", "Say the first word."), ("last", "Say the last word."))
+        for word in (f"{a} {b}" for a in "abcdefg" for b in "hijklmn")
+    ]
+    world.write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    wordings = [
+        {"task": task, "id": f"w{number}", "text": f"Give me the {task} of the words, by way {number}, please."}
+        for task in ("first", "last")
+        for number in range(8)
+    ]
+    world.write("wordings.jsonl", "\n".join(map(json.dumps, wordings)))
+    settings = ("data.path=rows.jsonl", "model.chat_template=t.jinja")
+    world.write("t.jinja", CHATML)
+    for step in ("prepare", "paraphrase", "sft"):
+        done = world.run(step, *settings)
+        assert done.code == 0, done.stderr
+    assert all(task["system"] for task in rows_of(world.run_folder / "prepare/tasks.jsonl"))
+    assert {w["kind"] for w in rows_of(world.run_folder / "paraphrase/wordings.jsonl")} == {"system"}
+
+    seen: list[str] = []
+
+    def decode(model: Any, prompts: Any, seeds: Any, sampling: Any, codec: Any, *_: Any) -> Any:
+        from coalign.models.codec import GeneratedIds
+
+        seen.extend(map(codec.tokenizer.decode, prompts))
+        return [[GeneratedIds(codec.encode_plain("a"), True) for _ in one] for one in seeds]
+
+    monkeypatch.setattr("coalign.generation.transformers_worker.decode", decode)
+    assert world.run("sample", *settings).code == 0
+    assert seen and all(re.fullmatch(SYSTEM_TURN, text) for text in seen), seen[0]
+
+
+SYSTEM_TURN = (
+    r"(<s>)?<\|user\|>system\n(Say|Give)[^<]*\.<\|assistant\|>\n<\|user\|>user\n\w \w<\|assistant\|>\n"
+    r"<\|user\|>assistant\n"
+)
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def answer(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words[0]}
