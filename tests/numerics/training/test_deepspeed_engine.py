@@ -23,7 +23,8 @@ import torch
 
 import coalign
 from coalign.config import RandomTable
-from coalign.models.model_folder import attach_lora, load_model
+from coalign.models.lora import attach_lora
+from coalign.models.model_folder import load_model
 from coalign.models.random_model import make_random_model
 from numerics.engine import TorchEngine
 from numerics.tiny import plain_logps

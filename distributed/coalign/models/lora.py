@@ -1,0 +1,117 @@
+"""LoRA: low-rank adapters on a model's linear layers, and weights with the trained adapters merged in.
+
+The only import of PEFT. Knows no training settings.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import re
+import warnings
+from typing import Any
+
+import torch
+
+from coalign.config import LoraTable, ModelTable
+from coalign.errors import UserError
+from coalign.models.loaded_weights import first_line
+from coalign.models.model_folder import load_model, on_cpu
+
+logger = logging.getLogger("coalign")
+
+_LARGE = 0.01  # the share of all weights from which frozen ones outside every adapted layer are worth a warning
+
+
+def attach_lora(model: Any, table: LoraTable, seed: int = 0) -> Any:
+    """Return the model with frozen weights and trainable low-rank adapters (LoRA, arXiv 2106.09685).
+
+    `seed` alone decides their first weights; torch's random state is left as it was. Logs how many weights are trained
+    and which large ones have no adapter. Raises UserError when an entry of `target_modules` names no layer, or one
+    whose weight another layer shares: a merged update would change both, while training changed one.
+    """
+    adapted = _adapt(model, table, seed)
+    _log_shares(adapted)
+    return adapted
+
+
+def _adapt(model: Any, table: LoraTable, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=table.rank,
+        lora_alpha=table.alpha,  # type: ignore[arg-type]  # peft only divides it, so a float works too
+        lora_dropout=table.dropout,
+        target_modules=table.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    key, here = f"model.lora.target_modules={table.target_modules}", f"linear layers here: {', '.join(linear)}"
+    places = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's on tied layers, which are refused below
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+    except Exception as error:  # peft raises many kinds for layers that it can't adapt
+        raise UserError(f"{key}: {first_line(error)}; {here}") from error
+    tuner: Any = adapted.base_model
+    names = tuner.targeted_module_names
+    lost = [t for t in table.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if lost:
+        raise UserError(f"{key}: no layer that can be adapted is named {', '.join(lost)}; {here}")
+    tied = [name for name in names if places[id(tuner.model.get_submodule(name).weight)] > 1]
+    if tied:
+        raise UserError(
+            f"{key}: the weight of {tied[0]} is shared with another layer (tied embeddings), so an adapter on one of"
+            " them can't be merged; leave it out"
+        )
+    return adapted
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Return the number of weights of a parameter, which ZeRO-3 may have partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _log_shares(adapted: Any) -> None:
+    """Log trained / all weights, and warn of matrices outside every adapted layer, embeddings and head apart."""
+    base, names = adapted.base_model.model, adapted.base_model.targeted_module_names
+    spared = {id(m.weight) for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None}
+    adapted_ids = {id(base.get_submodule(name).weight) for name in names}
+    trained = total = 0
+    outside: collections.Counter[str] = collections.Counter()
+    for name, parameter in base.named_parameters():
+        total += 0 if ".lora_" in name else _size(parameter)
+        if parameter.requires_grad:
+            trained += _size(parameter)
+        elif len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in spared | adapted_ids:
+            outside[re.sub(r"\.\d+\.", ".N.", name)] += _size(parameter)
+    logger.info(
+        "LoRA trains %d adapter weights beside %d of the model (%.2f%%), on %d layers: %s",
+        trained,
+        total,
+        100 * trained / max(1, total),
+        len(names),
+        ", ".join(sorted({name.rpartition(".")[2] for name in names})),
+    )
+    large = [name for name, size in outside.most_common() if size >= _LARGE * total]
+    if large:
+        share = 100 * sum(outside[name] for name in large) / total
+        logger.warning(
+            "warning: %.0f%% of the model's weights have no adapter and stay as they are: %s", share, ", ".join(large)
+        )
+
+
+def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
+
+    peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
+    parameters under their names in the model that `attach_lora` returned.
+    """
+    dtype = next(iter(adapters.values())).dtype
+    model = _adapt(load_model(source, on_cpu(table), torch.float32), table.lora, 0)
+    unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
+    assert not unknown, f"adapters of another model: {unknown[:3]}"
+    merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
+    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
