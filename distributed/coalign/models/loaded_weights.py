@@ -96,6 +96,8 @@ def reason_of(error: Exception, table: ModelTable) -> str:
     if "attn_implementation" in text or "FlashAttention" in text:
         other = "sdpa" if table.attention == "flash_attention_2" else "eager"
         return f'model.attention="{table.attention}" can\'t be used with it; set model.attention="{other}"'
+    if "automatic conversion of the weights" in text:
+        return "parts of one of its fused weights (such as experts) are missing or unlike in shape; download it again"
     if "can't allocate memory" in text:
         return f"this machine has too little memory for it ({first_line(error)})"
     return f"{first_line(error).rstrip('.')}; check the files of the folder, or download the model again"

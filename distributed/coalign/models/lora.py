@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
@@ -20,7 +21,7 @@ from coalign.models.model_folder import load_model, on_cpu
 
 logger = logging.getLogger("coalign")
 
-_LARGE = 0.01  # the share of all weights from which frozen ones outside every adapted layer are worth a warning
+_LARGE = 0.01  # the share of all weights from which a matrix without adapters is worth a warning
 
 
 def attach_lora(model: Any, table: LoraTable, seed: int = 0) -> Any:
@@ -54,7 +55,7 @@ def _adapt(model: Any, table: LoraTable, seed: int) -> Any:
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except Exception as error:  # peft raises many kinds for layers that it can't adapt
-        raise UserError(f"{key}: {first_line(error)}; {here}") from error
+        raise UserError(f"{key}: {first_line(error).rstrip('(. ')}; {here}") from error
     tuner: Any = adapted.base_model
     names = tuner.targeted_module_names
     lost = [t for t in table.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
@@ -75,18 +76,10 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 
 def _log_shares(adapted: Any) -> None:
-    """Log trained / all weights, and warn of matrices outside every adapted layer, embeddings and head apart."""
+    """Log trained / all weights, and warn of large matrices that are no layer which `target_modules` could name."""
     base, names = adapted.base_model.model, adapted.base_model.targeted_module_names
-    spared = {id(m.weight) for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None}
-    adapted_ids = {id(base.get_submodule(name).weight) for name in names}
-    trained = total = 0
-    outside: collections.Counter[str] = collections.Counter()
-    for name, parameter in base.named_parameters():
-        total += 0 if ".lora_" in name else _size(parameter)
-        if parameter.requires_grad:
-            trained += _size(parameter)
-        elif len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in spared | adapted_ids:
-            outside[re.sub(r"\.\d+\.", ".N.", name)] += _size(parameter)
+    trained = sum(_size(p) for p in base.parameters() if p.requires_grad)
+    total = sum(_size(p) for name, p in base.named_parameters() if ".lora_" not in name)
     logger.info(
         "LoRA trains %d adapter weights beside %d of the model (%.2f%%), on %d layers: %s",
         trained,
@@ -95,11 +88,20 @@ def _log_shares(adapted: Any) -> None:
         len(names),
         ", ".join(sorted({name.rpartition(".")[2] for name in names})),
     )
+    outside: collections.Counter[str] = collections.Counter()
+    for place, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+                outside[re.sub(r"\.\d+\.", ".N.", f"{place}.{name}")] += _size(parameter)
     large = [name for name, size in outside.most_common() if size >= _LARGE * total]
     if large:
         share = 100 * sum(outside[name] for name in large) / total
         logger.warning(
-            "warning: %.0f%% of the model's weights have no adapter and stay as they are: %s", share, ", ".join(large)
+            "warning: %.0f%% of the model's weights can't have adapters and stay as they are: %s",
+            share,
+            ", ".join(large),
         )
 
 

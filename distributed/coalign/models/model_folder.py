@@ -6,6 +6,7 @@ and no training settings.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
             tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
-    _check_vocabulary(folder, tokenizer, config)
+    _check_vocabulary(folder, tokenizer, config, table)
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:
         raise UserError(f"{folder}: model_max_length={longest!r:.40} in tokenizer_config.json is no number of tokens")
@@ -110,7 +111,7 @@ def load_codec(folder: str, table: ModelTable) -> Codec:
     return Codec(load_tokenizer(folder, table), table)
 
 
-def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
+def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTable) -> None:
     """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would fail an assertion.
 
     A special token counts only where a prompt or an answer can hold it: a text model may keep that of an image.
@@ -121,9 +122,14 @@ def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     if not beyond:
         return
-    template = str(tokenizer.chat_template)
-    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    named |= {table.end_of_turn, table.pad_token}
+    template = f"{tokenizer.chat_template}"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    with contextlib.suppress(Exception):  # the codec tells what is wrong with a template
+        template += tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        template += tokenizer.apply_chat_template(turns, tokenize=False)
     used = {token: i for token, i in beyond.items() if token not in special or token in named or token in template}
     if used:
         token = max(used, key=lambda token: used[token])
