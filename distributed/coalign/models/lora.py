@@ -18,10 +18,11 @@ from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
 from coalign.models.loaded_weights import first_line
 from coalign.models.model_folder import load_model, on_cpu
+from coalign.process import derive_seed
 
 logger = logging.getLogger("coalign")
 
-_LARGE = 0.01  # the share of all weights from which a matrix without adapters is worth a warning
+_LARGE = 0.05  # the share of all weights from which a matrix without adapters is worth a warning
 
 
 def attach_lora(model: Any, table: LoraTable, seed: int = 0) -> Any:
@@ -52,13 +53,15 @@ def _adapt(model: Any, table: LoraTable, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's on tied layers, which are refused below
-            torch.manual_seed(seed)
+            torch.manual_seed(derive_seed(seed, "lora"))
             adapted = get_peft_model(model, config)
     except Exception as error:  # peft raises many kinds for layers that it can't adapt
         raise UserError(f"{key}: {first_line(error).rstrip('(. ')}; {here}") from error
     tuner: Any = adapted.base_model
     names = tuner.targeted_module_names
-    lost = [t for t in table.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
+    # peft turns names of experts that are fused into one tensor into names of that tensor.
+    wanted = [target for target in table.target_modules if target in tuner.peft_config["default"].target_modules]
+    lost = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
     if lost:
         raise UserError(f"{key}: no layer that can be adapted is named {', '.join(lost)}; {here}")
     tied = [name for name in names if places[id(tuner.model.get_submodule(name).weight)] > 1]
@@ -77,7 +80,8 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 def _log_shares(adapted: Any) -> None:
     """Log trained / all weights, and warn of large matrices that are no layer which `target_modules` could name."""
-    base, names = adapted.base_model.model, adapted.base_model.targeted_module_names
+    base: Any = adapted.base_model.model
+    names = [*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names]
     trained = sum(_size(p) for p in base.parameters() if p.requires_grad)
     total = sum(_size(p) for name, p in base.named_parameters() if ".lora_" not in name)
     logger.info(
@@ -92,14 +96,16 @@ def _log_shares(adapted: Any) -> None:
     for place, module in base.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
-                outside[re.sub(r"\.\d+\.", ".N.", f"{place}.{name}")] += _size(parameter)
+        for last, parameter in module.named_parameters(recurse=False):
+            name = f"{place}.{last}".replace(".base_layer", "")
+            if name in names or parameter.requires_grad or len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+                continue
+            outside[re.sub(r"\.\d+\.", ".N.", name)] += _size(parameter)
     large = [name for name, size in outside.most_common() if size >= _LARGE * total]
     if large:
         share = 100 * sum(outside[name] for name in large) / total
         logger.warning(
-            "warning: %.0f%% of the model's weights can't have adapters and stay as they are: %s",
+            "warning: %.0f%% of the model's weights have no adapters and stay as they are: %s",
             share,
             ", ".join(large),
         )

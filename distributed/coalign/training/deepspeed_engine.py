@@ -25,7 +25,7 @@ from coalign.errors import UserError
 from coalign.models.attention import use_blocks
 from coalign.models.lora import attach_lora
 from coalign.models.model_folder import check_weights, load_model, pick_device, pick_dtype
-from coalign.process import derive_seed, free_port, local_rank, rank, world_size
+from coalign.process import free_port, local_rank, rank, world_size
 from coalign.runs.atomic_files import write_json
 from coalign.training.checkpoints import read_checkpoint_meta, write_checkpoint_meta
 from coalign.training.rendezvous import meet
@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         if self.device.type == "cuda" and self.train.pack_tokens:
             use_blocks(network)
         if self.table.lora.enabled:
-            network = attach_lora(network, self.table.lora, derive_seed(seed, "lora"))
+            network = attach_lora(network, self.table.lora, seed)
         if self.train.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if self.table.lora.enabled:
