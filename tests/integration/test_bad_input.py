@@ -124,7 +124,22 @@ EARLY = [
     Case("unknown step borrowed", "sft", ("run.inputs", "'sfft'", "'sft'"), ('run.inputs={sfft="runs/a"}',)),
     Case("run folder is a file", "prepare", ("runs/r/prepare", "run.folder"), files={"runs": "x"}),
     Case("wandb not installed", "align", ("log.wandb=true", "pip install wandb"), ("log.wandb=true",)),
+    Case("bytes of another encoding", "rank", ("run.name on the command line", "0xff"), ("run.name=\udcff",)),
+    Case("a word in another encoding", "rank", ("a word on the command line", "0xe9"), ("caf\udce9.toml",)),
     # data
+    Case(
+        "data with a key twice",
+        "prepare",
+        ("d.jsonl, line 1: the key 'input' stands twice in one object",),
+        ("data.path=d.jsonl",),
+        {"d.jsonl": '{"instruction": "Say it.", "input": "a", "input": "b", "output": "c"}\n'},
+    ),
+    Case(
+        "task with a key twice",
+        "prepare",
+        ("animal.json: the key 'output' stands twice",),
+        files={TASK: '{"Definition": "Say.", "Instances": [{"input": "a", "output": "b", "output": "c"}]}'},
+    ),
     Case(
         "missing data", "prepare", ("nothing.jsonl: no such file or folder", "data.path"), ("data.path=nothing.jsonl",)
     ),
@@ -547,6 +562,44 @@ CASES = [
         "paraphrase",
         ("line 1", "fields_regex='('", "no regular expression"),
         files={"wordings.jsonl": wording(kind="template", fields_regex="(")},
+    ),
+    Case(
+        "wording with a regex that takes for ever",
+        "paraphrase",
+        ("wordings.jsonl: wording 'w' of task 'animal'", "fields_regex=", "takes over 1 s on the input", "repeat"),
+        files={"wordings.jsonl": wording(kind="template", fields_regex=r"(?P<a>(\w+\s?)+)!$", text="{a}")},
+    ),
+    Case(
+        "wording of eval with a regex that takes for ever",
+        "eval",
+        ("w.jsonl: wording 'w' of task 'animal'", "takes over 1 s"),
+        ("eval.wordings_file=w.jsonl",),
+        {"w.jsonl": wording(kind="template", fields_regex=r"(?P<a>(?:[\w\s]+)+)+!$", text="{a}")},
+    ),
+    Case(
+        "wording with half a surrogate pair",
+        "paraphrase",
+        ("wordings.jsonl, line 2: task has half a surrogate pair",),
+        files={"wordings.jsonl": wording() + wording(task="\ud800", id="v")},
+    ),
+    Case(
+        "wording of eval with half a surrogate pair",
+        "eval",
+        ("w.jsonl, line 1: text has half a surrogate pair",),
+        ("eval.wordings_file=w.jsonl",),
+        {"w.jsonl": wording(text="\ud800")},
+    ),
+    Case(
+        "wording with other answers",
+        "paraphrase",
+        ("wording 'w': answers has 'nosuch', which are no answers of task 'animal'",),
+        files={"wordings.jsonl": wording(answers={"nosuch": "A"})},
+    ),
+    Case(
+        "wording with a key twice",
+        "paraphrase",
+        ("wordings.jsonl, line 1: the key 'id' stands twice",),
+        files={"wordings.jsonl": '{"task": "animal", "id": "v", "id": "w", "text": "Name it."}\n'},
     ),
     Case(
         "wording without text",
