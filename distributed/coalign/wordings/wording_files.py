@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from coalign.answer_form import form_of_map, normalise_answer
 from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit, read_rows
-from coalign.text import normalise_answer
 from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES
 
 _FLAT_KEYS = ("task", "id", "text", "kind", "fields_regex", "answers", "source", "split")
@@ -183,9 +183,10 @@ def _repeated(answers: dict[str, str]) -> dict[str, str]:
     """Return {label: earlier label} where both get the same word; spellings of one label are one label."""
     first: dict[str, str] = {}
     repeated = {}
+    form = form_of_map(answers.items())
     for label, word in answers.items():
-        earlier = first.setdefault(normalise_answer(word), label)
-        if normalise_answer(earlier) != normalise_answer(label):
+        earlier = first.setdefault(normalise_answer(word, form), label)
+        if normalise_answer(earlier, form) != normalise_answer(label, form):
             repeated[label] = earlier
     return repeated
 
