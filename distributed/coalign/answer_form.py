@@ -153,20 +153,22 @@ def counted_in(texts: Iterable[str]) -> AnswerForm:
     A capital at the beginning of a word, or capitals throughout, say nothing: Yes, yes and YES are one answer. Nor does
     white space within a line.
     """
-    of_case: dict[str, set[str]] = defaultdict(set)
-    of_lines: dict[str, set[str]] = defaultdict(set)
-    for text in set(texts):
+    alike: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for text in texts:
         plain = plain_text(text)
         flat = " ".join(plain.split())
-        of_case[flat.casefold()].add(flat)
-        if "\n" in plain or flat in of_lines:
-            of_lines[flat].add(re.sub(r"(?<=\S)[^\S\n]+", " ", normalise_answer(plain, ("case", "space"))))
-    cased = (sorted(found) for found in of_case.values() if len(found) > 1)
-    counted = {
-        "case": any(_differ_as_symbols(a, b) for found in cased for a, b in itertools.combinations(found, 2)),
-        "space": any(len(found) > 1 for found in of_lines.values()),
-    }
-    return tuple(name for name in COUNTED if counted.get(name))
+        alike[flat.casefold()][flat].add(plain)
+    counted = set()
+    for by_case in alike.values():
+        if any(_differ_as_symbols(one, other) for one, other in itertools.combinations(sorted(by_case), 2)):
+            counted.add("case")
+        if any(len(set(map(_lines, found))) > 1 for found in by_case.values() if any("\n" in text for text in found)):
+            counted.add("space")
+    return tuple(name for name in COUNTED if name in counted)
+
+
+def _lines(text: str) -> str:
+    return re.sub(r"(?<=\S)[^\S\n]+", " ", normalise_answer(text, ("case", "space")))
 
 
 def _differ_as_symbols(one: str, other: str) -> bool:
@@ -196,36 +198,34 @@ def _is_plain(word: str) -> bool:
 
 
 class AnswerMap(NamedTuple):
-    """The words in which a wording wants its answers, on one input: what counts in them, and both ways by form."""
+    """The words in which a wording wants its answers, on one input, both ways: by the normal form of label and of word.
 
-    form: AnswerForm
+    What counts in labels, and in words, is what they differ by and nothing else.
+    """
+
     words: dict[str, str]
     labels: dict[str, str]
+    of_labels: AnswerForm
+    of_words: AnswerForm
 
     def canonical(self, said: str) -> str | None:
         """Return the label of a word; None for a label, which wasn't asked for; anything else as it is."""
-        key = normalise_answer(said, self.form)
+        key = normalise_answer(said, self.of_words)
         if key in self.labels:
             return self.labels[key]
-        return None if key in self.words else said
+        return None if normalise_answer(said, self.of_labels) in self.words else said
 
     def word(self, label: str) -> str | None:
         """Return the word of a label, None for one that the map lacks."""
-        return self.words.get(normalise_answer(label, self.form))
-
-
-def form_of_map(pairs: Iterable[tuple[str, str]]) -> AnswerForm:
-    """Return what counts in a map of (label, word) pairs: by which labels or words differ, and nothing else."""
-    told = {name for texts in zip(*pairs, strict=True) for name in counted_in(texts)}
-    return tuple(name for name in COUNTED if name in told)
+        return self.words.get(normalise_answer(label, self.of_labels))
 
 
 @functools.lru_cache(maxsize=1024)
 def read_answer_map(pairs: tuple[tuple[str, str], ...]) -> AnswerMap | None:
     """Return the map of (label, word) pairs; None when two labels have the same word."""
-    form = form_of_map(pairs)
-    by_label = {normalise_answer(label, form): (label, word) for label, word in pairs}
-    labels = {normalise_answer(word, form): label for label, word in by_label.values()}
+    of_labels, of_words = counted_in(label for label, _ in pairs), counted_in(word for _, word in pairs)
+    by_label = {normalise_answer(label, of_labels): (label, word) for label, word in pairs}
+    labels = {normalise_answer(word, of_words): label for label, word in by_label.values()}
     if len(labels) < len(by_label):
         return None
-    return AnswerMap(form, {key: word for key, (_, word) in by_label.items()}, labels)
+    return AnswerMap({key: word for key, (_, word) in by_label.items()}, labels, of_labels, of_words)
