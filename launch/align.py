@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
-    from coalign.training.export import export
+    from coalign.training.export import export, try_export
     from coalign.training.layout_checks import check_shared_prefix
     from coalign.training.loop import TrainingPlan, train
     from coalign.training.losses import RankingForm
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )
+    try_export(engine, output.path / "shards" / "untrained", codec, items)
     measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)

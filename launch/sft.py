@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
-    from coalign.training.export import export
+    from coalign.training.export import export, try_export
     from coalign.training.layout_checks import check_packing
     from coalign.training.loop import TrainingPlan, train
     from coalign.training.objectives import sft_objective
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     engine = DeepSpeedEngine(source, config.model, config.train, device, output.path / "deepspeed.json")
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
+    try_export(engine, output.path / "shards" / "untrained", codec, stream)
     measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)

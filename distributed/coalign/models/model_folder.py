@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
 from coalign.models.codec import Codec
+from coalign.models.export_checks import complaint_of_merge, complaint_of_weights, main_dtype
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -207,18 +208,32 @@ def on_cpu(table: ModelTable) -> ModelTable:
     return table.model_copy(update={"attention": "sdpa" if table.attention == "flash_attention_2" else table.attention})
 
 
-def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_lora(
+    source: str,
+    table: ModelTable,
+    adapters: dict[str, torch.Tensor],
+    measure: Callable[[Any], torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
 
     peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
-    parameters under their names in the model that `attach_lora` returned.
+    parameters under their names in the model that `attach_lora` returned. Raises RuntimeError when what `measure`
+    returns of a model, its log-probs of some tokens, isn't that of the adapters beside the weights.
     """
     dtype = next(iter(adapters.values())).dtype
-    model = attach_lora(load_model(source, on_cpu(table), torch.float32), table.lora)
+    model = attach_lora(load_model(source, on_cpu(table), torch.float32), table.lora).eval()
     unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
     assert not unknown, f"adapters of another model: {unknown[:3]}"
+    before = []
+    if measure is not None:
+        before.append(measure(model))
+        with model.disable_adapter():
+            before.append(measure(model))
     merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
-    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
+    complaint = complaint_of_merge(measure(merged), *before) if measure is not None else None
+    if complaint:
+        raise RuntimeError(f"the LoRA adapters were not merged rightly: {complaint}")
+    return {n: t.detach().to(dtype if t.is_floating_point() else t.dtype) for n, t in merged.state_dict().items()}
 
 
 def export_model(
@@ -241,7 +256,7 @@ def export_model(
     config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shell = shell.to(next(iter(state.values())).dtype)  # config.json names this dtype
+    shell = shell.to(main_dtype(state))  # config.json names this dtype
     if Path(source, "generation_config.json").exists() or not Path(source).exists():
         try:
             shell.generation_config = type(shell.generation_config).from_pretrained(source)
@@ -264,20 +279,10 @@ def _compare_folder(
     bad = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if bad:
         return f"{bad} holds NaN or infinity"
-    written: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            written.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    model = load_model(str(folder), on_cpu(table), next(iter(state.values())).dtype)
-    reopened = model.state_dict()
-    missing = [name for name in state if name not in reopened]
-    if missing or len(reopened) != len(state):
-        return f"reopened with other keys (first missing: {missing[:1] or sorted(set(reopened) - set(state))[:1]})"
-    different = [n for n, t in reopened.items() if t.shape != state[n].shape or not torch.equal(t, state[n])]
-    if different:
-        return f"{different[0]} was reopened with other values"
-    if not set(written) <= set(state):
-        return f"the file holds unknown weights, first {sorted(set(written) - set(state))[0]}"
+    model = load_model(str(folder), on_cpu(table), main_dtype(state))
+    complaint = complaint_of_weights(model.state_dict(), state)
+    if complaint:
+        return complaint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if config.get("tie_word_embeddings") and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
