@@ -35,8 +35,52 @@ _SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
-# What a family needs beside the sizes, by its model_type.
-_SPECIAL: dict[str, dict[str, Any]] = {}
+# What a family needs beside the sizes, by its model_type; of a hybrid model, a layer of each kind.
+_LINEAR = {
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+}
+_NEXT = {**_LINEAR, "layer_types": ["linear_attention", "full_attention"]}
+_MAMBA2 = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16,
+    "attn_layer_indices": [1], "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16,
+    "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "head_dim": 8,
+}  # fmt: skip
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA2,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {"moe_k": 2},
+    "glm4_moe_lite": _LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention"]},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "layers_block_type": ["linear_attention", "full_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "mistral": {"sliding_window": 64},
+    "olmo_hybrid": _NEXT,
+    "qwen3_5_moe_text": _NEXT,
+    "qwen3_5_text": _NEXT,
+    "qwen3_next": _NEXT,
+    "reformer": {"is_decoder": True},
+    "youtu": _LATENT,
+    "zamba2": {**_MAMBA2, "num_hidden_layers": 2, "layer_types": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def all_families() -> list[str]:

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
+from coalign.models.architecture import opening_options, read_config
 from coalign.models.codec import Codec
 from coalign.models.export_checks import complaint_of_merge, complaint_of_weights, main_dtype
 from coalign.runs.atomic_files import replace_folder, require_free_space
@@ -143,9 +144,9 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
             folder,
             revision=table.revision,
             dtype=dtype,
-            attn_implementation=table.attention,
             use_safetensors=True,
             trust_remote_code=False,
+            **opening_options(folder, table),
             **spread,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -253,9 +254,8 @@ def export_model(
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
-    config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        shell = AutoModelForCausalLM.from_config(read_config(source, table), trust_remote_code=False)
     shell = shell.to(main_dtype(state))  # config.json names this dtype
     if Path(source, "generation_config.json").exists() or not Path(source).exists():
         try:
