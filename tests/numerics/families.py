@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from coalign.config import RandomTable
@@ -50,6 +50,10 @@ _LATENT = {
     "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     "head_dim": 8,
 }  # fmt: skip
+_TEXT_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+    "num_key_value_heads", "head_dim", "initializer_range",
+)  # fmt: skip
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA2,
     "dbrx": {
@@ -83,6 +87,36 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Models of several kinds of input: what their text part and the rest need beside the sizes.
+_VISION = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_SEVERAL_KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+        {"vision_config": _VISION, "mm_tokens_per_image": 4},
+    ),
+    "gemma4": (
+        {
+            "global_head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True,
+        },
+        {"vision_config": {**_VISION, "num_key_value_heads": 4, "head_dim": 8}, "audio_config": None},
+    ),
+    "mistral3": ({"model_type": "mistral"}, {"vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8}}),
+    "qwen3_5": (
+        _NEXT,
+        {
+            "vision_config": {
+                "depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+            }
+        },
+    ),
+}  # fmt: skip
+
+
 def all_families() -> list[str]:
     """Return the model types that transformers opens as a causal language model."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -90,6 +124,13 @@ def all_families() -> list[str]:
 
 def tiny_config(family: str, vocabulary: int) -> Any:
     """Return a config of the family with two layers, a width of 32 and `vocabulary` tokens."""
+    if family in _SEVERAL_KINDS:
+        of_text, rest = _SEVERAL_KINDS[family]
+        text = {key: value for key, value in _SIZES.items() if key in _TEXT_SIZES}
+        tied = {"tie_word_embeddings": of_text.get("tie_word_embeddings", False)}
+        special = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 4}
+        text_config = {**text, **special, "vocab_size_per_layer_input": vocabulary, **of_text}
+        return CONFIG_MAPPING[family](text_config=text_config, **tied, **rest)
     kind = CONFIG_MAPPING[family]
     known = kind().to_dict()
     changed = {key: value for key, value in {**_SIZES, "vocab_size": vocabulary}.items() if key in known}
@@ -104,5 +145,6 @@ def make_tiny(family: str, folder: Path) -> None:
     config = tiny_config(family, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        opener = AutoModelForImageTextToText if family in _SEVERAL_KINDS else AutoModelForCausalLM
+        model = opener.from_config(config)
     model.save_pretrained(folder)
