@@ -1,6 +1,6 @@
 """Models in and out: tokenizer, causal LM, and the verified model folder.
 
-The only import of safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
+Loads safetensors weights only, since pickled ones can run code. Knows no texts
 and no training settings.
 """
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.models.architecture import read_config
 from coalign.models.codec import Codec
+from coalign.models.export_checks import complaint_of_weights, main_dtype
 from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
@@ -227,10 +228,9 @@ def export_model(
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
-    config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shell = shell.to(next(iter(state.values())).dtype)  # config.json names this dtype
+        shell = AutoModelForCausalLM.from_config(read_config(source, table), trust_remote_code=False)
+    shell = shell.to(main_dtype(state))  # config.json names this dtype
     if Path(source, "generation_config.json").exists() or not Path(source).exists():
         try:
             shell.generation_config = type(shell.generation_config).from_pretrained(source)
@@ -253,20 +253,10 @@ def _compare_folder(
     bad = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if bad:
         return f"{bad} holds NaN or infinity"
-    written: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            written.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    model = load_model(str(folder), on_cpu(table), next(iter(state.values())).dtype)
-    reopened = model.state_dict()
-    missing = [name for name in state if name not in reopened]
-    if missing or len(reopened) != len(state):
-        return f"reopened with other keys (first missing: {missing[:1] or sorted(set(reopened) - set(state))[:1]})"
-    different = [n for n, t in reopened.items() if t.shape != state[n].shape or not torch.equal(t, state[n])]
-    if different:
-        return f"{different[0]} was reopened with other values"
-    if not set(written) <= set(state):
-        return f"the file holds unknown weights, first {sorted(set(written) - set(state))[0]}"
+    model = load_model(str(folder), on_cpu(table), main_dtype(state))
+    complaint = complaint_of_weights(model.state_dict(), state)
+    if complaint:
+        return complaint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if config.get("tie_word_embeddings") and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
