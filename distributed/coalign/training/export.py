@@ -19,7 +19,8 @@ import torch
 from coalign.errors import UserError
 from coalign.models.codec import Codec
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
-from coalign.models.model_folder import export_model, merge_lora
+from coalign.models.lora import merge_lora
+from coalign.models.model_folder import export_model
 from coalign.process import rank
 from coalign.recipe import USER_ERROR
 from coalign.training.checkpoints import has_checkpoint
