@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.process import rank, world_size
 from coalign.recipe import run_step
-from coalign.records import Example, Wording, read_rows
+from coalign.records import Example, Task, Wording, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.digests import digest_model_files, digest_replay
 from coalign.runs.open_step import open_step
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     check_model(engine.model, codec.pad_id, source, samples=config.generation.engine != "vllm")
     settings = settle_layout(engine, stream, codec.pad_id, config.train, groups=False)
     try_export(engine, output.path / "shards" / "untrained", codec, stream)
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, settings)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, settings, step.read(Task))
     totals = train(engine, plan, settings, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("runs",),
     "clusters": ("runs",),
     "judging": ("wordings",),
-    "evaluation": ("runs", "wordings"),
+    "evaluation": ("runs", "wordings", "judging"),
     "planning": ("runs", "models"),
     "generation": ("models",),
     "training": ("runs", "data", "wordings", "models", "evaluation"),

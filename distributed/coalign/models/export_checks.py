@@ -20,7 +20,7 @@ def main_dtype(state: dict[str, Tensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def complaint_of_weights(reopened: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
+def complaint_of_reopened(reopened: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
     """Return how the weights of a reopened folder differ from `state`, or None; names are those in the live model."""
     missing = [name for name in state if name not in reopened]
     if missing or len(reopened) != len(state):

@@ -1,6 +1,6 @@
 """Models in and out: tokenizer, causal LM, and the verified model folder.
 
-Loads safetensors weights only, since pickled ones can run code. Knows no texts
+The only import of safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
 and no training settings.
 """
 
@@ -22,7 +22,7 @@ from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.models.architecture import read_config
 from coalign.models.codec import Codec
-from coalign.models.export_checks import complaint_of_weights, main_dtype
+from coalign.models.export_checks import complaint_of_reopened, main_dtype
 from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
@@ -254,7 +254,7 @@ def _compare_folder(
     if bad:
         return f"{bad} holds NaN or infinity"
     model = load_model(str(folder), on_cpu(table), main_dtype(state))
-    complaint = complaint_of_weights(model.state_dict(), state)
+    complaint = complaint_of_reopened(model.state_dict(), state)
     if complaint:
         return complaint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from coalign.config import LoraTable, ModelTable
-from coalign.models import model_folder
-from coalign.models.export_checks import complaint_of_merge, complaint_of_weights, main_dtype
-from coalign.models.model_folder import attach_lora, load_model, merge_lora
+from coalign.models import lora
+from coalign.models.export_checks import complaint_of_merge, complaint_of_reopened, main_dtype
+from coalign.models.lora import attach_lora, merge_lora
+from coalign.models.model_folder import load_model
 from numerics.families import make_tiny
 
 
@@ -36,7 +37,7 @@ def test_the_main_dtype_is_that_of_most_weights() -> None:
     ],
 )
 def test_weights_are_compared_by_name(reopened: dict[str, Tensor], said: str | None) -> None:
-    assert complaint_of_weights(reopened, {"a": torch.ones(2)}) == said
+    assert complaint_of_reopened(reopened, {"a": torch.ones(2)}) == said
 
 
 def test_the_tolerance_of_a_merge_follows_from_the_change() -> None:
@@ -68,7 +69,7 @@ def test_a_wrong_merge_is_seen_in_narrow_adapters(tmp_path: Path, monkeypatch: p
 
     right = merge_lora(source, table, adapters, measure)
     assert all(torch.equal(tensor, right[name]) for name, tensor in merge_lora(source, table, adapters).items())
-    attach = model_folder.attach_lora
+    attach = lora._adapt
 
     def attach_and_spoil(*args: object) -> torch.nn.Module:
         network: torch.nn.Module = attach(*args)
@@ -83,6 +84,6 @@ def test_a_wrong_merge_is_seen_in_narrow_adapters(tmp_path: Path, monkeypatch: p
         network.merge_and_unload = merge_too_much  # type: ignore[assignment]
         return network
 
-    monkeypatch.setattr(model_folder, "attach_lora", attach_and_spoil)
+    monkeypatch.setattr(lora, "_adapt", attach_and_spoil)
     with pytest.raises(RuntimeError, match=r"not merged rightly: log-probs changed by .* in training"):
         merge_lora(source, table, adapters, measure)
