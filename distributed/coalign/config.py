@@ -48,8 +48,10 @@ class LoraTable(Table):
     enabled: bool = _field(False, "train adapters, merge them in fp32 at export")
     rank: Positive = _field(16, "rank of the update")
     alpha: Annotated[float, Field(gt=0)] = _field(32.0, "scale numerator: the update is alpha / rank * B A")
-    dropout: Share = _field(0.0, "adapter dropout (0 keeps runs repeatable)")
-    target_modules: list[str] = _field([], "names of the linear layers (empty: all but the output head)")
+    dropout: Share = _field(0.0, "adapter dropout, drawn from run.seed")
+    target_modules: list[str] = _field(
+        [], "names of the layers, whole or their end (empty: all linear ones but the output head)"
+    )
 
 
 class RandomTable(Table):
