@@ -37,7 +37,7 @@ _MARKUP = ("***", "**", "``", "`")
 _FENCED = re.compile(r"```[\w+#.-]*\n(.*?)\n?```", re.DOTALL)
 _IN_BRACKETS = re.compile(r"\(([^\s(),;:\[\]{}]*[^\W_][^\s(),;:\[\]{}]*)\)|([^\W_]{1,2})\)")
 _LEAD = re.compile(r"[¡¿]+\s*(?=\w)|[.,;:*•]+\s+")
-_STOPS = re.compile(r"(?<![/\\])[.,;:。、।॥،؛۔።፣။၊។៕]+$")
+_STOPS = re.compile(r"(?<![/\\])[.,;:。、।॥،؛۔։།።፣။၊។៕]+$")
 _CALLS = re.compile(r"\s*[!?؟]+$")
 _WORD_AT_END = re.compile(r"(?<![\w.'])(?:[^\W\d_]{3,}|[^\W\d_]{2,}'[^\W\d_]+)[\"'»)]?$")
 _THOUSANDS = re.compile(r"(?<![\w.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9]|\.[0-9]*,)")
@@ -153,9 +153,11 @@ def counted_in(texts: Iterable[str]) -> AnswerForm:
     A capital at the beginning of a word, or capitals throughout, say nothing: Yes, yes and YES are one answer. Nor does
     white space within a line.
     """
+    plain_texts = {plain_text(text) for text in texts}
+    if len({" ".join(plain.casefold().split()) for plain in plain_texts}) == len(plain_texts):
+        return ()
     alike: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for text in texts:
-        plain = plain_text(text)
+    for plain in plain_texts:
         flat = " ".join(plain.split())
         alike[flat.casefold()][flat].add(plain)
     counted = set()
