@@ -380,6 +380,10 @@ class EvalTable(Table):
     )
     split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
     agreement: str = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
+    allow_weak: bool = _field(False, "continue when the judge of agreement is below eval.min_quality", neutral=True)
+    min_quality: Share = _field(
+        0.65, "balanced accuracy and AUC of the judge of agreement below which the step stops", neutral=True
+    )
     wordings_file: str = _field("", "JSONL of wordings to use instead of the run's held-out ones")
     folder: str = _field("", "where to write (empty: the run's eval folder)", neutral=True)
     max_inputs: NonNegative = _field(0, "inputs per task (0: all)")
