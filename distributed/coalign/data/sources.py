@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -30,10 +31,11 @@ from coalign.data.spool import Spool, equal_places
 from coalign.errors import UserError
 from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
-from coalign.text import loose_key, unit_hash, words
+from coalign.text import loose_key, unit_hash
 
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
+_SLUG_WORD = re.compile(r"\w+(?:['’]\w+)*")  # not text.words: a task keeps its name from version to version
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -242,5 +244,8 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
 
 def instruction_slug(instruction: str) -> str:
     """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
-    start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
+    start = (
+        "-".join(_SLUG_WORD.findall(unicodedata.normalize("NFKC", instruction).casefold())[:6])[:40].strip("-")
+        or "task"
+    )
     return f"{start}-{sha256(loose_key(instruction).encode()).hexdigest()[:8]}"
