@@ -47,14 +47,25 @@ _INTRODUCTION = re.compile(
     rf"^{_POLITENESS}?{_HERE_WORDS}[^\n]{{0,60}}?(?:{ABOUT_REWRITES})[^\n]{{0,60}}[.!]$", re.IGNORECASE
 )
 _POLITE = re.compile(rf"^{_POLITENESS}$", re.IGNORECASE)
-_EXCLAIMED = re.compile(r"^(?:sure|certainly|of course|absolutely|okay)\b[^.:?!\n]{0,40}!\s+(?=\S)", re.IGNORECASE)
+_EXCLAIMED = re.compile(
+    r"^(?:sure|certainly|of course|absolutely|okay|no problem|great|gladly|got it)\b[^.:?!\n]{0,40}!\s+(?=\S)",
+    re.IGNORECASE,
+)
 _ANY_FORM = re.compile(r"\b(?:its|the|in|by|which\w*) (?:version|wording|phrasing)s?\b", re.IGNORECASE)  # of an input
 _BEFORE_COLON = re.compile(r"^([^\n:：.,;!?]{1,80})[:：]\s*(?=\S)")
+_LABEL = re.compile(r"^(\*\*|__)(?:final )?(?:answer|response|output|result)[:：]?\1\s*[:：]?\s*(?=\S)", re.IGNORECASE)
+_HOPES = re.compile(
+    r"(?<=[.!?。！？])\s*(?:(?:i )?hope (?:this|that|it)|let me know|feel free|ich hoffe|j['’]espère|espero que"
+    r"|spero che|希望)[^.!?。！？\n]*[.!?。！？]?$",
+    re.IGNORECASE,
+)
 _EMPHASISED = re.compile(r"^\*\*([^*\n]{1,60})\*\*\s*[:：]?\s+(?=\S)")
 _IN_BRACKETS = re.compile(r"\s*(\([^()\n]*\))$")
 _HEADING = re.compile(rf"^(?:#{{1,6}}\s+[^\n]*|(\*\*|__)(?:{_CAPTION})[:：]?\1[:：]?)$", re.IGNORECASE)
-_ORIGINAL = re.compile(r"^\W{0,3}original\b[^\n:：]{0,30}[:：]", re.IGNORECASE)
-_LISTED = re.compile(r"^\s{0,3}(?:\(?\d{1,2}[.):]|\(?[a-h]\)|[-*•])\s+")
+_ORIGINAL = re.compile(
+    r"^\W{0,3}(?:original\b[^\n:：]{0,30}|(?:my )?(?:thinking|thoughts?|reasoning|analysis))\W{0,3}[:：]", re.IGNORECASE
+)
+_LISTED = re.compile(r"^\s{0,3}(?:\(?\d{1,2}[.):]\s|\(?[a-h]\)\s|[-*•]\s|\d\ufe0f?\u20e3)\s*")
 _SECOND = re.compile(r"\s+\(?2[.):]\s")
 _EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>(?:(?!\1).)+)\1$", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "‘": "’", "«": "»", "「": "」", "『": "』", "`": "`"}
@@ -210,16 +221,31 @@ def _until(lines: list[str], ends: tuple[re.Pattern[str], ...], original: str) -
     return lines
 
 
+def _has_list(original: str) -> bool:
+    """Return whether an instruction is a list from its first line on."""
+    lines = [line for line in original.splitlines() if line.strip()]
+    return len(lines) > 1 and all(_LISTED.match(line) for line in lines[:2])
+
+
 def _first_item(lines: list[str], original: str) -> list[str]:
-    """Return the first of several listed rewrites; a list stays whole when the original has one as well."""
-    if sum(bool(_LISTED.match(line)) for line in original.splitlines()) > 1:
+    """Return the first of several listed rewrites, with its lines; where the original is a list, the list stays."""
+    if _has_list(original) or not lines:
         return lines
-    if not lines or not _LISTED.match(lines[0]):
+    if all(line.strip()[0] in _QUOTES and line.strip()[-1] in _QUOTES.values() for line in lines if line.strip()):
+        return lines[:1]
+    if not _LISTED.match(lines[0]):
         return lines
-    if lines[0].strip(" (").startswith("1") and (second_inside := _SECOND.search(lines[0])):
+    kind = _kind_of_item(lines[0])
+    if kind == "1" and (second_inside := _SECOND.search(lines[0])):
         return [lines[0][: second_inside.start()]]
-    second = next((place for place, line in enumerate(lines[1:], start=1) if _LISTED.match(line)), len(lines))
-    return lines[:second]
+    later = (place for place, line in enumerate(lines) if place and _LISTED.match(line) and _kind_of_item(line) == kind)
+    return lines[: next(later, len(lines))]
+
+
+def _kind_of_item(line: str) -> str:
+    """Return the mark of a list item, 1 for any number and a for any letter."""
+    mark = line.strip(" (")[0]
+    return "1" if mark.isdigit() else "a" if mark.isalpha() else mark
 
 
 def _remarks(line: str, original: str) -> bool:
@@ -236,12 +262,12 @@ def _about_rewrites(text: str, original: str) -> bool:
 
 def _bare(text: str, original: str) -> str:
     """Strip numbering, openings, emphasis and quotation marks around a rewrite until nothing changes."""
-    has_list = sum(bool(_LISTED.match(line)) for line in original.splitlines()) > 1
+    has_list = _has_list(original)
     while True:
         before = text
         if not has_list:
             text = _LISTED.sub("", text, count=1).strip()
-        text = OPENING.sub("", text, count=1).strip()
+        text = _LABEL.sub("", OPENING.sub("", text, count=1).strip(), count=1)
         text = _EXCLAIMED.sub("", text, count=1)
         text = _without_remarks_inside(text, original)
         if emphasis := _EMPHASIS.match(text):
@@ -259,8 +285,10 @@ def _bare(text: str, original: str) -> str:
 
 def _without_remarks_inside(text: str, original: str) -> str:
     """Strip from a line what is said of the rewrite itself: before a colon, or in brackets at the end."""
+    if (hope := _HOPES.search(text)) and not _HOPES.search(original):
+        text = text[: hope.start()]
     if not original:
-        return text
+        return text.strip()
     if (caption := _EMPHASISED.match(text)) and _about_rewrites(caption[1], original):
         text = text[caption.end() :].lstrip()
     opening = _BEFORE_COLON.match(text)

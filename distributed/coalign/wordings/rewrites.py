@@ -55,7 +55,9 @@ _REQUEST_SENTENCES = [
     frozenset(found) for text in REQUESTS for s in _SENTENCE.findall(text) if len(found := words(s)) > 3
 ]
 _ASKS_TO_REWRITE = re.compile(
-    r"\b(?:rewrit|rephras|paraphras|reword|restat)\w*\b[^.!?\n]{0,40}\binstructions?\b|^keep these words:",
+    r"\b(?:rewrit|rephras|paraphras|reword|restat|reformul|réécri|parafras|reescrib|umformul|umschreib|formulier)\w*\b"
+    r"[^.!?\n]{0,40}\b(?:instructions?|instrucci\w+|instru[çc]\w+|istruzion\w+|anweisung\w*|instruktion\w*|consignes?)\b"
+    r"|(?:改写|改寫|重写|重寫|言い換え)[^。！？\n]{0,8}(?:指令|指示|说明|說明)|^keep these words:",
     re.IGNORECASE | re.MULTILINE,
 )
 # How a model begins that declines, asks back or thinks aloud instead of rewriting.
@@ -64,7 +66,8 @@ _NO_REWRITE = (
     r"(?:i|we) (?:can(?:not|['’]?t)|could(?: not|n['’]?t)|won['’]?t|will not|do(?: not|n['’]?t)) (?:help|assist|rewrite"
     r"|rephrase|paraphrase|do (?:that|this)|fulfil\w*|comply|provide|answer|create|generate|determine"
     r"|understand|process|access|complete|engage|discuss|have|see)",
-    r"(?:i['’]?m|i am) (?:not able|unable) to|unfortunately|it (?:seems|looks|appears)(?: like| that)? you",
+    r"(?:i['’]?m|i am) (?:not able to|unable to|(?:just |only )?an? (?:ai|artificial|(?:large )?language model))",
+    r"unfortunately|it (?:seems|looks|appears)(?: like| that)? you",
     r"as an? (?:ai|artificial intelligence|(?:large )?language model)(?: \w+){0,3},? (?:i|my|we)",
     r"(?:please|could you|can you) (?:provide|share|give me|send)(?: me)?(?: with)? (?:the|your) (?:\w+ )?instruction",
     r"(?:what|which) instruction (?:would|do|should)|the user (?:wants|is asking|asked|has|asks)|let me think",
