@@ -42,7 +42,7 @@ ENGINES = {
     "deepspeed": "training/deepspeed_engine.py",
     "vllm": "generation/vllm_worker.py",
     "datasets": "data/hugging_face.py",
-    "peft": "models/model_folder.py",
+    "peft": "models/lora.py",
     "safetensors": "models/model_folder.py",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", "pandas", "scipy", "jax", *ENGINES}
