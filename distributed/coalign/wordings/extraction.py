@@ -6,10 +6,10 @@ remarks. Pure functions of texts. Knows no checks: `rewrites` says which rewrite
 
 from __future__ import annotations
 
-import json
 import re
 
 from coalign.prompts import strip_thought
+from coalign.wordings.wrappings import unwrapped, without_special_tokens
 
 # Words about a rewrite itself, as opposed to words of an instruction.
 ABOUT_REWRITES = (
@@ -69,24 +69,6 @@ _LISTED = re.compile(r"^\s{0,3}(?:\(?\d{1,2}[.):]\s|\(?[a-h]\)\s|[-*•]\s|\d\uf
 _SECOND = re.compile(r"\s+\(?2[.):]\s")
 _EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>(?:(?!\1).)+)\1$", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "‘": "’", "«": "»", "「": "」", "『": "』", "`": "`"}
-_FENCE = re.compile(r"^\s*(?:```|~~~)")
-
-_SPECIAL = re.compile(
-    r"</?s>|<(?:eos|bos|pad|unk|end_of_turn|start_of_turn|end_of_utterance|turn\|)>|<[|｜][^<>\s]{1,40}[|｜]>"
-    r"|\[/?INST\]|\[(?:EOS|BOS|PAD|SEP|CLS)\]|<</?SYS>>",
-    re.IGNORECASE,
-)
-_ROLE = re.compile(r"^\s*(?:assistant|model|final)?\s*(?:\n+|(?=<[|｜]))", re.IGNORECASE)
-# Tags that models put around a rewrite; others, such as <sep>, may be about the inputs.
-_WRAPPER = (
-    r"(?:new[_-]|rewritten[_-]|final[_-])?(?:instructions?|rewrite|rewritten|rephrased|rewording|paraphrased?|answer"
-    r"|output|response|result|version|text|prompt)\d{0,2}"
-)
-_WRAPPED = re.compile(rf"<({_WRAPPER})>\s*(.*?)\s*</\1\s*>", re.DOTALL | re.IGNORECASE)
-_LONE = re.compile(
-    rf"</?(?P<name>{_WRAPPER})\s*>|^<(?P<first>[A-Za-z][\w-]*)>|</(?P<last>[A-Za-z][\w-]*)>$", re.IGNORECASE
-)
-_ENCLOSED = re.compile(r"^<(\w[\w-]*)>\s*(?P<inner>(?:(?!<\1>).)*?)\s*</\1\s*>$", re.DOTALL)
 
 # What follows a rewrite: another one, a remark about it, or a friendly end.
 _NEXT = re.compile(
@@ -120,10 +102,10 @@ def parse_paraphrase(text: str, original: str = "") -> str:
     Of several rewrites it is the first. `original` is the instruction that was to be rewritten: what belongs to it
     (a list, a line that ends in a colon, a tag, a special token) is not taken off.
     """
-    text = _without_special_tokens(strip_thought(text), original)
+    text = without_special_tokens(strip_thought(text), original)
     while True:
         before = text
-        text = _bare(_without_surroundings(_unwrapped(text, original), original), original)
+        text = _bare(_without_surroundings(unwrapped(text, original), original), original)
         if text == before:
             return text
 
@@ -136,43 +118,6 @@ def parse_cut_off(text: str, original: str = "") -> str:
     if len(original.strip().splitlines()) > 1:
         return ""
     return parse_paraphrase(strip_thought(text).rpartition("\n")[0], original).partition("\n")[0].strip()
-
-
-def _without_special_tokens(text: str, original: str) -> str:
-    """Return what stands before the first special token that is written as text; those at the beginning go."""
-    text = text.strip()
-    while match := _SPECIAL.search(text):
-        if match[0] in original:
-            return text
-        if text[: match.start()].strip():
-            return text[: match.start()].strip()
-        text = _ROLE.sub("", text[match.end() :], count=1).strip()
-    return text
-
-
-def _unwrapped(text: str, original: str) -> str:
-    """Return what a tag or a code fence encloses, when the original has no such tag or fence."""
-    for match in _WRAPPED.finditer(text):
-        if f"<{match[1]}>".casefold() not in original.casefold():
-            return match[2]
-    enclosed = _ENCLOSED.match(text)
-    if enclosed and f"<{enclosed[1]}>" not in original:
-        text = enclosed["inner"]
-    if text.startswith("{") and not original.lstrip().startswith("{"):
-        text = _only_value(text)
-    if any(_FENCE.match(line) for line in original.splitlines()):
-        return text
-    return "\n".join(line for line in text.splitlines() if not _FENCE.match(line))
-
-
-def _only_value(text: str) -> str:
-    """Return the text in a JSON object that holds one text, such as {"instruction": "..."}; else the text as it is."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    values = list(content.values()) if isinstance(content, dict) else []
-    return values[0] if len(values) == 1 and isinstance(values[0], str) else text
 
 
 def _without_surroundings(text: str, original: str) -> str:
@@ -297,14 +242,3 @@ def _without_remarks_inside(text: str, original: str) -> str:
     if (remark := _IN_BRACKETS.search(text)) and _about_rewrites(remark[1], original):
         text = text[: remark.start()]
     return text.strip()
-
-
-def unclosed_tags(text: str) -> set[str]:
-    """Return the tags around a rewrite, or a part of it, that only open or only close; and tokens of chat formats."""
-    found = {token[0] for token in _SPECIAL.finditer(text)}
-    for match in _LONE.finditer(text):
-        name = str(match[match.lastgroup or 0]).casefold()
-        folded = text.casefold()
-        if folded.count(f"<{name}>") != folded.count(f"</{name}"):
-            found.add(name)
-    return found

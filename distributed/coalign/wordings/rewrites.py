@@ -17,10 +17,11 @@ from coalign.prompts import NUM_VARIANTS, REQUESTS, paraphrase_prompt
 from coalign.records import Row, Task
 from coalign.text import normalise_answer, normalise_input, words
 from coalign.wordings.asking import PromptCodec
-from coalign.wordings.extraction import OPENING, unclosed_tags
+from coalign.wordings.extraction import OPENING
 from coalign.wordings.extraction import parse_paraphrase as parse_paraphrase
 from coalign.wordings.languages import in_other_language, in_other_script
 from coalign.wordings.near_repeats import NearRepeats, repeats
+from coalign.wordings.wrappings import unclosed_tags
 
 # Why a rewrite is dropped. filtering.py adds "longer_than_context", and files of wordings "unknown_task".
 Reason = Literal[
