@@ -76,11 +76,24 @@ class ModelTable(Table):
     max_tokens: NonNegative = _field(0, "context to use, in tokens (0: what the model's config allows)")
     too_long: Literal["error", "drop"] = _field("drop", "what to do with a row longer than the context (never cut)")
     chat_template: str = _field("", "file with a Jinja chat template to use instead of the model's")
+    thinking: Literal["off", "keep", "strip"] = _field(
+        "off",
+        "thoughts before an answer (off: none, where the template can; keep: part of the answer; strip: taken off"
+        " before answers are judged, compared or counted)",
+        later=True,
+    )
+    thought_tokens: NonNegative = _field(
+        1024, "with model.thinking keep or strip: tokens for a thought, beside those of the answer", later=True
+    )
     end_of_turn: str = _field("", "token that ends an answer (empty: read from the chat template, else EOS)")
     pad_token: str = _field("", "token to pad with (empty: the tokenizer's, else its end-of-turn)")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _field("sdpa", "attention implementation")
     lora: LoraTable = Field(default_factory=LoraTable)
     random: RandomTable = Field(default_factory=RandomTable)
+
+    def answer_tokens(self, max_new_tokens: int) -> int:
+        """Return how many tokens may be sampled for an answer of `max_new_tokens`, with its thought."""
+        return max_new_tokens + (self.thought_tokens if self.thinking != "off" else 0)
 
     @model_validator(mode="after")
     def _check(self) -> ModelTable:

@@ -15,9 +15,12 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
-def key(default: Any, description: str, *, neutral: bool = False) -> Any:
-    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale."""
-    extra: JsonDict | None = {"neutral": True} if neutral else None
+def key(default: Any, description: str, *, neutral: bool = False, later: bool = False) -> Any:
+    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale.
+
+    A `later` key came after the first runs. At its default a manifest leaves it out, as theirs do.
+    """
+    extra: JsonDict | None = {"neutral": True} if neutral else {"later": True} if later else None
     if isinstance(default, dict | list):
         return Field(default_factory=lambda: default.copy(), description=description, json_schema_extra=extra)
     return Field(default, description=description, json_schema_extra=extra)

@@ -238,7 +238,7 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
         tasks[name] = dataclasses.replace(tasks[name], seen=tasks[name].seen and row.seen)
         return name
     identity = names.take(f"{source}/{name}" if known is not None else name)
-    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source)
+    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source, system=row.system)
     return identity
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.models.architecture import read_config
+from coalign.models.chat_template import ChatTemplate, today
 from coalign.models.codec import Codec
 from coalign.models.export_checks import complaint_of_reopened, main_dtype
 from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
+from coalign.models.stop_tokens import end_with, load_generation_config, stops_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -107,9 +109,12 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     return tokenizer
 
 
-def load_codec(folder: str, table: ModelTable) -> Codec:
-    """Return the codec of a model folder: its tokenizer with the chat template and special tokens of [model]."""
-    return Codec(load_tokenizer(folder, table), table)
+def load_codec(folder: str, table: ModelTable, date: str = "") -> Codec:
+    """Return the codec of a model folder: its tokenizer with the chat template and special tokens of [model].
+
+    `date` (YYYY-MM-DD, empty: today) is for a template that writes one. Raises UserError, see Codec.
+    """
+    return Codec(load_tokenizer(folder, table), table, stops_of(load_generation_config(folder, table)), date)
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTable) -> None:
@@ -128,9 +133,9 @@ def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTabl
     named |= {table.end_of_turn, table.pad_token}
     template = f"{tokenizer.chat_template}"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    with contextlib.suppress(Exception):  # the codec tells what is wrong with a template
-        template += tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        template += tokenizer.apply_chat_template(turns, tokenize=False)
+    with contextlib.suppress(UserError):  # the codec tells what is wrong with a template
+        conversations = [(turns[:1], {"add_generation_prompt": True}), (turns, {})]
+        template += "".join(map(str, ChatTemplate(tokenizer, "", today()).render_first(conversations)))
     used = {token: i for token, i in beyond.items() if token not in special or token in named or token in template}
     if used:
         token = max(used, key=lambda token: used[token])
@@ -218,24 +223,24 @@ def export_model(
     table: ModelTable,
     tokenizer: Any,
     check: Callable[[Any], str | None],
+    stops: Sequence[int] = (),
 ) -> None:
     """Write a model folder that appears only when it is whole and verified.
 
     `state` holds weights on the CPU under the model's own names; config and generation config come from `source`, the
-    model that training started from. The folder is reopened as a user would open it: keys, shapes, values and tied
-    weights are compared, then `check(model)` returns a complaint or None. Raises UserError when the disk is full and
-    RuntimeError when a check fails.
+    model that training started from, with `stops` as the tokens that end a text. The folder is reopened as a user would
+    open it: keys, shapes, values and tied weights are compared, then `check(model)` returns a complaint or None. Raises
+    UserError when the disk is full and RuntimeError when a check fails.
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(read_config(source, table), trust_remote_code=False)
     shell = shell.to(main_dtype(state))  # config.json names this dtype
-    if Path(source, "generation_config.json").exists() or not Path(source).exists():
-        try:
-            shell.generation_config = type(shell.generation_config).from_pretrained(source)
-        except OSError:
-            logger.debug("%s has no generation config", source)
+    generation = load_generation_config(source, table)
+    if generation is not None:
+        shell.generation_config = generation
+    end_with(shell, stops)
 
     def write(target: Path) -> None:
         shell.save_pretrained(target, state_dict=dict(state))  # a copy, since save_pretrained empties it

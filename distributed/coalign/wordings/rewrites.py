@@ -257,7 +257,7 @@ def rewrite_requests(
         for variant in range(min(NUM_VARIANTS, attempts)):
             numbers = range(len(range(variant, attempts, NUM_VARIANTS)))
             seeds = [derive_seed(seed, "paraphrase", task.id, str(variant), i) for i in numbers]
-            prompt_ids = codec.encode_prompt(paraphrase_prompt(task.instruction, labels, variant))
+            prompt_ids = codec.encode_request(paraphrase_prompt(task.instruction, labels, variant))
             requests.append({"task": task.id, "variant": variant, "prompt_ids": prompt_ids, "seeds": seeds})
     return requests
 
