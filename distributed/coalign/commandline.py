@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from coalign.config import Config, Table
 from coalign.config_values import known_keys
 from coalign.errors import UserError
+from coalign.files import read_text
 from coalign.steps import ENCODE, STEP_TABLES, TRAINING_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,18 +31,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError naming file or key, the value found and what was expected.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file; see configs/ for examples") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; a TOML file was expected") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: malformed TOML: {error}") from error
+    values = _read_toml(path)
     origin = {key: str(path) for key in _flatten(values)}
     for override in overrides or []:
         key, value = _parse_override(override)
@@ -53,6 +44,18 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise UserError(_explain(error, origin, str(path))) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such config file; see configs/ for examples")
+    text = read_text(path, "the config on the command line")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path}: malformed TOML: brackets are nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, or an integer of more digits than Python converts
+        raise UserError(f"{path}: malformed TOML: {str(error).partition(';')[0]}") from error
 
 
 def parse_command_line(step: str, argv: list[str]) -> Config:
@@ -141,7 +144,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"{text!r} is not key=value; write for example run.name=demo, after the config file")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw
     return key, value
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from coalign.errors import UserError
+from coalign.files import decode, open_file, parse_json
 
 Split = Literal["sft", "align", "dev", "test"]
 WordingSplit = Literal["train", "dev", "test"]
@@ -155,31 +156,21 @@ def dump_line(row: dict[str, Any]) -> str:
     return _ENCODER.encode(row) + "\n"
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSONL file, without blank lines.
 
-    Raises UserError with file and line for a missing file, bytes that are not UTF-8, or a line without a JSON object.
+    `key` names the setting that names the file. Raises UserError with file and line for a file that can't be opened,
+    bytes that are not UTF-8, or a line without a JSON object.
     """
-    try:
-        stream = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    with stream:
+    with open_file(path, key) as stream:
         for number, raw in enumerate(stream, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {error.start} is not UTF-8; is this a text file in UTF-8?"
-                ) from error
+            place = f"{path}, line {number}"
+            text = decode(raw, place, start=number == 1)
             if not text.strip():
                 continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno})") from error
+            row = parse_json(text, place)
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a JSON object was expected, not {type(row).__name__}")
+                raise UserError(f"{place}: a JSON object was expected, not {type(row).__name__}")
             yield number, row
 
 

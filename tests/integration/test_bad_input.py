@@ -111,7 +111,7 @@ EARLY = [
     ),
     Case("shares over 1", "prepare", ("leaves nothing for test", "less than 1"), ("data.sft_share=0.9",)),
     Case("malformed TOML", "eval", ("config.toml: malformed TOML", "line 2"), files={"config.toml": "[run]\nname =\n"}),
-    Case("binary config", "eval", ("config.toml: not a UTF-8 text file",), files={"config.toml": b"\xff\xfe\x00"}),
+    Case("binary config", "eval", ("config.toml: byte 0 is not UTF-8",), files={"config.toml": b"\xff\xfe\x00"}),
     Case(
         "missing config",
         "rank",

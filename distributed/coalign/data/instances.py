@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from coalign.errors import UserError
+from coalign.files import read_json, read_text
 from coalign.text import normalise_answer
 
 Layout = Literal["auto", "columns", "messages"]
@@ -124,7 +125,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
         return dict.fromkeys(files, True), [], []
     chosen: dict[Path, bool] = {}
     for path, seen in lists:
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path, "data.path").splitlines(), start=1):
             name = line.strip()
             file = folder / "tasks" / f"{name}.json"
             if not name:
@@ -142,10 +143,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
 
 def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
     """Yield the instances of one Super-NaturalInstructions task file; the task has its name. Raises UserError."""
-    try:
-        task = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}, column {error.colno})") from error
+    task = read_json(path, "data.path")
     if not isinstance(task, dict):
         raise UserError(f"{path}: a JSON object was expected, not {type(task).__name__}")
     for key in ("Definition", "Instances"):
@@ -183,13 +181,6 @@ def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
     for text in some:
         distinct.setdefault(normalise_answer(text), text)
     return tuple(distinct.values())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
 
 
 def _turns(messages: Any, what: str) -> list[tuple[str, str]]:
