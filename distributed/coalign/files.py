@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from coalign.errors import UserError
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z")  # suffixes
 MAX_SHOWN = 200  # characters of a path in an error
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -80,6 +81,23 @@ def _require_regular(path: Path) -> None:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file but a pipe, a socket or a device", str(path))
+
+
+def list_folder(folder: Path, key: str = "") -> list[Path]:
+    """Return what lies in a folder, by name. Raises UserError when it can't be read or a name is not UTF-8."""
+    with path_errors(folder, key):
+        found = sorted(folder.iterdir())
+    for path in found:
+        require_utf8(path)
+    return found
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UserError for a path that is not UTF-8: names of files become names of tasks."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: this name is not UTF-8; rename it") from error
 
 
 def read_bytes(path: Path, key: str = "") -> bytes:

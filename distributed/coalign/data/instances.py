@@ -6,16 +6,20 @@ error begins with file and line.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from coalign.errors import UserError
-from coalign.files import read_json, read_text
+from coalign.files import list_folder, read_json, read_text
 from coalign.text import normalise_answer
 
 Layout = Literal["auto", "columns", "messages"]
+COLUMNS = ("instruction", "input", "output", "outputs", "task", "id")
+NEAR_MISS = 0.75  # similarity from which a key is taken for a mistyped one: inputs, inpt, Input; not index
 ROLES = ("system", "user", "assistant")
 
 
@@ -83,6 +87,8 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
         key = next((key for key in ("output", "outputs") if key in row), "")
         if not key:
             raise UserError(f"{place}: no 'output' or 'outputs' (keys: {_keys(row)}); every instance needs a reference")
+        if wrong := _near_miss(tuple(row)):
+            raise UserError(f"{place}: the key {wrong[0]!r} is unknown; did you mean {wrong[1]!r}? Rename or remove it")
         context = row.get("input")
         text = "" if context is None else _text(context, f"{place}: input")
         return Instance(place, task, instruction, text, _references(row[key], f"{place}: {key}"), name)
@@ -113,7 +119,8 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
     Train tasks are seen, test tasks unseen, tasks in neither list are left out. Without lists every task is seen.
     Raises UserError for a folder or a list that is wrong.
     """
-    files = sorted((folder / "tasks").glob("*.json"))
+    tasks = folder / "tasks"
+    files = [path for path in list_folder(tasks, "data.path") if path.match("*.json")] if tasks.is_dir() else []
     if not files:
         raise UserError(
             f"{folder}: no task files; a Super-NaturalInstructions folder holds tasks/*.json, check the path"
@@ -195,11 +202,21 @@ def _turns(messages: Any, what: str) -> list[tuple[str, str]]:
     return turns
 
 
+@functools.lru_cache(maxsize=1000)
+def _near_miss(keys: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return a key that is nearly that of an optional column which the row lacks, and that column."""
+    for column in ("input", "task"):
+        for key in () if column in keys else keys:
+            if key not in COLUMNS and difflib.SequenceMatcher(None, key.lower().strip(), column).ratio() > NEAR_MISS:
+                return key, column
+    return None
+
+
 def _required(row: dict[str, Any], key: str, place: str) -> str:
     if key not in row:
-        raise UserError(
-            f"{place}: no {key!r} (keys: {_keys(row)}); expected instruction, input and output, or messages"
-        )
+        near = difflib.get_close_matches(key, map(str, row), n=1, cutoff=NEAR_MISS)
+        hint = f"rename {near[0]!r}" if near else "expected instruction, input and output, or messages"
+        raise UserError(f"{place}: no {key!r} (keys: {_keys(row)}); {hint}")
     text = _text(row[key], f"{place}: {key}").strip()
     if not text:
         raise UserError(f"{place}: {key} is empty; write it or remove the row")
