@@ -15,7 +15,7 @@ from coalign.runs.open_step import OpenStep, StepCommand
 from coalign.runs.run_folder import base_model_folder
 from coalign.runs.step_folder import read_manifest
 from coalign.wordings import filtering
-from coalign.wordings.asking import check_lengths
+from coalign.wordings.asking import check_lengths, require_end
 from coalign.wordings.rewrites import answers_in_turn, rewrite_requests
 from coalign.wordings.wording_files import read_wordings
 
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
 
     def ask(wanted: dict[str, int]) -> tuple[dict[str, list[Row]], set[str]]:
         total, given = sum(wanted.values()), f"{len(files.wordings)} wordings from files"
+        require_end(total, "paraphrase.num_wordings and paraphrase.max_attempts")
         step.announce(f"{given}, {total} rewrites to ask the model for, {len(tasks)} tasks", with_model=total > 0)
         found = ask_for_rewrites(step, tasks, wanted) if total else ({}, set())
         answers.update(found[0])

@@ -36,6 +36,7 @@ from coalign.tables import Table as Table
 from coalign.tables import key as _field
 
 VLLM_MAX_TEMPERATURE = 2.0
+MAX_RANDOM_WEIGHTS = 10**9
 MAX_DRAWN, MAX_PASSES = 1_000_000, 1000  # rows of a training that is surely no mistake, or passes over its data
 
 
@@ -65,7 +66,7 @@ class LoraTable(Table):
     """[model.lora]: low-rank adapters instead of full fine-tuning."""
 
     enabled: bool = _field(False, "train adapters, merge them in fp32 at export")
-    rank: Positive = _field(16, "rank of the update")
+    rank: Annotated[int, Field(ge=1, le=65536)] = _field(16, "rank of the update")
     alpha: PositiveNumber = _field(32.0, "scale numerator: the update is alpha / rank * B A")
     dropout: Share = _field(0.0, "adapter dropout (0 keeps runs repeatable)")
     target_modules: Lines = _field([], "names of the linear layers (empty: all but the output head)")
@@ -74,14 +75,30 @@ class LoraTable(Table):
 class RandomTable(Table):
     """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
 
-    vocab_size: Annotated[int, Field(ge=300, le=MAX_COUNT)] = _field(
+    vocab_size: Annotated[int, Field(ge=300, le=10**7)] = _field(
         2048, "entries of the tokenizer trained on the prepared texts"
     )
     hidden_size: Positive = _field(128, "width")
-    num_layers: Positive = _field(2, "decoder layers")
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = _field(2, "decoder layers")
     num_heads: Positive = _field(4, "attention heads")
     intermediate_size: Positive = _field(256, "width inside the MLP")
     context: Positive = _field(512, "tokens of context")
+
+    @property
+    def num_weights(self) -> int:
+        """Return about how many weights this shape has."""
+        per_layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * per_layer + self.vocab_size * self.hidden_size
+
+    @model_validator(mode="after")
+    def _check(self) -> RandomTable:
+        if self.num_weights > MAX_RANDOM_WEIGHTS:
+            raise ValueError(
+                f"model.random asks for {self.num_weights:.3g} random weights, more than the"
+                f" {MAX_RANDOM_WEIGHTS:.0e} allowed;"
+                " lower hidden_size, num_layers, intermediate_size or vocab_size"
+            )
+        return self
 
 
 class ModelTable(Table):
@@ -156,11 +173,13 @@ class DataTable(Table):
 class ParaphraseTable(Table):
     """[paraphrase]: wordings of every instruction."""
 
-    num_wordings: NonNegative = _field(10, "training wordings per task to ask the model for (0: only files)")
+    num_wordings: Annotated[int, Field(ge=0, le=10_000)] = _field(
+        10, "training wordings per task to ask the model for (0: only files)"
+    )
     num_dev: NonNegative = _field(2, "dev wordings per task, files first")
     num_test: NonNegative = _field(6, "test wordings per task, files first (4 are needed to report CR)")
     files: FilePaths = _field([], "JSONL files of wordings written by people")
-    max_attempts: Positive = _field(3, "rewrites to ask the model for per wording wanted")
+    max_attempts: Annotated[int, Field(ge=1, le=10_000)] = _field(3, "rewrites to ask the model for per wording wanted")
     temperature: Temperature = _field(1.0, "sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = _field(0.95, "nucleus sampling mass")
     max_new_tokens: Positive = _field(256, "tokens per rewrite, at most")
@@ -180,7 +199,9 @@ class GenerationTable(Table):
     mode: Literal["exact", "fast"] = _field(
         "fast", "exact: a text never depends on its batch neighbours; fast: larger batches, equal up to rounding"
     )
-    workers: NonNegative = _field(2, "Ray actors (0: in this process, without Ray)", neutral=True)
+    workers: Annotated[int, Field(ge=0, le=100_000)] = _field(
+        2, "Ray actors (0: in this process, without Ray)", neutral=True
+    )
     gpus_per_worker: NonNegativeNumber = _field(
         -1.0,
         "GPUs per worker, asked of Ray; with 2 or more a model is spread over them (-1: one if there is any)",
@@ -300,19 +321,19 @@ class StageTable(Table):
         return self
 
     def num_drawn(self, items: int, batch: int) -> int:
-        """Return how many rows or groups are trained on in updates of `batch` of them, repeated ones counted again.
+        """Return how many rows or groups are trained on in updates of `batch` of them, repeated ones counted again."""
+        return self.max_steps * batch or math.ceil(self.epochs * items)
 
-        Raises UserError for so many passes over them that training would not end.
-        """
-        drawn = self.max_steps * batch or math.ceil(self.epochs * items)
+    def require_end(self, items: int, batch: int) -> None:
+        """Raise UserError for so many rows or groups in all that encoding and training them would not end."""
+        drawn = self.num_drawn(items, batch)
         if drawn > max(MAX_DRAWN, MAX_PASSES * items):
-            table = type(self).__name__.removesuffix("Table").lower()
+            name = type(self).__name__.removesuffix("Table").lower()
+            length = f"max_steps={self.max_steps} x {batch:,}" if self.max_steps else f"epochs={self.epochs:g}"
             raise UserError(
-                f"{table}.epochs={self.epochs:g}, {table}.max_steps={self.max_steps} and updates of {batch} mean"
-                f" {drawn:,} rows or groups, {drawn / max(1, items):,.0f} passes over the {items:,} there are; use"
-                f" fewer than {MAX_PASSES:,} passes"
+                f"{name}.{length} asks for {drawn:,} rows or groups, that is {drawn / max(1, items):,.0f} passes over"
+                f" the {items:,} there are; ask for fewer than {MAX_PASSES:,} passes"
             )
-        return drawn
 
 
 class SftTable(StageTable):
@@ -411,8 +432,8 @@ class EvalTable(Table):
     max_wordings: NonNegative = _field(0, "wordings per task (0: all)")
     max_new_tokens: Positive = _field(64, "tokens per answer, at most")
     noise_inputs: NonNegative = _field(50, "inputs per noise floor (0: none)")
-    noise_samples: Annotated[int, Field(ge=2, le=MAX_COUNT)] = _field(8, "repeats of one wording per noise floor")
-    num_bootstrap: Positive = _field(2000, "resamples of the two-level bootstrap")
+    noise_samples: Annotated[int, Field(ge=2, le=10_000)] = _field(8, "repeats of one wording per noise floor")
+    num_bootstrap: Annotated[int, Field(ge=1, le=100_000)] = _field(2000, "resamples of the two-level bootstrap")
 
     @model_validator(mode="before")
     @classmethod

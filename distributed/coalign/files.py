@@ -18,6 +18,7 @@ from coalign.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z")  # suffixes
 MAX_SHOWN = 200  # characters of a path in an error
+_NOT_REGULAR = "not a regular file but a pipe, a socket or a device"
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -80,7 +81,16 @@ def _require_regular(path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file but a pipe, a socket or a device", str(path))
+        raise OSError(errno.EINVAL, _NOT_REGULAR, str(path))
+
+
+def is_plain(path: Path) -> bool:
+    """Return whether a path is a regular file or a folder. Raises UserError for a pipe, a socket or a device."""
+    if path.is_file() or path.is_dir():
+        return True
+    if path.exists():
+        raise UserError(f"{path}: {_NOT_REGULAR}; remove it")
+    return False
 
 
 def list_folder(folder: Path, key: str = "") -> list[Path]:

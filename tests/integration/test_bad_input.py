@@ -479,11 +479,16 @@ CASES = [
         ("model.chat_template=t.jinja",),
         {"t.jinja": EATS},
     ),
-    Case("template missing", "sft", ("model.chat_template='t.jinja' can't be read",), ("model.chat_template=t.jinja",)),
+    Case(
+        "template missing",
+        "sft",
+        ("t.jinja: no such file; check model.chat_template",),
+        ("model.chat_template=t.jinja",),
+    ),
     Case(
         "template not UTF-8",
         "sft",
-        ("model.chat_template='t.jinja' can't be read",),
+        ("t.jinja: byte 0 is not UTF-8",),
         ("model.chat_template=t.jinja",),
         {"t.jinja": b"\xff"},
     ),

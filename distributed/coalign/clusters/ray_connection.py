@@ -25,6 +25,7 @@ from coalign.process import node_names, start_seconds
 
 ANSWER_SECONDS = 120.0  # a node may take this long to start a process and read a file
 CONNECT_SECONDS = 5.0
+MIN_WORKERS_ALLOWED, WORKERS_PER_CORE = 64, 4  # processes of a private cluster that can't be meant
 LOOK_SECONDS = 2.0  # between two looks at which nodes are alive
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, which it removes with the job
 
@@ -41,6 +42,12 @@ class Cluster:
     """
 
     def __init__(self, address: str, workers: int) -> None:
+        cores = os.cpu_count() or 1
+        if not address and workers > max(MIN_WORKERS_ALLOWED, WORKERS_PER_CORE * cores):
+            raise UserError(
+                f"generation.workers={workers:,} on this machine of {cores} cores: each is a process with a model"
+                f" of its own; use {cores} at most, or generation.ray_address of a cluster"
+            )
         self.is_private = not address
         self._shared: set[Path] = set()  # folders that every node sees
         self._holder = None if address else start_holder(workers)

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
+from coalign.files import is_plain, list_folder, read_text
 from coalign.models.codec import Codec
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
@@ -50,7 +51,7 @@ def check_model_folder(folder: str) -> None:
         return  # a hub name
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
-    names = {item.name for item in path.iterdir()}
+    names = {item.name for item in list_folder(path, "model.path") if is_plain(item)}
     if "config.json" not in names:
         raise UserError(f"{folder} holds no config.json; a Hugging Face model folder was expected")
     if not any(name.endswith(".safetensors") for name in names):
@@ -80,10 +81,7 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
         raise UserError(f"{folder}: the tokenizer or config can't be loaded: {_first_line(error)}") from error
     _check_vocabulary(folder, tokenizer, config)
     if table.chat_template:
-        try:
-            tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
+        tokenizer.chat_template = read_text(Path(table.chat_template), "model.chat_template")
     limit = min(int(min(tokenizer.model_max_length, _UNLIMITED)), _context_of(config))
     if limit >= _UNLIMITED and not table.max_tokens:
         raise UserError(f"{folder} does not say how long its context is; set model.max_tokens")
