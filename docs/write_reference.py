@@ -33,8 +33,8 @@ _METRICS = """\
 and reads it: `read_metrics(folder)` returns a `Metrics`, whose attributes are the fields below.
 
 `version`, the first key, is the version of this form, now {version}. A file without a version was written before
-version 1 and is read as version 0: fields marked *optional* may be missing in it. A file with a newer version is
-refused with a message that names both versions; upgrade coalign to read it.
+version 1 and is read as version 0. Fields marked *optional* may be missing in an older file. A file with a newer
+version is refused with a message that names both versions; upgrade coalign to read it.
 """
 _LADDER = """\
 `ladder/metrics.json` in the folder of an experiment (`launch/ladder.sh`) holds its result over all arms and seeds. Its

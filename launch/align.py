@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     items, found = open_rows(rows), read_meta(rows)["counts"]
-    engine = DeepSpeedEngine(source, config.model, config.train, device, output.path / "deepspeed.json")
+    engine = DeepSpeedEngine(
+        source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
+    )
     if config.train.shared_prefix:
         check_shared_prefix(engine, items, codec.pad_id)
     if table.loss == "dpo":
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
     stream = group_stream(items, table, config.run.seed)
     form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
     objective = align_objective(form, config.train.shared_prefix)
-    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id, config.run.seed)
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )

@@ -15,7 +15,7 @@ from coalign.runs.open_step import OpenStep, StepCommand
 from coalign.runs.run_folder import base_model_folder
 from coalign.runs.step_folder import read_manifest
 from coalign.wordings import filtering
-from coalign.wordings.asking import check_lengths, require_end
+from coalign.wordings.asking import check_lengths
 from coalign.wordings.rewrites import answers_in_turn, rewrite_requests
 from coalign.wordings.wording_files import read_wordings
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     tasks = read_records(Task, prepared / "tasks.jsonl")
     # Before the step's folder is made, so that an invalid file leaves nothing behind that holds its digest.
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
-    files = read_wordings(table.files, {task.id: task for task in tasks})
+    files = read_wordings(table.files, {task.id: task for task in tasks}, prepared / "examples.jsonl")
     filtering.check_files(tasks, files, table)
     step = command.begin(["prepare"], digests | (digest_model_files(config.model) if table.num_wordings else {}))
     if step is None:
@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
 
     def ask(wanted: dict[str, int]) -> tuple[dict[str, list[Row]], set[str]]:
         total, given = sum(wanted.values()), f"{len(files.wordings)} wordings from files"
-        require_end(total, "paraphrase.num_wordings and paraphrase.max_attempts")
         step.announce(f"{given}, {total} rewrites to ask the model for, {len(tasks)} tasks", with_model=total > 0)
         found = ask_for_rewrites(step, tasks, wanted) if total else ({}, set())
         answers.update(found[0])

@@ -147,10 +147,6 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{text!r} is not key=value; write for example run.name=demo, after the config file")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{key}: {raw!r} on the command line is not UTF-8; use a UTF-8 terminal") from error
-    try:
         found = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):
         return key, raw

@@ -20,7 +20,6 @@ from coalign.tables import (
     FilePath,
     FilePaths,
     Line,
-    Lines,
     NamedPaths,
     NonNegative,
     NonNegativeNumber,
@@ -32,11 +31,12 @@ from coalign.tables import (
     SourcePath,
     Temperature,
 )
+from coalign.tables import LoraTable as LoraTable
+from coalign.tables import RandomTable as RandomTable
 from coalign.tables import Table as Table
 from coalign.tables import key as _field
 
 VLLM_MAX_TEMPERATURE = 2.0
-MAX_RANDOM_WEIGHTS = 10**9
 MAX_DRAWN, MAX_PASSES = 1_000_000, 1000  # rows of a training that is surely no mistake, or passes over its data
 
 
@@ -59,45 +59,6 @@ class RunTable(Table):
             near = difflib.get_close_matches(unknown[0], STEP_TABLES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the steps are {', '.join(STEP_TABLES)}"
             raise ValueError(f"run.inputs names {unknown[0]!r}, which is no step; {hint}")
-        return self
-
-
-class LoraTable(Table):
-    """[model.lora]: low-rank adapters instead of full fine-tuning."""
-
-    enabled: bool = _field(False, "train adapters, merge them in fp32 at export")
-    rank: Annotated[int, Field(ge=1, le=65536)] = _field(16, "rank of the update")
-    alpha: PositiveNumber = _field(32.0, "scale numerator: the update is alpha / rank * B A")
-    dropout: Share = _field(0.0, "adapter dropout (0 keeps runs repeatable)")
-    target_modules: Lines = _field([], "names of the linear layers (empty: all but the output head)")
-
-
-class RandomTable(Table):
-    """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
-
-    vocab_size: Annotated[int, Field(ge=300, le=10**7)] = _field(
-        2048, "entries of the tokenizer trained on the prepared texts"
-    )
-    hidden_size: Positive = _field(128, "width")
-    num_layers: Annotated[int, Field(ge=1, le=1000)] = _field(2, "decoder layers")
-    num_heads: Positive = _field(4, "attention heads")
-    intermediate_size: Positive = _field(256, "width inside the MLP")
-    context: Positive = _field(512, "tokens of context")
-
-    @property
-    def num_weights(self) -> int:
-        """Return about how many weights this shape has."""
-        per_layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * per_layer + self.vocab_size * self.hidden_size
-
-    @model_validator(mode="after")
-    def _check(self) -> RandomTable:
-        if self.num_weights > MAX_RANDOM_WEIGHTS:
-            raise ValueError(
-                f"model.random asks for {self.num_weights:.3g} random weights, more than the"
-                f" {MAX_RANDOM_WEIGHTS:.0e} allowed;"
-                " lower hidden_size, num_layers, intermediate_size or vocab_size"
-            )
         return self
 
 
@@ -426,6 +387,10 @@ class EvalTable(Table):
     )
     split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
     agreement: FilePath = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
+    allow_weak: bool = _field(False, "continue when the judge of agreement is below eval.min_quality", neutral=True)
+    min_quality: Share = _field(
+        0.65, "balanced accuracy and AUC of the judge of agreement below which the step stops", neutral=True
+    )
     wordings_file: FilePath = _field("", "JSONL of wordings to use instead of the run's held-out ones")
     folder: FilePath = _field("", "where to write (empty: the run's eval folder)", neutral=True)
     max_inputs: NonNegative = _field(0, "inputs per task (0: all)")

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,19 +133,39 @@ def decode(raw: bytes, place: str, *, start: bool) -> str:
         raise UserError(f"{place}: byte {error.start} is not UTF-8; is this a text file in UTF-8?") from error
 
 
-def read_json(path: Path, key: str = "") -> Any:
-    """Return what a JSON file holds. Raises UserError with the place of a mistake."""
-    return parse_json(read_text(path, key), str(path))
+def read_json(path: Path, key: str = "", *, distinct: bool = False) -> Any:
+    """Return what a JSON file holds; `distinct` as in `parse_json`. Raises UserError with the place of a mistake."""
+    return parse_json(read_text(path, key), str(path), distinct=distinct)
 
 
-def parse_json(text: str, place: str, **options: Any) -> Any:
-    """Return the value of a JSON text; `options` are those of json.loads. Raises UserError that begins with `place`."""
+def parse_json(text: str, place: str, *, distinct: bool = False) -> Any:
+    """Return the value of a JSON text. Raises UserError, which begins with `place`.
+
+    With `distinct` an object that has a key twice is an error too, since the last one would win unseen.
+    """
     try:
-        return json.loads(text, **options)
+        return _DISTINCT.decode(text) if distinct else json.loads(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{place}{line}: malformed JSON ({error.msg}, column {error.colno})") from error
     except RecursionError as error:
         raise UserError(f"{place}: malformed JSON (brackets are nested too deeply)") from error
+    except _RepeatedKeyError as error:
+        raise UserError(f"{place}: {error}") from error
     except ValueError as error:  # an integer of more digits than Python converts
         raise UserError(f"{place}: malformed JSON ({str(error).partition(';')[0]})") from error
+
+
+class _RepeatedKeyError(ValueError):
+    """A JSON object that has the same key twice."""
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise _RepeatedKeyError(f"the key {repeated!r} stands twice in one object; keep one of them")
+    return found
+
+
+_DISTINCT = json.JSONDecoder(object_pairs_hook=_distinct_keys)  # json.loads would make one per line

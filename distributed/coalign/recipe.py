@@ -42,7 +42,7 @@ def run_step(main: Callable[[list[str]], None]) -> None:
     try:
         try:
             check_launcher()
-            main(sys.argv[1:])
+            main([readable_word(word) for word in sys.argv[1:]])
         finally:
             sys.stdout.flush()
         if _LAUNCHED:
@@ -82,6 +82,20 @@ def _is_first(number: Callable[[], int]) -> bool:
         return number() == 0
     except UserError:
         return True
+
+
+def readable_word(word: str) -> str:
+    """Return a word of the command line. Raises UserError, which names the key, for bytes that are not UTF-8."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        key = shown.partition("=")[0] if "=" in shown else "a word"
+        byte = ord(word[error.start]) & 0xFF
+        raise UserError(
+            f"{key} on the command line ({shown[:60]}): byte 0x{byte:02x} is not UTF-8; write it in UTF-8"
+        ) from error
+    return word
 
 
 def _leave(status: int) -> None:

@@ -156,11 +156,23 @@ def dump_line(row: dict[str, Any]) -> str:
     return _ENCODER.encode(row) + "\n"
 
 
+def whole_text(text: str, what: str) -> str:
+    """Return a text that can be written as UTF-8. Raises UserError, which begins with `what`, for another one.
+
+    JSON can spell half a surrogate pair, such as \\ud800, which is no character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has half a surrogate pair at character {error.start}; write the whole one") from error
+    return text
+
+
 def read_rows(path: Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSONL file, without blank lines.
 
     `key` names the setting that names the file. Raises UserError with file and line for a file that can't be opened,
-    bytes that are not UTF-8, or a line without a JSON object.
+    bytes that are not UTF-8, a line without a JSON object, or a key that an object has twice.
     """
     with open_file(path, key) as stream:
         for number, raw in enumerate(stream, start=1):
@@ -168,7 +180,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]
             text = decode(raw, place, start=number == 1)
             if not text.strip():
                 continue
-            row = parse_json(text, place)
+            row = parse_json(text, place, distinct=True)
             if not isinstance(row, dict):
                 raise UserError(f"{place}: a JSON object was expected, not {type(row).__name__}")
             yield number, row

@@ -18,7 +18,7 @@ from typing import Any
 from coalign.config import SourceTable
 from coalign.data.instances import DroppedInstance, Instance, Layout, parse_row
 from coalign.errors import UserError
-from coalign.files import open_file, require_utf8
+from coalign.files import decode, open_file, require_utf8
 
 logger = logging.getLogger("coalign")
 
@@ -128,6 +128,8 @@ def _stay_offline_without_hub() -> None:
 def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
     """Return options with which every column is text: answers such as "007", "NA" or "null" must stay as written."""
     separator = "\t" if path.suffix == ".tsv" else ","
+    with open_file(path, "data.path") as raw:
+        decode(raw.readline(1 << 20), str(path), start=True)
     with open_file(path, "data.path") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=separator), [])
     features = datasets.Features({name: datasets.Value("string") for name in header})

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from coalign.errors import UserError
 from coalign.files import list_folder, read_json, read_text
+from coalign.records import whole_text
 from coalign.text import normalise_answer
 
 Layout = Literal["auto", "columns", "messages"]
@@ -127,7 +128,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
         )
     splits = folder / "splits" / "default"
     lists = [(splits / "train_tasks.txt", True), (splits / "test_tasks.txt", False)]
-    lists = [(path, seen) for path, seen in lists if path.exists()]
+    lists = [(path, seen) for path, seen in lists if path.exists() or path.is_symlink()]
     if not lists:
         return dict.fromkeys(files, True), [], []
     chosen: dict[Path, bool] = {}
@@ -150,7 +151,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
 
 def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
     """Yield the instances of one Super-NaturalInstructions task file; the task has its name. Raises UserError."""
-    task = read_json(path, "data.path")
+    task = read_json(path, "data.path", distinct=True)
     if not isinstance(task, dict):
         raise UserError(f"{path}: a JSON object was expected, not {type(task).__name__}")
     for key in ("Definition", "Instances"):
@@ -246,11 +247,7 @@ def _references(value: Any, what: str) -> tuple[str, ...]:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{what}={_shown(value)} is of type {type(value).__name__}; expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} has half a surrogate pair at character {error.start}; write the whole one") from error
-    return value
+    return whole_text(value, what)
 
 
 def _keys(row: dict[str, Any]) -> str:

@@ -143,7 +143,7 @@ def _find_hub_name(source: SourceTable, path: Path) -> str:
         len(path.parts) > 1 and Path(path.parts[0]).exists()
     )
     if path.is_symlink() or source.format not in ("auto", "hf") or looks_local or not _HUB_NAME.fullmatch(source.path):
-        raise UserError(f"{shown(path)}: no such file or folder; check data.path (relative to {Path.cwd()})")
+        raise UserError(f"{shown(source.path)}: no such file or folder; check data.path (relative to {Path.cwd()})")
     return "hub"
 
 

@@ -15,8 +15,10 @@ from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.records import Row, Task, Wording
 from coalign.text import normalise_input
+from coalign.wordings.asking import require_end
+from coalign.wordings.extraction import parse_cut_off, parse_paraphrase
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
-from coalign.wordings.rewrites import Reason, check_rewrite, parse_paraphrase
+from coalign.wordings.rewrites import Reason, check_rewrite
 from coalign.wordings.wording_files import WordingFiles
 from coalign.wordings.wordings import (
     FILE_PREFIX,
@@ -134,6 +136,7 @@ def settle(
     check_files(tasks, files, table)
     by_task, dropped = _merge_files(tasks, files, table, seed)
     wanted = {task.id: _num_wanted(task, by_task[task.id], table) for task in tasks}
+    require_end(sum(wanted.values()), "paraphrase.num_wordings and paraphrase.max_attempts")
     answers, too_long = ask(wanted)
     dropped += [
         {"task": t.id, "text": t.instruction, "reason": "longer_than_context"} for t in tasks if t.id in too_long
@@ -203,8 +206,7 @@ def choose_rewrites(
         if len(accepted) == wanted:
             break
         cut_off = answer["finish"] == "length"
-        # A line that was cut off is no instruction, but the lines before it may hold one.
-        rewrite = parse_paraphrase(answer["text"].rpartition("\n")[0] if cut_off else answer["text"])
+        rewrite = (parse_cut_off if cut_off else parse_paraphrase)(answer["text"], task.instruction)
         reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
         if reason is None:
             kept.append(rewrite)

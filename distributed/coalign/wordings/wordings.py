@@ -6,14 +6,15 @@ Pure functions of texts. Knows no files and no model.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit
 from coalign.text import normalise_answer, unit_hash
+from coalign.wordings.patterns import PatternError, match_fields
 
 ORIGINAL = "original"
 GENERATED = "model"
@@ -39,7 +40,7 @@ def render_prompt(wording: Wording, input_text: str) -> str | None:
     """
     if wording.kind == "prefix":
         return f"{wording.text}\n\n{input_text}" if input_text else wording.text
-    fields = _fields(wording, input_text)
+    fields = fields_in(wording, input_text)
     return None if fields is None else _fill(wording.text, fields)
 
 
@@ -86,23 +87,26 @@ def misfit(wording: Wording, input_text: str) -> str:
     return "answer_map" if wording.answers is not None and _answer_words(wording, input_text) is None else ""
 
 
-def _fields(wording: Wording, input_text: str) -> dict[str, str] | None:
-    """Return the named groups of the input ("" for a group that took no part), None when the regex doesn't fit."""
+def fields_in(wording: Wording, input_text: str) -> dict[str, str] | None:
+    """Return the named groups of the input ("" for a group that took no part), None when the regex doesn't fit.
+
+    Raises UserError when that takes too long.
+    """
     if wording.fields_regex is None:
         return {}
-    match = _compiled(wording.fields_regex).match(input_text)
-    return None if match is None else match.groupdict(default="")
-
-
-@functools.cache
-def _compiled(regex: str) -> re.Pattern[str]:
-    return re.compile(regex)
+    try:
+        return match_fields(wording.fields_regex, input_text)
+    except PatternError as error:
+        raise UserError(
+            f"{wording.source.removeprefix(FILE_PREFIX)}: wording {wording.id!r} of task {wording.task!r}:"
+            f" fields_regex={wording.fields_regex[:200]!r} {error}"
+        ) from error
 
 
 def _answer_words(wording: Wording, input_text: str) -> dict[str, tuple[str, str]] | None:
     """Return {normalised label: (label, word)} on this input; None when there are no words or they are not distinct."""
     assert wording.answers is not None
-    fields = _fields(wording, input_text)
+    fields = fields_in(wording, input_text)
     if fields is None:
         return None
     # Without a regex there are no fields, and a brace in an answer is a brace.
