@@ -137,8 +137,12 @@ def key_tables(model: Any, prefix: str) -> Iterator[str]:
         yield f"{text[0].upper()}{text[1:]}"
         yield from key_tables(inside, name)
     if prefix == "data":
-        from coalign.config import SourceTable
+        from coalign.config import AnswerFormTable, SourceTable
 
+        text = summary_of(AnswerFormTable)
+        yield "### [data.answer_form.TASK]"
+        yield f"{text[0].upper()}{text[1:]}"
+        yield from key_tables(AnswerFormTable, "data.answer_form")
         yield "### [[data.sources]]"
         yield "One source of a mixture; repeat the table for each."
         yield from key_tables(SourceTable, "data.sources")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.process import rank, world_size
 from coalign.recipe import run_step
-from coalign.records import Example, Group, Wording, read_rows
+from coalign.records import Example, Group, Task, Wording, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.open_step import open_step
 from coalign.steps import ENCODE
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.process import rank, world_size
 from coalign.recipe import run_step
-from coalign.records import Example, Wording, read_rows
+from coalign.records import Example, Task, Wording, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.digests import digest_model_files, digest_replay
 from coalign.runs.open_step import open_step
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     )
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:

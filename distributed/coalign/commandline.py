@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +138,7 @@ def type_name(field: FieldInfo) -> str:
         for b in bounds
         if b.startswith(("Ge", "Gt", "Le", "Lt"))
     )
-    readable = name.replace("coalign.config.SourceTable", "table").replace("typing.", "")
+    readable = re.sub(r"coalign\.config\.\w+Table", "table", name).replace("typing.", "")
     return f"{readable}, {limits}" if limits else readable
 
 

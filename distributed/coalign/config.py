@@ -101,6 +101,14 @@ class SourceTable(Table):
     max_rows: NonNegative = _field(0, "rows to take, in hash order (0: all)")
 
 
+class AnswerFormTable(Table):
+    """[data.answer_form.TASK]: what counts when a task's answers are compared; "*" stands for all other tasks."""
+
+    case: bool = _field(False, "whether case counts (unset: where gold answers differ by it alone, such as mW and MW)")
+    space: bool = _field(False, "whether line breaks and blanks count (unset: where gold answers differ by lines)")
+    numbers: bool = _field(False, "whether 1,000 and 1000 differ")
+
+
 class DataTable(Table):
     """[data]: tasks and inputs, and how they are split."""
 
@@ -117,6 +125,9 @@ class DataTable(Table):
     max_align_inputs: NonNegative = _field(0, "stage-2 inputs per task (0: all)")
     max_dev_inputs: NonNegative = _field(0, "dev inputs per task (0: all)")
     max_test_inputs: NonNegative = _field(0, "test inputs per task (0: all)")
+    answer_form: dict[str, AnswerFormTable] = _field(
+        {}, 'what counts when answers are compared, by task ("*": all others), e.g. {units = {case = true}}'
+    )
     max_labels: NonNegative = _field(20, "a task with at most this many different answers is a label task")
 
     @model_validator(mode="after")

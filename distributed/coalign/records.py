@@ -28,7 +28,9 @@ class Task:
     """One task: an instruction and what is known about its answers.
 
     `labels` are the distinct answers of a classification task, empty for free generation.
-    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks).
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `answer_form` names what
+    counts when its answers are compared, and else would not: "case", "space" (white space), "numbers" (how one is
+    written).
     """
 
     id: str
@@ -36,6 +38,7 @@ class Task:
     labels: tuple[str, ...] = ()
     seen: bool = True
     source: str = ""
+    answer_form: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from coalign.answer_form import COUNTED, normalise_answer
 from coalign.errors import UserError
 from coalign.files import list_folder, read_json, read_text
 from coalign.records import whole_text
-from coalign.text import normalise_answer
 
 Layout = Literal["auto", "columns", "messages"]
 COLUMNS = ("instruction", "input", "output", "outputs", "task", "id")
@@ -181,13 +181,16 @@ def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstanc
 
 
 def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that aren't empty; of those that are equal when normalised, the first spelling."""
+    """Return the texts that aren't empty, without those that equal an earlier one in whatever may count in a task.
+
+    What counts in theirs is known when all have been read; see data/answer_forms.py.
+    """
     some = [text for text in texts if text]
     if len(some) < 2:
         return tuple(some)
     distinct: dict[str, str] = {}
     for text in some:
-        distinct.setdefault(normalise_answer(text), text)
+        distinct.setdefault(normalise_answer(text, COUNTED), text)
     return tuple(distinct.values())
 
 

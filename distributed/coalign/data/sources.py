@@ -32,7 +32,7 @@ from coalign.errors import UserError
 from coalign.files import COMPRESSED, list_folder, open_file, path_errors, shown
 from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
-from coalign.text import normalise_input, unit_hash, words
+from coalign.text import loose_key, unit_hash, words
 
 OTHER_SUFFIXES = (".txt", ".toml", ".xlsx", ".xml", ".yaml", ".yml", ".md", ".ndjson", ".jsonlines", ".bak")
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
@@ -276,4 +276,4 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
 def instruction_slug(instruction: str) -> str:
     """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
     start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
-    return f"{start}-{sha256(normalise_input(instruction).encode()).hexdigest()[:8]}"
+    return f"{start}-{sha256(loose_key(instruction).encode()).hexdigest()[:8]}"

@@ -14,7 +14,7 @@ from typing import Any
 from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.records import Row, Task, Wording
-from coalign.text import normalise_input
+from coalign.text import loose_key
 from coalign.wordings.asking import require_end
 from coalign.wordings.extraction import parse_cut_off, parse_paraphrase
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
@@ -50,7 +50,7 @@ def drop_repeats(
     texts = {wording.id: bare_text(wording) for wording in wordings}
     seen: set[tuple[str, str]] = set()
     for wording in wordings:
-        key = (wording.kind, normalise_input(wording.text))
+        key = (wording.kind, loose_key(wording.text))
         from_file = wording.source.startswith(FILE_PREFIX)
         like_original = from_file and task.seen and repeats(texts[wording.id], [task.instruction], max_similarity)
         if key in seen or like_original:

@@ -6,16 +6,18 @@ of texts. Knows no model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
+from coalign.answer_form import plain_text
 from coalign.config import ParaphraseTable
 from coalign.process import derive_seed
 from coalign.prompts import NUM_VARIANTS, REQUESTS, paraphrase_prompt
 from coalign.records import Row, Task
-from coalign.text import normalise_answer, normalise_input, words
+from coalign.text import UNSPACED, combining_marks, loose_key, words
 from coalign.wordings.asking import PromptCodec
 from coalign.wordings.extraction import OPENING, unclosed_tags
 from coalign.wordings.extraction import parse_paraphrase as parse_paraphrase
@@ -44,6 +46,9 @@ Reason = Literal[
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
+_EDGES = ".,;:!?\"'`()[]{}<>*_ "  # punctuation that a rewrite may leave out of what was quoted
+_UNSPACED_EDGE = re.compile(f"^[{UNSPACED}]|[{UNSPACED}]$")
+_OPEN_END = re.compile(f"[{UNSPACED}\uac00-\ud7a3]$")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
 _QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
@@ -183,15 +188,15 @@ def _repeats_request(text: str) -> bool:
 
 def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
     """Return the reason if the rewrite has lost something of the original."""
-    if any(not _names(rewrite, label) for label in labels_in(original, labels)):
+    if set(labels_in(original, labels)) - set(labels_in(rewrite, labels)):
         return "lost_label"
     if set(_NUMBER.findall(original)) - set(_NUMBER.findall(rewrite)):
         return "lost_number"
     if any(placeholder not in rewrite for placeholder in _PLACEHOLDER.findall(original)):
         return "lost_placeholder"
-    folded = normalise_input(rewrite)
+    folded = loose_key(rewrite)
     quoted = ("".join(groups) for groups in _QUOTED.findall(original))
-    if any(normalise_answer(text) not in folded for text in quoted):
+    if any((loose_key(text).strip(_EDGES) or loose_key(text)) not in folded for text in quoted):
         return "lost_placeholder"
     if any(given.search(original) and not needed.search(rewrite) for given, needed in _FORMATS):
         return "lost_format"
@@ -199,18 +204,35 @@ def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
 
 
 def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
-    """Return the labels that an instruction names, which its rewrites must keep."""
-    return [label for label in labels if _names(instruction, label)]
+    """Return the labels that an instruction names, which its rewrites must keep.
+
+    In a script that writes no spaces a label is named only where no longer one is: 不好 doesn't name 好.
+    """
+    labels = list(labels)
+    text, named = plain_text(instruction), set()
+    for label in sorted(labels, key=len, reverse=True):
+        pattern = _label_pattern(label)
+        if pattern and pattern.search(text):
+            named.add(label)
+            if _UNSPACED_EDGE.search(label):
+                text = pattern.sub(" ", text)
+    return [label for label in labels if label in named]
 
 
-def _names(text: str, label: str) -> bool:
-    """Return whether a text has this label as whole words; case counts for a single letter ("A", not the article)."""
-    words_of_label = label.split()
+@functools.lru_cache(maxsize=4096)
+def _label_pattern(label: str) -> re.Pattern[str] | None:
+    """Return what finds a label as whole words; case counts for a single letter ("A", not the article).
+
+    Words end anywhere in a script without spaces, and Korean ones before a particle.
+    """
+    words_of_label = plain_text(label).split()
     if not words_of_label:
-        return False
+        return None
     pattern = r"\s+".join(map(re.escape, words_of_label))
-    flags = 0 if len(label.strip()) == 1 else re.IGNORECASE
-    return re.search(rf"(?<!\w){pattern}(?!\w)", text, flags) is not None
+    inside = rf"[\w{combining_marks()}]"
+    before = "" if _UNSPACED_EDGE.match(pattern) else f"(?<!{inside})"
+    after = "" if _OPEN_END.search(words_of_label[-1]) else f"(?!{inside})"
+    return re.compile(f"{before}{pattern}{after}", 0 if len(label.strip()) == 1 else re.IGNORECASE)
 
 
 def rewrite_requests(

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from coalign.answer_form import counted_in, normalise_answer
 from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit, read_rows, whole_text
-from coalign.text import normalise_answer
 from coalign.wordings.patterns import PatternError, compile_pattern
 from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in
 
@@ -229,9 +229,10 @@ def _repeated(answers: dict[str, str]) -> dict[str, str]:
     """Return {label: earlier label} where both get the same word; spellings of one label are one label."""
     first: dict[str, str] = {}
     repeated = {}
+    of_labels, of_words = counted_in(answers), counted_in(answers.values())
     for label, word in answers.items():
-        earlier = first.setdefault(normalise_answer(word), label)
-        if normalise_answer(earlier) != normalise_answer(label):
+        earlier = first.setdefault(normalise_answer(word, of_words), label)
+        if normalise_answer(earlier, of_labels) != normalise_answer(label, of_labels):
             repeated[label] = earlier
     return repeated
 

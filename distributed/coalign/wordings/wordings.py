@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from coalign.answer_form import AnswerMap, read_answer_map
 from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import unit_hash
 from coalign.wordings.patterns import PatternError, match_fields
 
 ORIGINAL = "original"
@@ -51,10 +52,8 @@ def expected_answer(wording: Wording, input_text: str, answer: str) -> str | Non
     """
     if wording.answers is None:
         return answer
-    rendered = _answer_words(wording, input_text)
-    if rendered is None:
-        return None
-    return rendered.get(normalise_answer(answer), (None, None))[1]
+    known = _answer_map(wording, input_text)
+    return None if known is None else known.word(answer)
 
 
 def canonical_answer(wording: Wording, input_text: str, response: str) -> str | None:
@@ -66,14 +65,8 @@ def canonical_answer(wording: Wording, input_text: str, response: str) -> str | 
     stripped = response.strip()
     if wording.answers is None:
         return stripped
-    rendered = _answer_words(wording, input_text)
-    if rendered is None:
-        return None
-    said = normalise_answer(stripped)
-    for label, word in rendered.values():
-        if normalise_answer(word) == said:
-            return label
-    return None if said in rendered else stripped
+    known = _answer_map(wording, input_text)
+    return None if known is None else known.canonical(stripped)
 
 
 def misfit(wording: Wording, input_text: str) -> str:
@@ -84,7 +77,7 @@ def misfit(wording: Wording, input_text: str) -> str:
     """
     if render_prompt(wording, input_text) is None:
         return "wording_does_not_fit"
-    return "answer_map" if wording.answers is not None and _answer_words(wording, input_text) is None else ""
+    return "answer_map" if wording.answers is not None and _answer_map(wording, input_text) is None else ""
 
 
 def fields_in(wording: Wording, input_text: str) -> dict[str, str] | None:
@@ -103,19 +96,15 @@ def fields_in(wording: Wording, input_text: str) -> dict[str, str] | None:
         ) from error
 
 
-def _answer_words(wording: Wording, input_text: str) -> dict[str, tuple[str, str]] | None:
-    """Return {normalised label: (label, word)} on this input; None when there are no words or they are not distinct."""
+def _answer_map(wording: Wording, input_text: str) -> AnswerMap | None:
+    """Return the wording's answer map on this input; None when there are no words or they are not distinct."""
     assert wording.answers is not None
     fields = fields_in(wording, input_text)
     if fields is None:
         return None
     # Without a regex there are no fields, and a brace in an answer is a brace.
-    words = {
-        normalise_answer(label): (label, _fill(word, fields) if wording.fields_regex else word)
-        for label, word in wording.answers.items()
-    }
-    distinct = {normalise_answer(word) for _, word in words.values()}
-    return words if len(distinct) == len(words) else None
+    filled = ((label, _fill(word, fields) if wording.fields_regex else word) for label, word in wording.answers.items())
+    return read_answer_map(tuple(filled))
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
