@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.files import is_plain, list_folder, read_text
 from coalign.models.architecture import read_config
 from coalign.models.chat_template import ChatTemplate, today
 from coalign.models.codec import Codec
@@ -56,7 +57,7 @@ def check_model_folder(folder: str) -> None:
         return  # a hub name
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
-    names = {item.name for item in path.iterdir()}
+    names = {item.name for item in list_folder(path, "model.path") if is_plain(item)}
     if "adapter_config.json" in names:
         raise UserError(
             f"{folder} holds adapters (adapter_config.json); merge them into their model first, with peft's"
@@ -93,10 +94,7 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     except Exception as error:  # transformers and tokenizers raise any kind for a file that is malformed
         raise UserError(f"{folder}: the tokenizer or config can't be loaded: {reason_of(error, table)}") from error
     if table.chat_template:
-        try:
-            tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
+        tokenizer.chat_template = read_text(Path(table.chat_template), "model.chat_template")
     _check_vocabulary(folder, tokenizer, config, table)
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:
