@@ -14,7 +14,7 @@ from coalign.process import derive_seed
 from coalign.recipe import run_step
 from coalign.records import Example, Wording, to_row
 from coalign.runs.open_step import open_step
-from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses
+from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses, require_end
 
 
 def main(argv: list[str]) -> None:
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     for wording in step.read(Wording, split="train"):
         wordings.setdefault(wording.task, []).append(wording)
     pairs, dropped = draw_pairs(examples, wordings, table.wordings_per_input, config.run.seed)
+    require_end(len(pairs) * table.samples, "sample.samples and sample.wordings_per_input")
 
     def seeds_of(pair: Pair) -> list[int]:
         place = ("sample", config.run.round, *pair.key)

@@ -21,11 +21,12 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from coalign.models.model_checks import check_model
     from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
-    from coalign.training.export import export
-    from coalign.training.layout_checks import check_packing
+    from coalign.training.export import export, try_export
+    from coalign.training.layout_checks import settle_layout
     from coalign.training.loop import TrainingPlan, train
     from coalign.training.objectives import sft_objective
     from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
@@ -55,10 +56,11 @@ def main(argv: list[str]) -> None:
     engine = DeepSpeedEngine(
         source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
     )
-    if config.train.pack_tokens:
-        check_packing(engine, stream, codec.pad_id)
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
-    totals = train(engine, plan, config.train, config.log, output.path, measure)
+    check_model(engine.model, codec.pad_id, source, samples=config.generation.engine != "vllm")
+    settings = settle_layout(engine, stream, codec.pad_id, config.train, groups=False)
+    try_export(engine, output.path / "shards" / "untrained", codec, stream)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, settings, step.read(Task))
+    totals = train(engine, plan, settings, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))

@@ -100,6 +100,7 @@ _THINK = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflecti
 _THOUGHT = (
     (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"),
     (r"\[THINK\]", r"\[/THINK\]"),
+    (r"<\|(?:think|thinking|thought|reasoning)\|>", r"<\|/(?:think|thinking|thought|reasoning)\|>"),
     (r"◁think▷", r"◁/think▷"),
     (r"<\|(?:begin|start)_of_(?:thought|thinking)\|>", r"<\|end_of_(?:thought|thinking)\|>"),
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),

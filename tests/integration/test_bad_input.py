@@ -111,7 +111,7 @@ EARLY = [
     ),
     Case("shares over 1", "prepare", ("leaves nothing for test", "less than 1"), ("data.sft_share=0.9",)),
     Case("malformed TOML", "eval", ("config.toml: malformed TOML", "line 2"), files={"config.toml": "[run]\nname =\n"}),
-    Case("binary config", "eval", ("config.toml: not a UTF-8 text file",), files={"config.toml": b"\xff\xfe\x00"}),
+    Case("binary config", "eval", ("config.toml: byte 0 is not UTF-8",), files={"config.toml": b"\xff\xfe\x00"}),
     Case(
         "missing config",
         "rank",
@@ -513,11 +513,16 @@ CASES = [
         ("model.chat_template=t.jinja",),
         {"t.jinja": EATS},
     ),
-    Case("template missing", "sft", ("model.chat_template='t.jinja' can't be read",), ("model.chat_template=t.jinja",)),
+    Case(
+        "template missing",
+        "sft",
+        ("t.jinja: no such file; check model.chat_template",),
+        ("model.chat_template=t.jinja",),
+    ),
     Case(
         "template not UTF-8",
         "sft",
-        ("model.chat_template='t.jinja' can't be read",),
+        ("t.jinja: byte 0 is not UTF-8",),
         ("model.chat_template=t.jinja",),
         {"t.jinja": b"\xff"},
     ),
@@ -675,7 +680,7 @@ CASES = [
     Case(
         "replay missing",
         "sft",
-        ("sft.replay='none.jsonl': no such file",),
+        ("none.jsonl: no such file; check sft.replay",),
         ("sft.replay=none.jsonl", "sft.replay_share=0.5"),
     ),
     Case(

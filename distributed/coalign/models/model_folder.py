@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.files import is_plain, list_folder, read_text
+from coalign.models.architecture import read_config
 from coalign.models.chat_template import ChatTemplate, today
 from coalign.models.codec import Codec
+from coalign.models.export_checks import complaint_of_reopened, main_dtype
 from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
 from coalign.models.stop_tokens import end_with, load_generation_config, stops_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
@@ -55,7 +57,7 @@ def check_model_folder(folder: str) -> None:
         return  # a hub name
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
-    names = {item.name for item in path.iterdir()}
+    names = {item.name for item in list_folder(path, "model.path") if is_plain(item)}
     if "adapter_config.json" in names:
         raise UserError(
             f"{folder} holds adapters (adapter_config.json); merge them into their model first, with peft's"
@@ -92,10 +94,7 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     except Exception as error:  # transformers and tokenizers raise any kind for a file that is malformed
         raise UserError(f"{folder}: the tokenizer or config can't be loaded: {reason_of(error, table)}") from error
     if table.chat_template:
-        try:
-            tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
+        tokenizer.chat_template = read_text(Path(table.chat_template), "model.chat_template")
     _check_vocabulary(folder, tokenizer, config, table)
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:
@@ -233,10 +232,9 @@ def export_model(
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
-    config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shell = shell.to(next(iter(state.values())).dtype)  # config.json names this dtype
+        shell = AutoModelForCausalLM.from_config(read_config(source, table), trust_remote_code=False)
+    shell = shell.to(main_dtype(state))  # config.json names this dtype
     generation = load_generation_config(source, table)
     if generation is not None:
         shell.generation_config = generation
@@ -258,20 +256,10 @@ def _compare_folder(
     bad = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if bad:
         return f"{bad} holds NaN or infinity"
-    written: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            written.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    model = load_model(str(folder), on_cpu(table), next(iter(state.values())).dtype)
-    reopened = model.state_dict()
-    missing = [name for name in state if name not in reopened]
-    if missing or len(reopened) != len(state):
-        return f"reopened with other keys (first missing: {missing[:1] or sorted(set(reopened) - set(state))[:1]})"
-    different = [n for n, t in reopened.items() if t.shape != state[n].shape or not torch.equal(t, state[n])]
-    if different:
-        return f"{different[0]} was reopened with other values"
-    if not set(written) <= set(state):
-        return f"the file holds unknown weights, first {sorted(set(written) - set(state))[0]}"
+    model = load_model(str(folder), on_cpu(table), main_dtype(state))
+    complaint = complaint_of_reopened(model.state_dict(), state)
+    if complaint:
+        return complaint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if config.get("tie_word_embeddings") and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():

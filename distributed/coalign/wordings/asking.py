@@ -18,6 +18,8 @@ from coalign.wordings.wordings import canonical_answer, misfit, render_prompt
 
 logger = logging.getLogger("coalign")
 
+MAX_ANSWERS = 20_000_000  # of a step: at 1,000 a second six hours, at about a kilobyte each the memory of a large node
+
 
 class PromptCodec(Protocol):
     """The part of models.codec.Codec that builds requests."""
@@ -90,6 +92,14 @@ def draw_pairs(
         for wording in fitting[:wordings_per_input]:
             pairs.append(Pair(example, wording, render_prompt(wording, example.input) or ""))
     return pairs, dropped
+
+
+def require_end(num_answers: int, keys: str) -> None:
+    """Raise UserError for so many answers that generating them would not end; `keys` are the settings that ask."""
+    if num_answers > MAX_ANSWERS:
+        raise UserError(
+            f"{keys} ask for {num_answers:,} answers, which would not end; at most {MAX_ANSWERS:,} are made"
+        )
 
 
 def build_requests(
