@@ -242,3 +242,13 @@ def test_cores_are_workers_times_threads() -> None:
     """No workers means this process, no threads torch's own choice: one each."""
     assert cores_used(GenerationTable(workers=3), RunTable(threads=2)) == 6
     assert cores_used(GenerationTable(workers=0), RunTable(threads=0)) == 1
+
+
+def test_a_later_key_at_its_default_is_in_no_manifest() -> None:
+    """Runs from before the key resume; another value is another setting."""
+    values = table_values(Config(), ("model",), with_neutral=False)
+    assert not {"model.thinking", "model.thought_tokens"} & values.keys() and "model.too_long" in values
+    strip = Config.model_validate({"model": {"thinking": "strip"}})
+    assert table_values(strip, ("model",), with_neutral=False)["model.thinking"] == "strip"
+    assert "model.thinking" in table_values(Config(), ("model",))
+    assert strip.model.answer_tokens(8) == 8 + 1024 and Config().model.answer_tokens(8) == 8

@@ -291,3 +291,17 @@ def test_a_system_message_stays_one_where_the_template_has_it(name: str, begin: 
     ids = codec.encode_prompt(prompt)
     assert begin.replace("<b>", word) in text_of(codec, ids)
     assert ids.count(1) == (1 if codec.bos_id is not None else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loops",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% for a in m.content %}{% for b in m.content %}{% endfor %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_nested_loops_end(loops: str) -> None:
+    """Also those over the characters of a message, which are short in a short one."""
+    with pytest.raises(UserError, match=r"more than 5 seconds.*model\.chat_template"):
+        codec_of(templates.CHATML + loops)
