@@ -11,6 +11,25 @@ from collections.abc import Sequence
 YES = "Yes"
 NO = "No"
 
+
+class SystemPrompt(str):
+    """A request whose instruction becomes a system message where the chat template has one.
+
+    As a string it is the user's message elsewhere: instruction, an empty line, input.
+    """
+
+    def __new__(cls, system: str, user: str) -> SystemPrompt:
+        """Join the two."""
+        return super().__new__(cls, f"{system}\n\n{user}")
+
+    def __init__(self, system: str, user: str) -> None:
+        self.system, self.user = system, user
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # of two strings it is made again
+        """Return what a copy in another process is made from."""
+        return self.system, self.user
+
+
 # For a tokenizer without a chat template (a base model). Every model that we export contains it.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"

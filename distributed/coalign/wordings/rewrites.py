@@ -49,6 +49,7 @@ REASONS: tuple[str, ...] = get_args(Reason)
 
 _EDGES = ".,;:!?\"'`()[]{}<>*_ "  # punctuation that a rewrite may leave out of what was quoted
 _UNSPACED_EDGE = re.compile(f"^[{UNSPACED}]|[{UNSPACED}]$")
+_ARABIC = re.compile("[\u0620-\u064a]")
 _OPEN_END = re.compile(f"[{UNSPACED}\uac00-\ud7a3]$")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
@@ -218,7 +219,7 @@ def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
         pattern = _label_pattern(label)
         if pattern and pattern.search(text):
             named.add(label)
-            if _UNSPACED_EDGE.search(label):
+            if _UNSPACED_EDGE.search(label) or _OPEN_END.search(label):
                 text = pattern.sub(" ", text)
     return [label for label in labels if label in named]
 
@@ -227,15 +228,18 @@ def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
 def _label_pattern(label: str) -> re.Pattern[str] | None:
     """Return what finds a label as whole words; case counts for a single letter ("A", not the article).
 
-    Words end anywhere in a script without spaces, and Korean ones before a particle.
+    Words end anywhere in a script without spaces, and Korean ones before a particle. Arabic ones may have an article, a
+    particle and an ending.
     """
     words_of_label = plain_text(label).split()
     if not words_of_label:
         return None
     pattern = r"\s+".join(map(re.escape, words_of_label))
     inside = rf"[\w{combining_marks()}]"
-    before = "" if _UNSPACED_EDGE.match(pattern) else f"(?<!{inside})"
+    before = "" if _UNSPACED_EDGE.match(words_of_label[0]) else f"(?<!{inside})"
     after = "" if _OPEN_END.search(words_of_label[-1]) else f"(?!{inside})"
+    if _ARABIC.match(pattern):
+        before, after = f"{before}(?:[وفبكل]?(?:ال|ل)?)", f"[\u064b-\u0652]*[ةا]?[\u064b-\u0652]*{after}"
     return re.compile(f"{before}{pattern}{after}", 0 if len(label.strip()) == 1 else re.IGNORECASE)
 
 
@@ -253,7 +257,7 @@ def rewrite_requests(
         for variant in range(min(NUM_VARIANTS, attempts)):
             numbers = range(len(range(variant, attempts, NUM_VARIANTS)))
             seeds = [derive_seed(seed, "paraphrase", task.id, str(variant), i) for i in numbers]
-            prompt_ids = codec.encode_prompt(paraphrase_prompt(task.instruction, labels, variant))
+            prompt_ids = codec.encode_request(paraphrase_prompt(task.instruction, labels, variant))
             requests.append({"task": task.id, "variant": variant, "prompt_ids": prompt_ids, "seeds": seeds})
     return requests
 
