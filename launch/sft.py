@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     config, table, output = step.config, step.config.sft, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, step.needs["prepare"])
-    codec = load_codec(source, config.model)
+    codec = load_codec(source, config.model, step.output.date)
     wordings, rows = step.read(Wording), output.path / "shards" / "rows"
     chosen = training_wordings(wordings, table.wordings)
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
         counts = totals | found
-        write_card(output, step.run, counts, codec.end_of_turn)
+        write_card(output, step.run, counts, codec.end_of_turn, codec.turn.describe())
         output.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 

@@ -25,7 +25,7 @@ from coalign.models.architecture import opening_options
 _WITHOUT_EFFECT = re.compile(r"(inv_freq|masked_bias|position_ids|_extra_state)$|(^|\.)mtp[._]")
 # The parts of a model for images or sound, which its text part leaves out.
 _OTHER_SENSES = re.compile(
-    r"(^|\.)((embed_)?(vision|visual|vit|image|img|audio|speech|multi_?modal|mm)(_\w+)?|(\w+_)?(projector|connector|aligner))\."
+    r"(^|[._])(vision|visual|vit|image|img|audio|speech|multi_?modal|mm|projector|connector|aligner)([._]|$)"
 )
 
 

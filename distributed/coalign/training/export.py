@@ -89,7 +89,7 @@ def export(engine: DeepSpeedEngine, folder: Path, codec: Codec, items: Sequence[
 
     def write_alone() -> None:
         merged = merge_lora(engine.source, engine.table, state, measure) if engine.table.lora.enabled else state
-        export_model(folder, merged, engine.source, engine.table, codec.tokenizer, check)
+        export_model(folder, merged, engine.source, engine.table, codec.tokenizer, check, codec.ends)
 
     run_on_rank_zero(write)
 

@@ -191,6 +191,13 @@ def test_experts_that_the_library_fuses(
         assert said in found and bool(found) == bool(said)
 
 
+def test_a_missing_kernel_names_the_key(source: Path) -> None:
+    """The message is ours, and its advice works."""
+    for found in both(str(source), ModelTable(attention="flash_attention_2")):
+        assert found.endswith('model.attention="flash_attention_2" can\'t be used with it; set model.attention="sdpa"')
+    assert both(str(source), ModelTable(attention="sdpa")) == ["", ""]
+
+
 @pytest.mark.parametrize("family", ["gemma2", "bloom", "mpt"])
 def test_a_missing_attention_is_replaced(family: str, source: Path, tmp_path: Path) -> None:
     """A family without SDPA gets eager attention, and nobody has to set a key for it."""
