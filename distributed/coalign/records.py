@@ -28,9 +28,9 @@ class Task:
     """One task: an instruction and what is known about its answers.
 
     `labels` are the distinct answers of a classification task, empty for free generation.
-    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `answer_form` names what
-    counts when its answers are compared, and else would not: "case", "space" (white space), "numbers" (how one is
-    written).
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `system` is True for chat
+    data whose instruction was a system message. `answer_form` names what counts when its answers are compared, and else
+    would not: "case", "space" (white space), "numbers" (how one is written).
     """
 
     id: str
@@ -38,6 +38,7 @@ class Task:
     labels: tuple[str, ...] = ()
     seen: bool = True
     source: str = ""
+    system: bool = False
     answer_form: tuple[str, ...] = ()
 
 
@@ -56,14 +57,15 @@ class Example:
 class Wording:
     """One way to ask for a task.
 
-    A `prefix` comes before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
+    A `prefix` comes before the input. So does a `system` text, as a system message where the chat template has one. A
+    `template` renders the whole prompt from the named groups of `fields_regex`
     (`re.match` on the input); `answers` maps a gold answer to the word that this template asks for.
     """
 
     id: str
     task: str
     text: str
-    kind: Literal["prefix", "template"] = "prefix"
+    kind: Literal["prefix", "template", "system"] = "prefix"
     fields_regex: str | None = None
     answers: dict[str, str] | None = None
     source: str = "original"

@@ -301,6 +301,25 @@ def cut(name: str) -> Callable[[Path], Any]:
 
 
 NO_TURN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+TURN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+BAD_TEMPLATES = [
+    ("loses the question", ("drops the user's message",), TURN.replace("in messages", "in messages[1:]")),
+    ("alters the question", ("alters", "model.chat_template"), TURN.replace("m['content']", "m['content'] | upper")),
+    ("doubles the question", ("repeats",), TURN.replace("m['content']", "m['content'] + m['content']")),
+    ("divides by zero", ("ZeroDivisionError",), "{{ 1/0 }}"),
+    ("counts too far", ("OverflowError",), "{% for i in range(999999999) %}{% endfor %}"),
+    ("calls itself", ("RecursionError",), "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    ("wants memory", ("memory", "model.chat_template"), TURN + "{{ 'x' * 10**10 }}"),
+    (
+        "opens a thought",
+        ("always opens a thought", '"strip"'),
+        TURN.replace("'<|assistant|>'", "'<|assistant|><think>'"),
+    ),
+    ("has another turn", ("otherwise than it asks for one",), TURN.replace("'<|assistant|>'", "'<|assistant|>Sure: '")),
+]
 EATS = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 
 
@@ -520,6 +539,24 @@ CASES = [
         ("chat template", "no users here", "model.chat_template"),
         ("model.chat_template=t.jinja",),
         {"t.jinja": "{{ raise_exception('no users here') }}"},
+    ),
+    *(
+        Case(f"template {name}", "sft", says, ("model.chat_template=t.jinja",), {"t.jinja": text})
+        for name, says, text in BAD_TEMPLATES
+    ),
+    Case(
+        "generation config is no object",
+        "sft",
+        ("my-model", "generation_config.json"),
+        PRETRAINED,
+        change=with_model(write("generation_config.json", "[]")),
+    ),
+    Case(
+        "thoughts kept where the template has none of them",
+        "sft",
+        ("does not keep the thought", 'model.thinking="keep" can\'t be'),
+        ("model.chat_template=t.jinja", "model.thinking=keep"),
+        {"t.jinja": TURN.replace("m['content']", "m['content'].split('</think>')[-1]")},
     ),
     Case(
         "LoRA on no layer",

@@ -25,7 +25,10 @@ ROLES = ("system", "user", "assistant")
 
 
 class Instance(NamedTuple):
-    """One row of a source. `place` is its file and line; `task` and `id` are "" when the source names none."""
+    """One row of a source. `place` is its file and line; `task` and `id` are "" when the source names none.
+
+    `system` is True where the instruction was a system message.
+    """
 
     place: str
     task: str
@@ -34,6 +37,7 @@ class Instance(NamedTuple):
     outputs: tuple[str, ...]
     id: str = ""
     seen: bool = True
+    system: bool = False
 
 
 class DroppedInstance(NamedTuple):
@@ -111,7 +115,8 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
     if not texts[0].strip():
         raise UserError(f"{place}: the {roles[0]} message is empty; it is the instruction, write it or remove the row")
     context = texts[1] if len(texts) == 2 else ""
-    return Instance(place, task, texts[0].strip(), context, _references(answer, f"{place}: the assistant's text"), name)
+    outputs = _references(answer, f"{place}: the assistant's text")
+    return Instance(place, task, texts[0].strip(), context, outputs, name, system=len(texts) == 2)
 
 
 def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[DroppedInstance]]:

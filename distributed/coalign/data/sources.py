@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,11 +33,12 @@ from coalign.errors import UserError
 from coalign.files import COMPRESSED, list_folder, open_file, path_errors, shown
 from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
-from coalign.text import loose_key, unit_hash, words
+from coalign.text import loose_key, unit_hash
 
 OTHER_SUFFIXES = (".txt", ".toml", ".xlsx", ".xml", ".yaml", ".yml", ".md", ".ndjson", ".jsonlines", ".bak")
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
+_SLUG_WORD = re.compile(r"\w+(?:['’]\w+)*")  # not text.words: a task keeps its name from version to version
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -269,11 +271,14 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
         tasks[name] = dataclasses.replace(tasks[name], seen=tasks[name].seen and row.seen)
         return name
     identity = names.take(f"{source}/{name}" if known is not None else name)
-    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source)
+    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source, system=row.system)
     return identity
 
 
 def instruction_slug(instruction: str) -> str:
     """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
-    start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
+    start = (
+        "-".join(_SLUG_WORD.findall(unicodedata.normalize("NFKC", instruction).casefold())[:6])[:40].strip("-")
+        or "task"
+    )
     return f"{start}-{sha256(loose_key(instruction).encode()).hexdigest()[:8]}"

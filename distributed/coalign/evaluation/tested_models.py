@@ -65,7 +65,9 @@ def model_table(value: str, model: ModelTable) -> ModelTable:
     settings = manifest["config"] if manifest else {}
     if not all(f"model.{key}" in settings for key in kept):
         return table_for_other_model(model)
-    return table_for_other_model(model).model_copy(update={key: settings[f"model.{key}"] for key in kept})
+    own = {key: settings[f"model.{key}"] for key in kept}
+    later = {key: settings[f"model.{key}"] for key in ("thinking", "thought_tokens") if f"model.{key}" in settings}
+    return table_for_other_model(model).model_copy(update=own | later)
 
 
 def _is_step(folder: Path) -> bool:

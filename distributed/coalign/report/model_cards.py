@@ -41,10 +41,11 @@ def placeless(text: str) -> str:
     return _ABSOLUTE.sub(r"\1", text)
 
 
-def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> str:
+def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str, thinking: str = "") -> str:
     """Return the card of a training step's model, as it is exported: nothing is measured yet.
 
-    `counts` are the step's own; `end_of_turn` is the token that ends an answer.
+    `counts` are the step's own; `end_of_turn` is the token that ends an answer, `thinking` says what became
+    of thoughts.
     """
     stage = step.path.name
     manifests = {name: read_manifest(run.step(name)) or {} for name in STEPS_TO[stage][:-1]}
@@ -68,6 +69,8 @@ def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_t
         sources=[source | {"name": _code(source["name"])} for source in sources],
         digests=digests,
         end_of_turn=json.dumps(end_of_turn, ensure_ascii=False),
+        thinking=thinking,
+        thinks=json.dumps(step.config.get("model.thinking", "off") != "off").capitalize(),
         begin=BEGIN,
         end=END,
         is_random=is_random,
@@ -80,9 +83,9 @@ def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_t
     return _with_metadata(body, stage, step.config, sources)
 
 
-def write_card(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> None:
+def write_card(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str, thinking: str = "") -> None:
     """Write the card into the model folder that a training step has just exported, see `card_text`."""
-    write_atomic(step.path / "model" / CARD, card_text(step, run, counts, end_of_turn))
+    write_atomic(step.path / "model" / CARD, card_text(step, run, counts, end_of_turn, thinking))
 
 
 def stage_label(stage: str, sft: dict[str, Any]) -> str:

@@ -86,7 +86,8 @@ class StepFolder:
 
     A step is complete exactly when manifest.json exists, which is written last. `config` holds the flat keys that
     decide the result. `inputs` maps a name to the folder of a complete step, which is recorded by its digest. `files`
-    maps a name to a digest of anything else that was read.
+    maps a name to a digest of anything else that was read. `date` (YYYY-MM-DD, UTC) is what a chat template writes as
+    today's: the earliest date of the inputs, so that all steps of a run have one.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class StepFolder:
         self.inputs = {name: _input_digest(folder) for name, folder in inputs.items()}
         self.lineage = lineage_of(inputs.values())
         self.inputs.update(files or {})
+        self.date = min(map(_date_of, inputs.values()), default=time.strftime("%Y-%m-%d", time.gmtime()))
         self.started = time.time()
         self.spent = 0.0  # seconds of earlier attempts
         self._lock_stream: Any = None
@@ -219,6 +221,7 @@ class StepFolder:
             "counts": counts,
             "digest": digest_value({"config": self.config, "inputs": self.inputs, "outputs": outputs}),
             "versions": installed_versions(),
+            "date": self.date,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "wall_seconds": round(self.spent + time.time() - self.started, 1),
         }
@@ -245,6 +248,12 @@ def _input_digest(folder: Path) -> str:
     assert manifest is not None, f"{folder} must be complete; the recipe calls require_complete first"
     digest: str = manifest["digest"]
     return digest
+
+
+def _date_of(folder: Path) -> str:
+    """Return the date of a complete step; before manifests had one, the day on which it finished."""
+    manifest = read_manifest(folder) or {}
+    return str(manifest.get("date") or manifest["finished"])[: len("2026-12-01")]
 
 
 def installed_versions() -> dict[str, str]:

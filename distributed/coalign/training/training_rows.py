@@ -233,8 +233,9 @@ def _replay_item(number: int, row: dict[str, Any], path: str, encoder: Encoder, 
         encoder.drop(name, "replay_held_out")
         return None
     task = instance.instruction
+    wording = Wording("replay", task, task, kind="system" if instance.system else "prefix")
     example = Example(f"{path}:{number}", task, instance.input, instance.outputs, "sft")
-    return encoder.encode(example, Wording(id="replay", task=task, text=task), example.outputs[0])
+    return encoder.encode(example, wording, example.outputs[0])
 
 
 def write_groups(

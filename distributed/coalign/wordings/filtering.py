@@ -26,6 +26,7 @@ from coalign.wordings.wordings import (
     ORIGINAL,
     assign_splits,
     bare_text,
+    kind_for,
     num_short,
     original_wording,
     without_cr,
@@ -210,7 +211,8 @@ def choose_rewrites(
         reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
         if reason is None:
             kept.append(rewrite)
-            accepted.append(Wording(id=f"{GENERATED}:{next(numbers)}", task=task.id, text=rewrite, source=GENERATED))
+            name = f"{GENERATED}:{next(numbers)}"
+            accepted.append(Wording(name, task.id, rewrite, kind=kind_for(task), source=GENERATED))
         else:
             why = "cut_off" if cut_off and reason == "empty" else reason
             dropped.append({"task": task.id, "text": rewrite or answer["text"], "reason": why})
