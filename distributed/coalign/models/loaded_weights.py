@@ -26,7 +26,9 @@ from coalign.models.architecture import opening_options
 # Buffers that older versions saved, and layers that predict further tokens: a causal LM computes the same without.
 _WITHOUT_EFFECT = re.compile(r"(inv_freq|masked_bias|position_ids|_extra_state)$|(^|\.)mtp[._]")
 # The parts of a model for images or sound, which its text part leaves out.
-_OTHER_SENSES = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|multi_?modal|mm)([._]|$)")
+_OTHER_SENSES = re.compile(
+    r"(^|[._])(vision|visual|vit|image|img|audio|speech|multi_?modal|mm|projector|connector|aligner)([._]|$)"
+)
 
 
 def open_causal_lm(folder: str, table: ModelTable, dtype: torch.dtype, **placement: Any) -> tuple[Any, dict[str, Any]]:
