@@ -43,8 +43,12 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         _set(values, key, value)
         origin[key] = f"the command line ({on_one_line(shown(override))})"
     try:
+        text = json.dumps(values, default=str)
+    except (ValueError, RecursionError) as error:  # a hexadecimal number may have more digits than Python writes
+        raise UserError(f"{path}: a value can't be used: {str(error).partition(';')[0]}") from error
+    try:
         # JSON mode: strict about types, while an array may fill a list and an int a float.
-        return Config.model_validate_json(json.dumps(values, default=str))
+        return Config.model_validate_json(text)
     except ValidationError as error:
         raise UserError(_explain(error, origin, str(path))) from error
 
