@@ -33,8 +33,8 @@ _METRICS = """\
 and reads it: `read_metrics(folder)` returns a `Metrics`, whose attributes are the fields below.
 
 `version`, the first key, is the version of this form, now {version}. A file without a version was written before
-version 1 and is read as version 0: fields marked *optional* may be missing in it. A file with a newer version is
-refused with a message that names both versions; upgrade coalign to read it.
+version 1 and is read as version 0. Fields marked *optional* may be missing in an older file. A file with a newer
+version is refused with a message that names both versions; upgrade coalign to read it.
 """
 _LADDER = """\
 `ladder/metrics.json` in the folder of an experiment (`launch/ladder.sh`) holds its result over all arms and seeds. Its
@@ -137,8 +137,12 @@ def key_tables(model: Any, prefix: str) -> Iterator[str]:
         yield f"{text[0].upper()}{text[1:]}"
         yield from key_tables(inside, name)
     if prefix == "data":
-        from coalign.config import SourceTable
+        from coalign.config import AnswerFormTable, SourceTable
 
+        text = summary_of(AnswerFormTable)
+        yield "### [data.answer_form.TASK]"
+        yield f"{text[0].upper()}{text[1:]}"
+        yield from key_tables(AnswerFormTable, "data.answer_form")
         yield "### [[data.sources]]"
         yield "One source of a mixture; repeat the table for each."
         yield from key_tables(SourceTable, "data.sources")

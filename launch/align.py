@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.process import rank, world_size
 from coalign.recipe import run_step
-from coalign.records import Example, Group, Wording, read_rows
+from coalign.records import Example, Group, Task, Wording, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.open_step import open_step
 from coalign.steps import ENCODE
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     items, found = open_rows(rows), read_meta(rows)["counts"]
-    engine = DeepSpeedEngine(source, config.model, config.train, device, output.path / "deepspeed.json")
+    engine = DeepSpeedEngine(
+        source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
+    )
     if config.train.shared_prefix:
         check_shared_prefix(engine, items, codec.pad_id)
     if table.loss == "dpo":
@@ -54,11 +56,11 @@ def main(argv: list[str]) -> None:
     stream = group_stream(items, table, config.run.seed)
     form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
     objective = align_objective(form, config.train.shared_prefix)
-    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id, config.run.seed)
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:

@@ -40,27 +40,29 @@ def main(argv: list[str]) -> None:
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
     folders = tested_models.find_models(config.model, table.models, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
-    judge, digests = tested_models.check_models(folders, own, agreement.folder)
+    judge_folder, digests = tested_models.check_models(folders, own, agreement.folder)
     examples = read_records(Example, needs["prepare"] / "examples.jsonl")
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
-    opened = command.begin(needs, files | digests, Path(table.folder) if table.folder else None)
-    if opened is None:
+    if (opened := command.begin(needs, files | digests, Path(table.folder) if table.folder else None)) is None:
         return
     step = opened.output
     command.announce(f"{len(pairs)} answers by each of {', '.join(folders)}")
 
     outputs, dropped = {}, [*dropped, *unfit]
+    judge = make_judge(config, step, judge_folder, dropped) if judge_folder else None
+    if judge:  # before the long work: one that is too weak stops the step
+        judge.measure(agreeing.known_pairs(tasks, examples, table.split, config.run.seed), table)
     for index, (name, folder) in enumerate(folders.items()):
         outputs[name], too_long = ask_model(config, step, f"{index}-{name}", folder, pairs)
         dropped += [row | {"model": name} for row in too_long]
-    decide = agreement.decider(functools.partial(ask_judge, config, step, judge, dropped))
-    found = summarise(tasks, pairs, outputs, table, config.run.seed, decide)
+    found = summarise(tasks, pairs, outputs, table, config.run.seed, agreement.decider(judge))
     dropped += found.dropped
     counts = evaluation.count_models(found.summary, outputs, pairs, cores_used(config.generation, config.run))
     metrics = complete(
         found.summary,
         **costs.describe_steps(costs.steps_so_far(config.run, argv), step),
         eval_counts=EvalCounts(tokens_generated=counts["tokens_generated"], cores=counts["cores"]),
+        agreement_judge=judge.result() if judge else None,
         run=config.run.name,
         sources=table.models,
         labels=model_labels(run, table.models),
@@ -87,7 +89,6 @@ def ask_model(
     model = tested_models.model_table(table.models[name.partition("-")[2]], config.model)
     codec = model_folder.load_codec(folder, model)
     requests, left_out = build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
-    too_long = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
 
     def generate(what: str, asked: list[Request], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
@@ -97,23 +98,22 @@ def ask_model(
         rows = [request.to_row() for request in asked]
         return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
-    return evaluation.collect_answers(requests, table, settings, config.run.seed, generate), too_long
+    found = evaluation.collect_answers(requests, table, settings, config.run.seed, generate)
+    return found, [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
 
 
-def ask_judge(
-    config: Config, step: StepFolder, folder: str, dropped: list[Row], pairs: list[tuple[str, str]]
-) -> list[bool]:
-    """Return for each pair of answers whether the judge says that they mean the same; add those too long to dropped."""
+def make_judge(config: Config, step: StepFolder, folder: str, dropped: list[Row]) -> agreeing.JudgeOfAgreement:
+    """Return the judge of agreement, computed by the step's workers; pairs that are too long go into `dropped`."""
     from coalign.generation import workers
     from coalign.models import model_folder
 
     model = table_for_other_model(config.model)
-    codec = model_folder.load_codec(folder, model)
-    requests, too_long = agreeing.judge_requests(pairs, codec, model.too_long)
-    dropped += too_long
     worker = functools.partial(workers.make_score_worker, folder, model, config.generation, config.run.threads)
-    rows = run_shards(step, requests, worker, config.generation, "eval agreement", "agreement")
-    return agreeing.read_agreement(rows, len(pairs))
+
+    def score(requests: list[Row], name: str) -> Iterator[Row]:
+        return run_shards(step, requests, worker, config.generation, f"eval {name}", name)
+
+    return agreeing.JudgeOfAgreement(model_folder.load_codec(folder, model), model.too_long, score, dropped)
 
 
 if __name__ == "__main__":

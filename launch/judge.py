@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     examples = {(e.task, e.id): e for e in step.read(Example)}
     responses = step.read(Response)
     answers, dropped = verdicts.distinct_answers(responses)
-    decided, undecided = verdicts.decide_by_rules(answers, examples, table.gold)
+    decided, undecided = verdicts.decide_by_rules(answers, examples, table.gold, tasks)
     known = known_answers.known_answers(tasks, examples, responses, decided.values(), table, config.run.seed)
     numbers = f"{len(responses)} responses, {len(answers)} distinct, {len(undecided)} for the judge"
     step.announce(f"{numbers}; {len(known)} known answers")

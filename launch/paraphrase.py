@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     tasks = read_records(Task, prepared / "tasks.jsonl")
     # Before the step's folder is made, so that an invalid file leaves nothing behind that holds its digest.
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
-    files = read_wordings(table.files, {task.id: task for task in tasks})
+    files = read_wordings(table.files, {task.id: task for task in tasks}, prepared / "examples.jsonl")
     filtering.check_files(tasks, files, table)
     step = command.begin(["prepare"], digests | (digest_model_files(config.model) if table.num_wordings else {}))
     if step is None:

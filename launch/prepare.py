@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from coalign.data.answer_forms import describe_answer_forms
 from coalign.data.instances import DroppedInstance
 from coalign.data.inventory import Inventory, describe_inventory
 from coalign.data.sources import digest_sources, read_sources
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     output.write_output("examples.jsonl", map(to_row, inventory.examples()))
     output.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
     counts = inventory.counts(left_out)
-    log_lines(describe_inventory(counts).splitlines())
+    log_lines([*describe_inventory(counts).splitlines(), *describe_answer_forms(prepared.tasks)])
     for split, number in counts["inputs"].items():
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)

@@ -8,7 +8,7 @@ from coalign.errors import UserError
 from coalign.judging import groups
 from coalign.judging.best_answer import RankRules
 from coalign.recipe import log_lines, run_step
-from coalign.records import Example, Response, Verdict, Wording, to_row
+from coalign.records import Example, Response, Task, Verdict, Wording, to_row
 from coalign.runs.encode_ahead import encode_ahead
 from coalign.runs.open_step import StepCommand
 from coalign.runs.step_folder import read_manifest
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     answers = "with gold answers" if gold else "without gold answers"
     step.announce(f"{len(responses)} responses, {len(verdicts)} verdicts {answers}", with_model=False)
 
-    rules = RankRules(table, gold, command.config.run.seed)
+    forms = {task.id: task.answer_form for task in step.read(Task)}
+    rules = RankRules(table, gold, command.config.run.seed, forms)
     made, dropped, counts = groups.make_groups(responses, verdicts, examples, wordings, rules)
     step.output.write_output("dropped.jsonl", dropped)
     if not made:

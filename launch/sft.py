@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coalign.process import rank, world_size
 from coalign.recipe import run_step
-from coalign.records import Example, Wording, read_rows
+from coalign.records import Example, Task, Wording, read_rows
 from coalign.report.model_cards import write_card
 from coalign.runs.digests import digest_model_files, digest_replay
 from coalign.runs.open_step import open_step
@@ -47,15 +47,17 @@ def main(argv: list[str]) -> None:
     if device is None:
         return
     stream, found = open_rows(rows), read_meta(rows)["counts"]
-    plan = TrainingPlan(stream, sft_objective(), table.batch_rows, table.learning_rate, codec.pad_id)
+    plan = TrainingPlan(stream, sft_objective(), table.batch_rows, table.learning_rate, codec.pad_id, config.run.seed)
     step.announce(
         f"{found['inputs']} inputs, {sum(map(len, chosen.values()))} wordings, {plan.num_steps} updates of"
         f" {plan.batch_items} rows, {plan.num_tokens} tokens"
     )
-    engine = DeepSpeedEngine(source, config.model, config.train, device, output.path / "deepspeed.json")
+    engine = DeepSpeedEngine(
+        source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
+    )
     if config.train.pack_tokens:
         check_packing(engine, stream, codec.pad_id)
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
     totals = train(engine, plan, config.train, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:

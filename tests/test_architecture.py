@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("runs",),
     "clusters": ("runs",),
     "judging": ("wordings",),
-    "evaluation": ("runs", "wordings"),
+    "evaluation": ("runs", "wordings", "judging"),
     "planning": ("runs", "models"),
     "generation": ("models",),
     "training": ("runs", "data", "wordings", "models", "evaluation"),
@@ -42,7 +42,7 @@ ENGINES = {
     "deepspeed": "training/deepspeed_engine.py",
     "vllm": "generation/vllm_worker.py",
     "datasets": "data/hugging_face.py",
-    "peft": "models/model_folder.py",
+    "peft": "models/lora.py",
     "safetensors": "models/model_folder.py",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", "pandas", "scipy", "jax", *ENGINES}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +131,7 @@ def type_name(field: FieldInfo) -> str:
         for b in bounds
         if b.startswith(("Ge", "Gt", "Le"))
     )
-    readable = name.replace("coalign.config.SourceTable", "table").replace("typing.", "")
+    readable = re.sub(r"coalign\.config\.\w+Table", "table", name).replace("typing.", "")
     return f"{readable}, {limits}" if limits else readable
 
 

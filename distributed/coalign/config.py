@@ -102,6 +102,14 @@ class SourceTable(Table):
     max_rows: NonNegative = _field(0, "rows to take, in hash order (0: all)")
 
 
+class AnswerFormTable(Table):
+    """[data.answer_form.TASK]: what counts when a task's answers are compared; "*" stands for all other tasks."""
+
+    case: bool = _field(False, "whether case counts (unset: where gold answers differ by it alone, such as mW and MW)")
+    space: bool = _field(False, "whether line breaks and blanks count (unset: where gold answers differ by lines)")
+    numbers: bool = _field(False, "whether 1,000 and 1000 differ")
+
+
 class DataTable(Table):
     """[data]: tasks and inputs, and how they are split."""
 
@@ -118,6 +126,9 @@ class DataTable(Table):
     max_align_inputs: NonNegative = _field(0, "stage-2 inputs per task (0: all)")
     max_dev_inputs: NonNegative = _field(0, "dev inputs per task (0: all)")
     max_test_inputs: NonNegative = _field(0, "test inputs per task (0: all)")
+    answer_form: dict[str, AnswerFormTable] = _field(
+        {}, 'what counts when answers are compared, by task ("*": all others), e.g. {units = {case = true}}'
+    )
     max_labels: NonNegative = _field(20, "a task with at most this many different answers is a label task")
 
     @model_validator(mode="after")
@@ -369,6 +380,10 @@ class EvalTable(Table):
     )
     split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
     agreement: str = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
+    allow_weak: bool = _field(False, "continue when the judge of agreement is below eval.min_quality", neutral=True)
+    min_quality: Share = _field(
+        0.65, "balanced accuracy and AUC of the judge of agreement below which the step stops", neutral=True
+    )
     wordings_file: str = _field("", "JSONL of wordings to use instead of the run's held-out ones")
     folder: str = _field("", "where to write (empty: the run's eval folder)", neutral=True)
     max_inputs: NonNegative = _field(0, "inputs per task (0: all)")

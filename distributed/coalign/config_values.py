@@ -5,7 +5,7 @@ Knows no step and no file.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from coalign.config import Config
 from coalign.tables import Table as Table
@@ -22,7 +22,7 @@ def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool 
 def changed_values(config: Config, tables: tuple[str, ...]) -> dict[str, Any]:
     """Return the flat keys of the tables whose value differs from the built-in default."""
     defaults = table_values(Config(), tables)
-    return {key: value for key, value in table_values(config, tables).items() if defaults[key] != value}
+    return {key: value for key, value in table_values(config, tables).items() if defaults.get(key) != value}
 
 
 def default_values() -> dict[str, Any]:
@@ -42,10 +42,19 @@ def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool
         extra = field.json_schema_extra
         if isinstance(value, Table):
             _collect(value, f"{prefix}.{key}", flat, with_neutral)
+        elif value == {} and issubclass(get_args(field.annotation)[-1], Table):
+            continue  # tables by name of which none is set: as in manifests from before the key
         elif with_neutral or not (isinstance(extra, dict) and extra.get("neutral")):
-            flat[f"{prefix}.{key}"] = (
-                [v.model_dump() if isinstance(v, Table) else v for v in value] if isinstance(value, list) else value
-            )
+            flat[f"{prefix}.{key}"] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a key's value for JSON."""
+    if isinstance(value, list):
+        return [one.model_dump() if isinstance(one, Table) else one for one in value]
+    if isinstance(value, dict) and any(isinstance(one, Table) for one in value.values()):
+        return {name: one.model_dump(exclude_unset=True) for name, one in value.items()}
+    return value
 
 
 def known_keys() -> list[str]:
@@ -54,4 +63,4 @@ def known_keys() -> list[str]:
     config = Config()
     for name in Config.model_fields:
         _collect(getattr(config, name), name, flat, with_neutral=True)
-    return [*flat, *Config.model_fields, "model.lora", "model.random"]
+    return [*flat, *Config.model_fields, "model.lora", "model.random", "data.answer_form"]

@@ -5,6 +5,7 @@ Pure strings. Knows no tokenizer: the caller encodes a prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 YES = "Yes"
@@ -25,13 +26,13 @@ TINY_TEMPLATE = (
 )
 
 # Short, because small models follow short requests. Several openings give more varied rewrites than one.
-_REQUESTS = (
+REQUESTS = (
     "Rewrite this instruction in other words. Keep its meaning.",
     "Say this instruction in a different way. It must ask for exactly the same.",
     "Paraphrase the instruction below. Somebody who follows it must give the same answers as before.",
     "How else could one ask for this? Write one new instruction with the same meaning.",
 )
-NUM_VARIANTS = len(_REQUESTS)
+NUM_VARIANTS = len(REQUESTS)
 
 
 def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> str:
@@ -39,7 +40,7 @@ def paraphrase_prompt(instruction: str, labels: Sequence[str], variant: int) -> 
 
     `labels` are words of the instruction that the rewrite must keep unchanged.
     """
-    lines = [_REQUESTS[variant % NUM_VARIANTS]]
+    lines = [REQUESTS[variant % NUM_VARIANTS]]
     if labels:
         lines.append(f"Keep these words: {', '.join(labels)}.")
     return "\n".join(lines) + f"\n\nInstruction: {instruction}"
@@ -73,3 +74,38 @@ def _asked(instruction: str, input_text: str) -> str:
 def same_answer_question(first: str, second: str) -> str:
     """Return the question whether two answers to one request mean the same (eval.agreement = a judge's folder)."""
     return f"Answer A: {first}\nAnswer B: {second}\n\nDo both answers mean the same? Answer {YES} or {NO}."
+
+
+# What a reasoning model writes before its answer, in the marks of the known families: (opening, closing).
+_THINK = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad|cot)"
+_THOUGHT = (
+    (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"◁think▷", r"◁/think▷"),
+    (r"<\|(?:begin|start)_of_(?:thought|thinking)\|>", r"<\|end_of_(?:thought|thinking)\|>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"<\|channel\|>\s*(?:analysis|commentary)", r"<\|channel\|>\s*final\s*(?:<\|constrain\|>[^<]*)?<\|message\|>"),
+)
+_THOUGHT_MARK = re.compile(
+    "|".join(f"(?P<opening{number}>{opening})|{closing}" for number, (opening, closing) in enumerate(_THOUGHT)),
+    re.IGNORECASE,
+)
+
+
+def strip_thought(text: str) -> str:
+    """Return a model's answer without its thoughts, "" when a thought has no end.
+
+    A closing mark alone ends a thought that the generation prompt began: what stands before it is no answer.
+    """
+    kept: list[str] = []
+    start, within = 0, False
+    for mark in _THOUGHT_MARK.finditer(text):
+        if mark.lastgroup:
+            if not within:
+                kept.append(text[start : mark.start()])
+            within = True
+        else:
+            if not within:
+                kept.clear()
+            start, within = mark.end(), False
+    return "" if within else "".join([*kept, text[start:]]).strip()

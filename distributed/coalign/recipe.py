@@ -40,7 +40,7 @@ def run_step(main: Callable[[list[str]], None]) -> None:
     exit_with_script()
     try:
         try:
-            main(sys.argv[1:])
+            main([readable_word(word) for word in sys.argv[1:]])
         finally:
             sys.stdout.flush()
         if _LAUNCHED:
@@ -78,6 +78,20 @@ def run_step(main: Callable[[list[str]], None]) -> None:
             flush=True,
         )
         _leave(USER_ERROR)
+
+
+def readable_word(word: str) -> str:
+    """Return a word of the command line. Raises UserError, which names the key, for bytes that are not UTF-8."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        key = shown.partition("=")[0] if "=" in shown else "a word"
+        byte = ord(word[error.start]) & 0xFF
+        raise UserError(
+            f"{key} on the command line ({shown[:60]}): byte 0x{byte:02x} is not UTF-8; write it in UTF-8"
+        ) from error
+    return word
 
 
 def _leave(status: int) -> None:

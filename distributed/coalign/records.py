@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -27,7 +28,9 @@ class Task:
     """One task: an instruction and what is known about its answers.
 
     `labels` are the distinct answers of a classification task, empty for free generation.
-    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks).
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `answer_form` names what
+    counts when its answers are compared, and else would not: "case", "space" (white space), "numbers" (how one is
+    written).
     """
 
     id: str
@@ -35,6 +38,7 @@ class Task:
     labels: tuple[str, ...] = ()
     seen: bool = True
     source: str = ""
+    answer_form: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,10 +159,39 @@ def dump_line(row: dict[str, Any]) -> str:
     return _ENCODER.encode(row) + "\n"
 
 
+def whole_text(text: str, what: str) -> str:
+    """Return a text that can be written as UTF-8. Raises UserError, which begins with `what`, for another one.
+
+    JSON can spell half a surrogate pair, such as \\ud800, which is no character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has half a surrogate pair at character {error.start}; write the whole one") from error
+    return text
+
+
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object (as `object_pairs_hook`). Raises RepeatedKeyError, since the last one would win unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise RepeatedKeyError(f"the key {repeated!r} stands twice in one object; keep one of them")
+    return found
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object that has the same key twice."""
+
+
+parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=distinct_keys).decode
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSONL file, without blank lines.
 
-    Raises UserError with file and line for a missing file, bytes that are not UTF-8, or a line without a JSON object.
+    Raises UserError with file and line for a missing file, bytes that are not UTF-8, a line without a JSON object, or
+    a key that an object has twice.
     """
     try:
         stream = path.open("rb")
@@ -175,7 +208,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = parse_json(text)
+            except RepeatedKeyError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno})") from error
             if not isinstance(row, dict):

@@ -1,32 +1,19 @@
 """Accuracy and CR of coalign for lm-evaluation-harness; make_task.py puts this file beside the tasks it writes.
 
-Needs nothing of coalign. tests/unit/examples/test_lm_eval_task.py holds its rules against coalign's own.
+There it needs nothing of coalign: make_task.py writes the source of coalign.answer_form in place of its import.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coalign.answer_form import normalise_answer, read_answer_map
+
 CUT_OFF_MARK = "\ufffd"  # the text of the token that follows a cut-off answer
-
-_SPACE = re.compile(r"\s+")
-_LEADING_POINT = re.compile(r"^\W*(?<![.\w])\.\d")
-_EDGE_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}<>*_"
-
-
-def normalise_answer(text: str) -> str:
-    """Return an answer's identity: NFKC, case folded, single blanks, no punctuation at either end."""
-    folded = _SPACE.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
-    bare = folded.strip(_EDGE_PUNCTUATION)
-    if bare[:1].isdigit() and _LEADING_POINT.search(folded):
-        return f".{bare}"
-    return bare or folded
 
 
 def canonical_answer(text: str, answers: Sequence[Sequence[str]] | None) -> str | None:
@@ -34,23 +21,16 @@ def canonical_answer(text: str, answers: Sequence[Sequence[str]] | None) -> str 
 
     None for a label that is no word of the map: the wording didn't ask for it.
     """
-    stripped = text.strip()
-    if answers is None:
-        return stripped
-    words = {normalise_answer(label): (label, word) for label, word in answers}
-    said = normalise_answer(stripped)
-    for label, word in words.values():
-        if normalise_answer(word) == said:
-            return label
-    return None if said in words else stripped
+    known = None if answers is None else read_answer_map(tuple((label, word) for label, word in answers))
+    return text.strip() if known is None else known.canonical(text.strip())
 
 
-def answer_key(text: str, answers: Sequence[Sequence[str]] | None) -> str | None:
+def answer_key(text: str, answers: Sequence[Sequence[str]] | None, form: Sequence[str] = ()) -> str | None:
     """Return the form by which answers are compared; None (agrees with nothing, is wrong) when empty or cut off."""
     if text.endswith(CUT_OFF_MARK):
         return None
     canonical = canonical_answer(text, answers)
-    return None if canonical is None else normalise_answer(canonical) or None
+    return None if canonical is None else normalise_answer(canonical, tuple(form)) or None
 
 
 # What the task files name
@@ -77,8 +57,9 @@ def target(document: dict[str, Any]) -> str:
 
 def process_results(document: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Return what `accuracy` and `cr` need of one answer; a task with too few wordings has no `cr`."""
-    key = answer_key(results[0], document["answers"])
-    correct = key is not None and key in [normalise_answer(gold) for gold in document["golds"]]
+    form = tuple(document["answer_form"])
+    key = answer_key(results[0], document["answers"], form)
+    correct = key is not None and key in [normalise_answer(gold, form) for gold in document["golds"]]
     values: dict[str, Any] = {"accuracy": (document["example"], correct)}
     if document["min_wordings"]:
         values["cr"] = (document["example"], document["min_wordings"], key)

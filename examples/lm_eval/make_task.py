@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from coalign import answer_form
+from coalign.answer_form import AnswerForm
 from coalign.config import EvalTable, ModelTable
 from coalign.errors import UserError
 from coalign.evaluation import requests
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"none of the {len(pairs)} prompts fits the context of the model; use a model with a longer one"
         )
-    rows = make_documents(fitting, MIN_WORDINGS[table.split])
+    rows = make_documents(fitting, MIN_WORDINGS[table.split], {task.id: task.answer_form for task in tasks})
     name = write_folder(folder, options.name or run.resolve().name, rows, generation.settings)
     print(
         f"{len(rows)} documents of {len({row['task'] for row in rows})} tasks; left out: {dict(+reasons) or 'nothing'}"
@@ -163,12 +164,16 @@ def cut_off_token(tokenizer: Any) -> int | None:
     return None
 
 
-def make_documents(pairs: Iterable[Pair], min_wordings: int) -> list[dict[str, Any]]:
+def make_documents(
+    pairs: Iterable[Pair], min_wordings: int, forms: Mapping[str, AnswerForm] | None = None
+) -> list[dict[str, Any]]:
     """Return a document for each pair: the prompt, the gold answers, and the words in which this wording wants them.
+
+    `forms` holds what counts when answers are compared, by task; a task that it lacks has none of it.
 
     `min_wordings` of a document is None when its task does not enter CR: no input has that many wordings.
     """
-    rows = [_document(pair) for pair in pairs]
+    rows = [_document(pair) | {"answer_form": list((forms or {}).get(pair.example.task, ()))} for pair in pairs]
     num_wordings = Counter((row["task"], row["example"]) for row in rows)
     in_cr = {task for (task, _), number in num_wordings.items() if number >= min_wordings}
     return [row | {"min_wordings": min_wordings if row["task"] in in_cr else None} for row in rows]
@@ -198,7 +203,7 @@ def write_folder(folder: Path, name: str, rows: Sequence[dict[str, Any]], genera
     names = task_names(group, with_cr)
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(map(dump_line, rows))
-    shutil.copy(SCORING, folder / SCORING.name)
+    _write(folder / SCORING.name, scoring_source())
     _write(folder / "defaults", DEFAULTS.format(generation=json.dumps(generation)))
     for task, task_name in names.items():
         metrics = ["accuracy", "cr"] if with_cr[task] else ["accuracy"]
@@ -229,6 +234,14 @@ def yaml_string(text: str) -> str:
     """Return a text as a YAML string, which is JSON's but for surrogates and line separators."""
     plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
     return f'"{"".join(plain)}"'
+
+
+def scoring_source() -> str:
+    """Return coalign_scoring.py with the source of coalign.answer_form in place of its import."""
+    inner = Path(answer_form.__file__).read_text(encoding="utf-8").partition("from __future__ import annotations\n")[2]
+    scoring = SCORING.read_text(encoding="utf-8")
+    statement = next(line for line in scoring.splitlines() if line.startswith("from coalign.answer_form import"))
+    return scoring.replace(f"{statement}\n", inner.strip() + "\n")
 
 
 def _slug(text: str) -> str:

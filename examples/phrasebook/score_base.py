@@ -25,7 +25,7 @@ from coalign.judging.judge_model import all_prompts
 from coalign.judging.verdicts import decide_by_judge, distinct_answers, questions, with_questions
 from coalign.prompts import NO, NUM_VARIANTS, YES, correct_question, paraphrase_prompt, type_question
 from coalign.records import Example, Response, Task, read_records
-from coalign.text import normalise_answer, normalise_input
+from coalign.text import loose_key, normalise_answer
 from coalign.wordings.rewrites import check_rewrite, parse_paraphrase
 
 INPUTS = 12
@@ -81,15 +81,15 @@ def score_rewriting(worker: GenerateWorker, world: World) -> dict[str, Any]:
     reasons: dict[str, int] = defaultdict(int)
     texts = []
     for (task, known, labels), row in zip(asked, worker(rows), strict=True):
-        seen = {normalise_input(text) for text in known}
-        trained = {normalise_input(text) for text in world.rewrites[task]}
+        seen = {loose_key(text) for text in known}
+        trained = {loose_key(text) for text in world.rewrites[task]}
         for answer in row["answers"]:
             text = parse_paraphrase(answer["text"])
             reason = "cut_off" if answer["finish"] != "stop" else None
             reason = reason or check_rewrite(known[0], text, labels, [], world.held_out.near, ParaphraseTable())
-            verbatim = normalise_input(text) in seen
+            verbatim = loose_key(text) in seen
             reasons["verbatim" if verbatim else reason or "kept"] += 1
-            reasons["also in the training set"] += normalise_input(text) in trained
+            reasons["also in the training set"] += loose_key(text) in trained
             texts.append((task, text))
     return {"count": len(texts), "reasons": dict(reasons), "texts": texts}
 

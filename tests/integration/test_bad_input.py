@@ -124,7 +124,22 @@ EARLY = [
     Case("unknown step borrowed", "sft", ("run.inputs", "'sfft'", "'sft'"), ('run.inputs={sfft="runs/a"}',)),
     Case("run folder is a file", "prepare", ("runs/r/prepare", "run.folder"), files={"runs": "x"}),
     Case("wandb not installed", "align", ("log.wandb=true", "pip install wandb"), ("log.wandb=true",)),
+    Case("bytes of another encoding", "rank", ("run.name on the command line", "0xff"), ("run.name=\udcff",)),
+    Case("a word in another encoding", "rank", ("a word on the command line", "0xe9"), ("caf\udce9.toml",)),
     # data
+    Case(
+        "data with a key twice",
+        "prepare",
+        ("d.jsonl, line 1: the key 'input' stands twice in one object",),
+        ("data.path=d.jsonl",),
+        {"d.jsonl": '{"instruction": "Say it.", "input": "a", "input": "b", "output": "c"}\n'},
+    ),
+    Case(
+        "task with a key twice",
+        "prepare",
+        ("animal.json: the key 'output' stands twice",),
+        files={TASK: '{"Definition": "Say.", "Instances": [{"input": "a", "output": "b", "output": "c"}]}'},
+    ),
     Case(
         "missing data", "prepare", ("nothing.jsonl: no such file or folder", "data.path"), ("data.path=nothing.jsonl",)
     ),
@@ -549,6 +564,44 @@ CASES = [
         files={"wordings.jsonl": wording(kind="template", fields_regex="(")},
     ),
     Case(
+        "wording with a regex that takes for ever",
+        "paraphrase",
+        ("wordings.jsonl: wording 'w' of task 'animal'", "fields_regex=", "takes over 1 s on the input", "repeat"),
+        files={"wordings.jsonl": wording(kind="template", fields_regex=r"(?P<a>(\w+\s?)+)!$", text="{a}")},
+    ),
+    Case(
+        "wording of eval with a regex that takes for ever",
+        "eval",
+        ("w.jsonl: wording 'w' of task 'animal'", "takes over 1 s"),
+        ("eval.wordings_file=w.jsonl",),
+        {"w.jsonl": wording(kind="template", fields_regex=r"(?P<a>(?:[\w\s]+)+)+!$", text="{a}")},
+    ),
+    Case(
+        "wording with half a surrogate pair",
+        "paraphrase",
+        ("wordings.jsonl, line 2: task has half a surrogate pair",),
+        files={"wordings.jsonl": wording() + wording(task="\ud800", id="v")},
+    ),
+    Case(
+        "wording of eval with half a surrogate pair",
+        "eval",
+        ("w.jsonl, line 1: text has half a surrogate pair",),
+        ("eval.wordings_file=w.jsonl",),
+        {"w.jsonl": wording(text="\ud800")},
+    ),
+    Case(
+        "wording with other answers",
+        "paraphrase",
+        ("wording 'w': answers has 'nosuch', which are no answers of task 'animal'",),
+        files={"wordings.jsonl": wording(answers={"nosuch": "A"})},
+    ),
+    Case(
+        "wording with a key twice",
+        "paraphrase",
+        ("wordings.jsonl, line 1: the key 'id' stands twice",),
+        files={"wordings.jsonl": '{"task": "animal", "id": "v", "id": "w", "text": "Name it."}\n'},
+    ),
+    Case(
         "wording without text",
         "paraphrase",
         ("wordings.jsonl, line 1", "'text' is missing", "task, id and text"),
@@ -657,7 +710,26 @@ CASES = [
         ("eval.agreement='runs/r/sft' is the same model as 'sft'",),
         ("eval.agreement=runs/r/sft",),
     ),
+    Case(
+        "weak judge of agreement",
+        "eval",
+        ("eval.agreement='other'", "the judge is too weak", "eval.min_quality=0.99", "eval.allow_weak=true"),
+        ("eval.agreement=other", "eval.min_quality=0.99"),
+        change=lambda w: another_model(w),
+    ),
 ]
+
+
+def another_model(world: World) -> Path:
+    """Return a folder with the trained model changed a little: a model can't judge its own agreement."""
+    from safetensors.torch import load_file, save_file
+
+    folder = world.folder / "other"
+    shutil.copytree(world.run_folder / "sft" / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def prepare_case(case: Case, world: World) -> None:
@@ -716,6 +788,24 @@ def test_rows_longer_than_the_context_are_dropped_and_counted(step: str, run: Wo
     assert listed > 0 and (counted["too_long"] if isinstance(counted, dict) else counted) == listed
     said = [line for line in outcome.stdout.splitlines() if "longer than the context" in line or "too_long" in line]
     assert any(str(listed) in line for line in said), outcome.stdout[-2000:]
+
+
+def test_a_weak_judge_of_agreement_is_measured_and_named_where_its_numbers_stand(run: World) -> None:
+    """With eval.allow_weak the step goes on; error rates and what the order decides are in metrics.json and printed."""
+    run.remove("eval")
+    another_model(run)
+    settings = ("eval.agreement=other", "eval.allow_weak=true", "eval.min_quality=0.99", 'eval.models=["sft"]')
+    outcome = run.run("eval", *settings)
+    assert outcome.code == 0, outcome.stderr
+    found = json.loads((run.run_folder / "eval" / "metrics.json").read_text())["agreement_judge"]
+    assert found["num_alike"] > 4 and found["num_unlike"] > 4 and found["num_pairs"] >= found["num_agreeing"]
+    assert 0 <= found["unlike_called_alike"] <= 1 and 0 <= found["balanced_accuracy"] < 0.99
+    assert "continuing with a weak judge of agreement" in outcome.stdout
+    rests = f"CR and MCR rest on a judge of agreement (asked in both orders, on {found['num_alike']} pairs of equal"
+    assert rests in outcome.stdout
+    assert rests in (run.run_folder / "eval" / "report.html").read_text()
+    again = run.run("eval", *settings)
+    assert again.code == 0 and "complete" in again.stdout + again.stderr
 
 
 def test_missing_pad_token_is_resolved_openly(run: World) -> None:

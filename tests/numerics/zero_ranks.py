@@ -40,6 +40,8 @@ class Case:
     loss: str = "sft"
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     lora: bool = False
+    dropout: float = 0.0
+    noise: int = 0  # where torch's random state begins
 
     @property
     def path(self) -> Path:
@@ -48,7 +50,9 @@ class Case:
 
     def model_table(self) -> ModelTable:
         """Return [model]."""
-        return ModelTable.model_validate({"lora": {"enabled": self.lora, "rank": 4, "alpha": 8.0}})
+        return ModelTable.model_validate(
+            {"lora": {"enabled": self.lora, "rank": 4, "alpha": 8.0, "dropout": self.dropout}}
+        )
 
     def train_table(self) -> TrainTable:
         """Return [train]: several micro-batches per update, a gradient norm above the limit, a checkpoint half way."""
@@ -109,7 +113,7 @@ def main(spec: str) -> None:
     device = init_ranks()
     for values in json.loads(Path(spec).read_text()):
         case = Case(**values)
-        torch.manual_seed(0)
+        torch.manual_seed(case.noise)
         engine = DeepSpeedEngine(case.source, case.model_table(), case.train_table(), device, case.path / "ds.json")
         try:
             run_case(engine, case)

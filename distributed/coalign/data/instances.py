@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from coalign.answer_form import COUNTED, normalise_answer
 from coalign.errors import UserError
-from coalign.text import normalise_answer
+from coalign.records import RepeatedKeyError, parse_json, whole_text
 
 Layout = Literal["auto", "columns", "messages"]
 ROLES = ("system", "user", "assistant")
@@ -143,7 +144,9 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
 def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
     """Yield the instances of one Super-NaturalInstructions task file; the task has its name. Raises UserError."""
     try:
-        task = json.loads(_read_text(path))
+        task = parse_json(_read_text(path))
+    except RepeatedKeyError as error:
+        raise UserError(f"{path}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}, column {error.colno})") from error
     if not isinstance(task, dict):
@@ -175,13 +178,16 @@ def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstanc
 
 
 def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that aren't empty; of those that are equal when normalised, the first spelling."""
+    """Return the texts that aren't empty, without those that equal an earlier one in whatever may count in a task.
+
+    What counts in theirs is known when all have been read; see data/answer_forms.py.
+    """
     some = [text for text in texts if text]
     if len(some) < 2:
         return tuple(some)
     distinct: dict[str, str] = {}
     for text in some:
-        distinct.setdefault(normalise_answer(text), text)
+        distinct.setdefault(normalise_answer(text, COUNTED), text)
     return tuple(distinct.values())
 
 
@@ -238,11 +244,7 @@ def _references(value: Any, what: str) -> tuple[str, ...]:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{what}={_shown(value)} is of type {type(value).__name__}; expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} has half a surrogate pair at character {error.start}; write the whole one") from error
-    return value
+    return whole_text(value, what)
 
 
 def _keys(row: dict[str, Any]) -> str:

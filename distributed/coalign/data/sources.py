@@ -30,7 +30,7 @@ from coalign.data.spool import Spool, equal_places
 from coalign.errors import UserError
 from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
-from coalign.text import normalise_input, unit_hash, words
+from coalign.text import loose_key, unit_hash, words
 
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
@@ -243,4 +243,4 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
 def instruction_slug(instruction: str) -> str:
     """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
     start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
-    return f"{start}-{sha256(normalise_input(instruction).encode()).hexdigest()[:8]}"
+    return f"{start}-{sha256(loose_key(instruction).encode()).hexdigest()[:8]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import difflib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +17,14 @@ from typing import get_args
 
 import numpy as np
 
+from coalign.answer_form import AnswerForm
 from coalign.config import DataTable
+from coalign.data.answer_forms import distinct_answers, with_answer_forms
 from coalign.data.instances import DroppedInstance, FreeNames, Instance
 from coalign.data.spool import equal_places
-from coalign.errors import UserError
+from coalign.data.task_names import find_named, mark_unseen
 from coalign.records import Example, Split, Task
-from coalign.text import normalise_answer, normalise_input, unit_hash
+from coalign.text import loose_key, normalise_answer, normalise_input, unit_hash
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 REASONS = ("merged_duplicate", "merged_duplicate", "other_task", "unseen_task_not_test", "over_limit", "over_limit")
@@ -39,7 +40,7 @@ class Prepared:
 
     `fates` has a byte per instance: an index into SPLITS, or len(SPLITS) plus an index into REASONS. `firsts` has the
     row that a merged one repeats, `unions` the references of a row whose repeats have others, `renamed` the id of a row
-    whose made id would clash.
+    whose made id would clash. `forms` holds what counts in the answers, by task.
     """
 
     tasks: list[Task]
@@ -49,12 +50,13 @@ class Prepared:
     firsts: array[int]
     unions: dict[int, tuple[str, ...]]
     renamed: dict[int, str]
+    forms: dict[str, AnswerForm]
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples in the order of the rows."""
         for index, row in enumerate(self.instances):
             if self.fates[index] < len(SPLITS):
-                outputs = self.unions.get(index, row.outputs)
+                outputs = distinct_answers(self.unions.get(index, row.outputs), self.forms[row.task])
                 yield Example(self._id(index, row), row.task, row.input, outputs, SPLITS[self.fates[index]])
 
     def dropped(self) -> Iterator[DroppedInstance]:
@@ -88,9 +90,13 @@ class Prepared:
         return row.id or self.renamed.get(index) or made_id(row)
 
 
-def made_id(row: Instance) -> str:
-    """Return an id made from the task and the input, which does not depend on the order of rows."""
-    return f"{row.task}-{sha256(normalise_input(row.input).encode()).hexdigest()[:16]}"
+def made_id(row: Instance, strict: bool = False) -> str:
+    """Return an id made from the task and the input, which does not depend on the order of rows.
+
+    `strict` where another input of the task has the same loose key.
+    """
+    text = normalise_input(row.input) if strict else loose_key(row.input)
+    return f"{row.task}-{sha256(text.encode()).hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(slots=True)
@@ -102,22 +108,24 @@ class _InstanceGroup:
 
 
 def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], table: DataTable) -> Prepared:
-    """Merge repeats, find labels, split by input text and apply the limits.
+    """Merge repeats, find what counts in answers and labels, split by input text and apply the limits.
 
-    Unseen tasks keep only their test inputs. Raises UserError when data.unseen_tasks or data.only_tasks names something
-    that is no task.
+    Unseen tasks keep only their test inputs. Raises UserError when data.unseen_tasks, data.only_tasks or
+    data.answer_form names something that is no task.
     """
     known = mark_unseen(tasks, table.unseen_tasks)
+    known = with_answer_forms(known, instances, table.answer_form)
+    forms = {name: task.answer_form for name, task in known.items()}
     chosen = find_named(tasks, table.only_tasks, "data.only_tasks") if table.only_tasks else tasks.keys()
     known = {name: task for name, task in known.items() if name in chosen}
     limits = [table.max_sft_inputs, table.max_align_inputs, table.max_dev_inputs, table.max_test_inputs]
     keys, fates, num_named = array("q"), bytearray(), 0
     groups: dict[tuple[str, int], _InstanceGroup] = defaultdict(_InstanceGroup)
     for index, row in enumerate(instances):
-        text = normalise_input(row.input)
+        text = loose_key(row.input)
         keys.append(hash((row.task, text)))
         num_named += bool(row.id)
-        split = split_index(text if row.input.strip() else normalise_input(row.instruction), table)
+        split = split_index(text if row.input.strip() else loose_key(row.instruction), table)
         if row.task not in chosen:
             fates.append(OTHER_TASK)
         elif SPLITS[split] != "test" and not known[row.task].seen:
@@ -128,7 +136,7 @@ def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], ta
             group.rows.append(index)
             if limits[split]:
                 group.hashes.append(unit_hash("inputs", text))
-    firsts, unions = merge_repeats(instances, keys, fates)
+    firsts, unions, near = merge_repeats(instances, keys, fates, forms)
     answers = (
         (row.task, unions.get(index, row.outputs))
         for index, row in enumerate(instances)
@@ -145,60 +153,34 @@ def split_instances(tasks: Mapping[str, Task], instances: Sequence[Instance], ta
             _limit_inputs(group, split, limits[split], fates)
     used = {name for name, _ in groups}
     used_tasks = [task for name, task in known.items() if name in used]
-    renamed = rename_clashes(instances, fates) if 0 < num_named < len(instances) else {}
-    return Prepared(used_tasks, without, instances, fates, firsts, unions, renamed)
-
-
-def mark_unseen(tasks: Mapping[str, Task], unseen: Sequence[str]) -> dict[str, Task]:
-    """Return the tasks, with those that `unseen` names marked as unseen; see `find_named`."""
-    named = find_named(tasks, unseen, "data.unseen_tasks")
-    return {name: dataclasses.replace(task, seen=False) if name in named else task for name, task in tasks.items()}
-
-
-def find_named(tasks: Mapping[str, Task], names: Sequence[str], key: str) -> set[str]:
-    """Return the ids of the tasks that a key of the config names; a name also covers name#2 and so on.
-
-    Raises UserError for a name that is no task.
-    """
-    if not names:
-        return set()
-    bases: dict[str, list[str]] = defaultdict(list)
-    for name in tasks:
-        bases[name].append(name)
-        base, mark, number = name.rpartition("#")
-        if mark and number.isdigit():
-            bases[base].append(name)
-    for name in names:
-        if name not in bases:
-            near = difflib.get_close_matches(name, list(bases), n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"the data holds {len(tasks)} tasks, such as {next(iter(tasks))!r}"
-            )
-            raise UserError(f"{key} names {name!r}, which is no task of the data; {hint}")
-    return {member for name in names for member in bases[name]}
+    renamed = {index: made_id(instances[index], strict=True) for index in near if not instances[index].id}
+    if 0 < num_named < len(instances):
+        renamed |= rename_clashes(instances, fates, renamed)
+    return Prepared(used_tasks, without, instances, fates, firsts, unions, renamed, forms)
 
 
 def merge_repeats(
-    instances: Sequence[Instance], keys: array[int], fates: bytearray
-) -> tuple[array[int], dict[int, tuple[str, ...]]]:
+    instances: Sequence[Instance], keys: array[int], fates: bytearray, forms: Mapping[str, AnswerForm]
+) -> tuple[array[int], dict[int, tuple[str, ...]], list[int]]:
     """Find rows of the same task and normalised input; mark all but the first as merged in `fates`.
 
-    `keys` has a hash of task and input per row. Returns the row that each row repeats (itself if none; an empty array
-    when no row repeats another), and {row: united references} of those whose repeats have others.
+    `keys` has a hash of task and loose key of the input per row. Returns the row that each row repeats (itself if none;
+    an empty array when no row repeats another), {row: united references} of those whose repeats have others, and the
+    rows that share a loose key with another input of their task.
     """
     firsts: array[int] = array("I")
     unions: dict[int, tuple[str, ...]] = {}
+    near: list[int] = []
     for group in sorted(equal_places(keys)):
         firsts = firsts or array("I", range(len(keys)))
-        first_of: dict[tuple[str, str], int] = {}  # has one entry, unless hashes clash
+        first_of: dict[tuple[str, str], int] = {}  # has one entry, unless inputs are nearly equal or hashes clash
         answers: dict[int, dict[str, str]] = {}
         own: dict[int, set[str]] = {}
         for index in group:
             row = instances[index]
             first = first_of.setdefault((row.task, normalise_input(row.input)), index)
-            found = {normalise_answer(output): output for output in row.outputs}
+            form = forms[row.task]
+            found = {normalise_answer(text, form): text for text in distinct_answers(row.outputs, form)}
             if first == index:
                 answers[index], own[index] = found, set(found)
                 continue
@@ -208,13 +190,17 @@ def merge_repeats(
                 answers[first].setdefault(answer, output)
         more = (first for first in answers if len(answers[first]) > len(own[first]))
         unions.update((first, tuple(answers[first].values())) for first in more)
-    return firsts, unions
+        if len(first_of) > 1:
+            loose = Counter((task, loose_key(text)) for task, text in first_of)
+            near += [first for (task, text), first in first_of.items() if loose[task, loose_key(text)] > 1]
+    return firsts, unions, near
 
 
-def rename_clashes(instances: Sequence[Instance], fates: bytearray) -> dict[int, str]:
+def rename_clashes(instances: Sequence[Instance], fates: bytearray, renamed: Mapping[int, str]) -> dict[int, str]:
     """Return {row: new id} of rows without an id whose made id is another row's own; made ids never clash."""
     names = FreeNames(row.id for row, fate in zip(instances, fates, strict=True) if row.id and fate not in MERGED)
-    made = ((index, made_id(row)) for index, row in enumerate(instances) if not row.id and fates[index] not in MERGED)
+    unnamed = ((i, row) for i, row in enumerate(instances) if not row.id and fates[i] not in MERGED)
+    made = ((index, renamed.get(index) or made_id(row)) for index, row in unnamed)
     return {index: names.take(name) for index, name in made if name in names}
 
 
@@ -235,7 +221,7 @@ def find_labels(
             continue
         written = spellings[task]
         for output in outputs:
-            written.setdefault(normalise_answer(output), Counter())[output] += 1
+            written.setdefault(normalise_answer(output, tasks[task].answer_form), Counter())[output] += 1
             if len(output.split()) > MAX_LABEL_WORDS:
                 free.add(task)
         if len(written) > max_labels:

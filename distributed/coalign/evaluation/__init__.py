@@ -7,5 +7,5 @@ metrics_schema and metrics_rows declare metrics.json field by field, metrics_fil
 checks any declared form. scores reads scores.jsonl of one or several runs.
 
 Words: an input is an Example of records, a pair is an input under one wording, a set is all, seen or unseen tasks. The
-files of the step are in runs/. May import runs and wordings; knows no engine and no model, only their answers.
+files of the step are in runs/. May import runs, wordings and judging; knows no engine and no model, only their answers.
 """

@@ -29,7 +29,7 @@ from coalign.evaluation.metrics_rows import (
 )
 from coalign.records import Example, Response, Task
 from coalign.runs.digests import digest_value
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import AnswerForm, normalise_answer, unit_hash
 
 NUM_CASES = 240
 NUM_CHANGED = 80
@@ -65,10 +65,10 @@ def label_set(task: Task, example: Example) -> frozenset[str]:
     """Return the normal forms of all answers of the right type; empty where that isn't known."""
     if not task.labels:
         return frozenset()
-    return frozenset(normalise_answer(text) for text in (*task.labels, *example.outputs))
+    return frozenset(normalise_answer(text, task.answer_form) for text in (*task.labels, *example.outputs))
 
 
-def answer_kind(answer: Response, correct: bool, labels: frozenset[str]) -> AnswerKind:
+def answer_kind(answer: Response, correct: bool, labels: frozenset[str], form: AnswerForm = ()) -> AnswerKind:
     """Return which of KINDS an answer is."""
     if correct:
         return "right"
@@ -76,7 +76,7 @@ def answer_kind(answer: Response, correct: bool, labels: frozenset[str]) -> Answ
         return "cut_off"
     if answer.canonical is None:
         return "wrong_type"
-    key = metrics.answer_key(answer.canonical, answer.finish)
+    key = metrics.answer_key(answer.canonical, answer.finish, form)
     if key is None:
         return "empty"
     return "wrong_type" if labels and key not in labels else "another"
@@ -124,10 +124,10 @@ def _kind_counts(counts: Counter[AnswerKind]) -> KindCounts:
 def _answers_to(
     grid: Grid, row: int, example: Example, model: ModelAnswers, index: int
 ) -> Iterable[tuple[Response, AnswerKind]]:
-    labels = label_set(grid.task, example)
+    labels, form = label_set(grid.task, example), grid.task.answer_form
     for column in np.flatnonzero(grid.present[row]):
         answer = model.answers[grid.task.id, example.id, grid.wordings[column].id]
-        yield answer, answer_kind(answer, bool(model.scored[index].correct[row, column]), labels)
+        yield answer, answer_kind(answer, bool(model.scored[index].correct[row, column]), labels, form)
 
 
 def pick_cases(
@@ -220,7 +220,7 @@ def _case_models(
     example = grid.examples[row]
     columns = np.flatnonzero(grid.present[row])
     place = int(grid.eligible(min_wordings)[:row].sum())  # of this input among those that enter CR
-    in_cr = bool(grid.eligible(min_wordings)[row])
+    in_cr, form = bool(grid.eligible(min_wordings)[row]), grid.task.answer_form
     letters: dict[int, int] = {}
     shown = {}
     for name, model in models.items():
@@ -232,18 +232,24 @@ def _case_models(
             outcome=next((key for key in OUTCOMES if values.get(key)), None),
             num_right=int(model.scored[index].correct[row, columns].sum()),
             answers=tuple(
-                CaseAnswer(text=cut(answer.text, MAX_ANSWER), canonical=_mapped(answer), kind=kind, cluster=cluster)
+                CaseAnswer(
+                    text=cut(answer.text, MAX_ANSWER),
+                    canonical=_mapped(answer, form),
+                    kind=kind,
+                    cluster=cluster,
+                )
                 for (answer, kind), cluster in zip(_answers_to(grid, row, example, model, index), clusters, strict=True)
             ),
         )
     return shown
 
 
-def _mapped(answer: Response) -> str | None:
+def _mapped(answer: Response, form: AnswerForm) -> str | None:
     """Return the canonical words of an answer where they are others than it was given in."""
-    if answer.canonical is None or normalise_answer(answer.canonical) == normalise_answer(answer.text):
+    said = answer.canonical
+    if said is None or normalise_answer(said, form) == normalise_answer(answer.text, form):
         return None
-    return cut(answer.canonical, MAX_ANSWER)
+    return cut(said, MAX_ANSWER)
 
 
 def cluster_numbers(codes_W: IntArray, agreeing: IntArray | None, known: dict[int, int]) -> list[int | None]:

@@ -22,7 +22,7 @@ from coalign.evaluation.metrics import ABSENT, SILENT, BoolArray, Decide, FloatA
 from coalign.evaluation.metrics_schema import ConstantAnswer
 from coalign.evaluation.requests import ModelOutput
 from coalign.records import Example, Response, Task, Wording
-from coalign.text import normalise_answer
+from coalign.text import AnswerForm, normalise_answer
 from coalign.wordings.asking import Pair
 
 CONSISTENCY = (
@@ -120,22 +120,28 @@ def score_answers(grid: Grid, answers: dict[tuple[str, str, str], Response], voc
     """Return codes, correctness and ROUGE of a model's answers (by task, example, wording) to a grid."""
     shape = grid.present.shape
     scored = Scored(np.full(shape, ABSENT, np.int64), np.zeros(shape, bool), np.zeros(shape), np.zeros(shape))
+    form = grid.task.answer_form
     for row, example in enumerate(grid.examples):
-        rouge = functools.cache(functools.partial(metrics.rouge, references=example.outputs))
+        rouge = functools.cache(functools.partial(metrics.rouge, references=example.outputs, form=form))
         for column in np.flatnonzero(grid.present[row]):
             answer = answers[grid.task.id, example.id, grid.wordings[column].id]
-            key = metrics.answer_key(answer.canonical, answer.finish)
+            key = metrics.answer_key(answer.canonical, answer.finish, form)
             scored.codes[row, column] = vocabulary.code(key)
-            scored.correct[row, column] = metrics.is_correct(key, example.outputs)
+            scored.correct[row, column] = metrics.is_correct(key, example.outputs, form)
             scored.rouge_1[row, column], scored.rouge_l[row, column] = rouge(answer.canonical)
     return scored
 
 
-def repeat_codes(responses: Sequence[Response], vocabulary: Vocabulary) -> dict[str, IntArray]:
-    """Return codes_IW by task of repeated answers to one wording: a row per input, a column per repeat."""
+def repeat_codes(
+    responses: Sequence[Response], vocabulary: Vocabulary, forms: Mapping[str, AnswerForm]
+) -> dict[str, IntArray]:
+    """Return codes_IW by task of repeated answers to one wording: a row per input, a column per repeat.
+
+    `forms` holds what counts when answers are compared, by task; a task that it lacks has none of it.
+    """
     found: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for response in responses:
-        key = metrics.answer_key(response.canonical, response.finish)
+        key = metrics.answer_key(response.canonical, response.finish, forms.get(response.task, ()))
         found[response.task][response.example][response.sample] = vocabulary.code(key)
     width = 1 + max((response.sample for response in responses), default=0)
     return {
@@ -214,7 +220,10 @@ def constant_accuracy(grid: Grid) -> float:
     """Return the accuracy of a task's best constant answer: its most frequent gold answer, known from hindsight."""
     answered_I = [bool(present_W.any()) for present_W in grid.present]
     examples = [example for example, answered in zip(grid.examples, answered_I, strict=True) if answered]
-    counts = Counter(text for example in examples for text in {normalise_answer(gold) for gold in example.outputs})
+    form = grid.task.answer_form
+    counts = Counter(
+        text for example in examples for text in {normalise_answer(gold, form) for gold in example.outputs}
+    )
     return max(counts.values()) / len(examples)
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coalign.text import normalise_answer
+from coalign.text import AnswerForm, normalise_answer, tokens
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -28,26 +27,24 @@ ABSENT = -2  # no answer under this wording: its template doesn't fit the input
 SILENT = -1  # an answer that agrees with nothing, not even with itself: empty, cut off, another wording's vocabulary
 MAX_EXPECTED_PAIRS = 2000
 
-_TOKEN = re.compile(r"[^\W_]+")
 
-
-def answer_key(canonical: str | None, finish: str) -> str | None:
-    """Return the normal form by which answers are compared; None when the answer agrees with nothing."""
+def answer_key(canonical: str | None, finish: str, form: AnswerForm = ()) -> str | None:
+    """Return the normal form by which a task's answers are compared; None when the answer agrees with nothing."""
     if canonical is None or finish != "stop":
         return None
-    return normalise_answer(canonical) or None
+    return normalise_answer(canonical, form) or None
 
 
-def is_correct(key: str | None, golds: Iterable[str]) -> bool:
+def is_correct(key: str | None, golds: Iterable[str], form: AnswerForm = ()) -> bool:
     """Return whether an answer's normal form equals that of any gold answer."""
-    return key is not None and any(key == normalise_answer(gold) for gold in golds)
+    return key is not None and any(key == normalise_answer(gold, form) for gold in golds)
 
 
 class _Tokenizer:
     """rouge-score's own rule (lower case, runs of letters and digits), extended beyond ASCII; no stemming."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _TOKEN.findall(text.lower())
+        return tokens(text)
 
 
 @functools.cache
@@ -57,10 +54,15 @@ def _rouge_scorer() -> Any:
     return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=_Tokenizer())
 
 
-def rouge(text: str | None, references: Sequence[str]) -> tuple[float, float]:
-    """Return the F measures of ROUGE-1 and ROUGE-L, each the highest over the references (0 without a text)."""
-    if not text:
+def rouge(text: str | None, references: Sequence[str], form: AnswerForm = ()) -> tuple[float, float]:
+    """Return the F measures of ROUGE-1 and ROUGE-L, each the highest over the references.
+
+    0 without a text, 1 for one that has the normal form of a reference, though it be of signs alone.
+    """
+    if not text or not text.strip():
         return 0.0, 0.0
+    if is_correct(normalise_answer(text, form), references, form):
+        return 1.0, 1.0
     scores = [_rouge_scorer().score(reference, text) for reference in references]
     return max(score["rouge1"].fmeasure for score in scores), max(score["rougeL"].fmeasure for score in scores)
 

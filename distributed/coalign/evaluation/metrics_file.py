@@ -13,7 +13,7 @@ from coalign.evaluation.metrics_schema import Metrics
 from coalign.runs.atomic_files import write_json
 
 METRICS_FILE = "metrics.json"
-VERSION = 1
+VERSION = 2
 """Version of the form of metrics.json. It grows when a field is added, removed or changes its meaning. A file without
 a version was written before version 1 and counts as version 0."""
 

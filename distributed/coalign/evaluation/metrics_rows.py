@@ -1,4 +1,4 @@
-"""The declared form of the rows in metrics.json: of tasks, wordings, single inputs, and failures by kind.
+"""The declared form of the rows in metrics.json: tasks, wordings, single inputs, failures, the judge of agreement.
 
 What a report shows beside the means of metrics_schema.py. Knows no model and computes nothing.
 """
@@ -242,3 +242,34 @@ class InconsistentInput:
     """Its gold answers."""
     answers: tuple[InconsistentAnswer, ...]
     """An answer per wording."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AgreementJudge:
+    """How well the judge of agreement answers, on pairs whose verdict is known, and what it decided.
+
+    A score is the lower log P(yes) - log P(no) of both orders of a pair. The threshold is fitted on other known pairs.
+    """
+
+    threshold: float
+    """Score from which two answers agree, in nats."""
+    fitted: bool
+    """Whether the threshold was fitted; with too few known pairs it is 0."""
+    num_alike: int
+    """Known pairs that mean the same: gold answers of one input, or a gold answer and a sentence that gives it."""
+    num_unlike: int
+    """Known pairs that do not: gold answers of different inputs, or different labels."""
+    balanced_accuracy: float | None
+    """Mean of the shares judged rightly among both kinds; null without one of them. So are the next three."""
+    auc: float | None
+    """Probability that a pair that means the same scores above one that does not; ties are 1/2."""
+    unlike_called_alike: float | None
+    """Share of the unlike pairs that the judge calls the same."""
+    alike_called_unlike: float | None
+    """Share of the pairs that mean the same and that the judge calls different."""
+    num_pairs: int
+    """Pairs of different answers that the judge was asked about."""
+    num_agreeing: int
+    """Pairs among them that agree."""
+    order_decides: float | None
+    """Share of these pairs whose verdict differs with the order; they count as not agreeing. Null without pairs."""

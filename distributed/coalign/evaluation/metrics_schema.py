@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from coalign.evaluation.metrics_rows import Case, Failures, InconsistentInput, TaskRow, WordingRow
+from coalign.evaluation.metrics_rows import AgreementJudge, Case, Failures, InconsistentInput, TaskRow, WordingRow
 from coalign.evaluation.typed_json import FLAT
 from coalign.runs.costs import StepCost
 
@@ -250,6 +250,8 @@ class Metrics(Summary):
     """Wall-clock seconds of eval, earlier attempts included."""
     eval_counts: EvalCounts | None = None
     """What eval itself has used."""
+    agreement_judge: AgreementJudge | None = None
+    """How well the judge of agreement judges; null where agreement is exact or by ROUGE-L."""
     run: str = ""
     """Name of the run (run.name)."""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)

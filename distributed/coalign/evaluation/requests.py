@@ -18,7 +18,7 @@ from coalign.evaluation.metrics_schema import Summary
 from coalign.process import derive_seed
 from coalign.records import Example, Response, Row, Task, Wording, read_records
 from coalign.runs.digests import digest_file
-from coalign.text import normalise_input, unit_hash
+from coalign.text import loose_key, unit_hash
 from coalign.wordings.asking import Pair, Request, read_responses
 from coalign.wordings.wording_files import load_wordings
 from coalign.wordings.wordings import expected_answer, render_prompt
@@ -67,7 +67,7 @@ def plan_pairs(
         if not chosen or not inputs[task.id]:
             dropped.append({"reason": "no_wordings" if inputs[task.id] else "no_inputs", "task": task.id})
             continue
-        ordered = sorted(inputs[task.id], key=lambda example: (unit_hash(normalise_input(example.input)), example.id))
+        ordered = sorted(inputs[task.id], key=lambda example: (unit_hash(loose_key(example.input)), example.id))
         for example in ordered[: table.max_inputs or None]:
             for wording in chosen:
                 prompt, reason = _render(example, wording)

@@ -180,9 +180,10 @@ def score_models(
     for name, output in outputs.items():
         answers = by_key(output.answers)
         scored[name] = [score_answers(grid, answers, vocabulary) for grid in grids]
+    forms = {grid.task.id: grid.task.answer_form for grid in grids}
     repeats = {
-        "neighbours": {name: repeat_codes(output.neighbours, vocabulary) for name, output in outputs.items()},
-        "temperature": {name: repeat_codes(output.samples, vocabulary) for name, output in outputs.items()},
+        "neighbours": {name: repeat_codes(output.neighbours, vocabulary, forms) for name, output in outputs.items()},
+        "temperature": {name: repeat_codes(output.samples, vocabulary, forms) for name, output in outputs.items()},
     }
     enough = [grid.eligible(min_wordings) for grid in grids]
     eligible = [index for index, enough_I in enumerate(enough) if enough_I.any()]

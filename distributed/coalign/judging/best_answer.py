@@ -6,6 +6,7 @@ Also finds the wordings under which the model answers another question. Knows no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from coalign.config import RankTable
 from coalign.process import derive_seed
 from coalign.records import Candidate, Example, ExampleKey, Finish, Response, Verdict, Wording
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import AnswerForm, normalise_answer, unit_hash
 from coalign.wordings.wordings import GENERATED
 
 VerdictKey = tuple[str, str, str, Finish]  # (task, example, canonical text, finish)
@@ -21,11 +22,15 @@ VerdictKey = tuple[str, str, str, Finish]  # (task, example, canonical text, fin
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankRules:
-    """How responses are ranked: [rank], whether gold answers may be looked at (judge.gold), and the run's seed."""
+    """How responses are ranked: [rank], whether gold answers may be looked at (judge.gold), and the run's seed.
+
+    `forms` holds what counts when answers are compared, by task; a task that it lacks has none of it.
+    """
 
     table: RankTable
     gold: bool
     seed: int
+    forms: Mapping[str, AnswerForm] = dataclasses.field(default_factory=dict)
 
 
 def rank_responses(
@@ -35,19 +40,24 @@ def rank_responses(
 
     No candidate is marked when no response is correct and there is no gold answer to take its place.
     """
-    golds = example.outputs if rules.gold else ()
-    return rank_candidates(distinct_candidates(responses, verdicts, golds, rules.table.rewards), example, rules)
+    golds, form = example.outputs if rules.gold else (), rules.forms.get(example.task, ())
+    found = distinct_candidates(responses, verdicts, golds, rules.table.rewards, form)
+    return rank_candidates(found if rules.gold else pool_spellings(found, form), example, rules)
 
 
 def distinct_candidates(
-    responses: Iterable[Response], verdicts: Mapping[VerdictKey, Verdict], golds: Sequence[str], rewards: str = "judge"
+    responses: Iterable[Response],
+    verdicts: Mapping[VerdictKey, Verdict],
+    golds: Sequence[str],
+    rewards: str = "judge",
+    form: AnswerForm = (),
 ) -> list[Candidate]:
     """Return the distinct canonical texts of one input's responses, in order of appearance.
 
     A text that was once finished and once cut off is one candidate: finished, with the better of its rewards. Left out
     are responses without a verdict, and an empty text that never ended, which has no token to train on.
     """
-    right = {normalise_answer(gold) for gold in golds}
+    right = {normalise_answer(gold, form) for gold in golds}
     found: dict[str, Candidate] = {}
     for response in responses:
         text = response.canonical
@@ -55,11 +65,26 @@ def distinct_candidates(
         if text is None or verdict is None or (not text and response.finish == "length"):
             continue
         whole = bool(text) and response.finish == "stop"
-        exact_reward = (2 if normalise_answer(text) in right else 1) if whole else 0
+        exact_reward = (2 if normalise_answer(text, form) in right else 1) if whole else 0
         reward = exact_reward if rewards == "exact" else verdict.reward
         new = Candidate(text, reward, response.finish, 1, (response.wording,))
         found[text] = merge(found[text], new) if text in found else new
     return list(found.values())
+
+
+def pool_spellings(candidates: Sequence[Candidate], form: AnswerForm = ()) -> list[Candidate]:
+    """Return the candidates with one for all spellings of an answer, in its most frequent one, for a vote.
+
+    Of spellings that are equally frequent the one that more wordings said is shown, then the first in the alphabet.
+    """
+    spellings: dict[str, list[Candidate]] = defaultdict(list)
+    for item in candidates:
+        spellings[normalise_answer(item.text, form)].append(item)
+    pooled = []
+    for found in spellings.values():
+        shown = min(found, key=lambda item: (-item.count, -len(item.wordings), item.text))
+        pooled.append(functools.reduce(merge, [shown, *(item for item in found if item is not shown)]))
+    return pooled
 
 
 def merge(a: Candidate, b: Candidate) -> Candidate:
@@ -79,9 +104,10 @@ def rank_candidates(
 ) -> tuple[list[Candidate], bool]:
     """Return the candidates with their final rewards and the best one marked; see `rank_responses`."""
     table, key = rules.table, (example.task, example.id)
-    golds = {normalise_answer(text) for text in example.outputs} if rules.gold else set()
-    exact = {item.text for item in candidates if normalise_answer(item.text) in golds}
-    ranked = elect(candidates, key) if not rules.gold and table.without_gold == "agreement" else list(candidates)
+    form = rules.forms.get(example.task, ())
+    golds = {normalise_answer(text, form) for text in example.outputs} if rules.gold else set()
+    exact = {item.text for item in candidates if normalise_answer(item.text, form) in golds}
+    ranked = elect(candidates, key, form) if not rules.gold and table.without_gold == "agreement" else list(candidates)
     if table.rewards == "permuted":
         ranked, exact = permute_rewards(ranked, exact, derive_seed(rules.seed, "rank", "permuted", *key))
     if table.rewards == "gold":
@@ -104,15 +130,16 @@ def preference(item: Candidate, key: ExampleKey, exact: Collection[str] = ()) ->
     return -item.reward, item.text not in exact, -len(item.wordings), unit_hash("rank", *key, item.text)
 
 
-def elect(candidates: Sequence[Candidate], key: ExampleKey) -> list[Candidate]:
-    """Return the candidates with reward 2 for the one that most wordings said and at most 1 for all others.
+def elect(candidates: Sequence[Candidate], key: ExampleKey, form: AnswerForm = ()) -> list[Candidate]:
+    """Return the candidates, spellings pooled, with reward 2 for the one that most wordings said, at most 1 for others.
 
     Self-consistency (arXiv 2203.11171) over wordings: without gold answers the majority of the wordings recognises a
     correct answer far better than a judge does. The judge still excludes the wrong type, and decides among equals.
     """
+    candidates = pool_spellings(candidates, form)
     electable = [item for item in candidates if item.reward > 0]
     if not electable:
-        return list(candidates)
+        return candidates
     elected = min(electable, key=lambda item: (-len(item.wordings), *preference(item, key)))
     return [dataclasses.replace(item, reward=2 if item is elected else min(item.reward, 1)) for item in candidates]
 
@@ -143,19 +170,24 @@ def find_astray(
     by_input: Mapping[ExampleKey, Sequence[Response]],
     right: Mapping[ExampleKey, Collection[str]],
     wordings: Mapping[tuple[str, str], Wording],
-    least: float,
+    rules: RankRules,
 ) -> dict[tuple[str, str], float]:
     """Return {(task, wording): share} of the generated wordings that seem to ask for something else.
 
     `right` holds the texts of reward 2 of each input; inputs without one don't count. A wording's share is that of its
-    responses that are right. It is astray when its share is below `least` times that of its task: a model that was
+    responses that are right; without gold a spelling of a right text is right too. It is astray when its share is below
+    rank.min_wording_agreement times that of its task: a model that was
     trained on the wording and still answers differently under it reads another question in it.
     """
     hits: dict[tuple[str, str], list[bool]] = defaultdict(list)
     of_task: dict[str, list[bool]] = defaultdict(list)
+    least = rules.table.min_wording_agreement
     for key, texts in right.items():
+        form = rules.forms.get(key[0], ())
+        pooled = set() if rules.gold else {normalise_answer(text, form) for text in texts}
         for response in by_input[key] if texts else ():
-            hit = response.canonical in texts
+            said = response.canonical
+            hit = said in texts or (said is not None and normalise_answer(said, form) in pooled)
             hits[response.task, response.wording].append(hit)
             of_task[response.task].append(hit)
     share = {key: sum(found) / len(found) for key, found in hits.items()}

@@ -15,7 +15,7 @@ from coalign.config import RankTable
 from coalign.errors import UserError
 from coalign.judging.best_answer import RankRules, VerdictKey, best_of, find_astray, merge, rank_responses
 from coalign.records import ASTRAY, Candidate, Example, ExampleKey, Group, Response, Row, Verdict, Wording
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import AnswerForm, normalise_answer, unit_hash
 from coalign.wordings.wordings import canonical_answer, expected_answer, render_prompt
 
 ResponsesByInput = dict[ExampleKey, list[Response]]
@@ -80,14 +80,13 @@ def leave_out_astray(
 
     Nothing is left out while rank.min_wording_agreement is 0.
     """
-    least = rules.table.min_wording_agreement
-    if not least:
+    if not rules.table.min_wording_agreement:
         return by_input, []
     # By the judge in every arm, so that a control of the rewards has the wordings of the arm it is compared with.
     judged = dataclasses.replace(rules, table=rules.table.model_copy(update={"rewards": "judge"}))
     ranked = {key: rank_responses(theirs, verdicts, examples[key], judged)[0] for key, theirs in by_input.items()}
     right = {key: {item.text for item in items if item.reward == 2} for key, items in ranked.items()}
-    astray = find_astray(by_input, right, wordings, least)
+    astray = find_astray(by_input, right, wordings, rules)
     dropped = [
         {"reason": ASTRAY, "task": task, "wording": name, "text": wordings[task, name].text, "agreement": share}
         for (task, name), share in astray.items()
@@ -152,13 +151,14 @@ def make_group(
     """
     best = best_of(candidates)
     assert best is not None, "an input without a best answer has no groups"
-    if reason := _cannot_ask(wording, example, best, rules.gold):
+    form = rules.forms.get(example.task, ())
+    if reason := _cannot_ask(wording, example, best, rules.gold, form):
         return None, reason, 0
     others = [c for c in candidates if not c.best and (rules.table.pool == "all" or wording.id in c.wordings)]
     written: dict[str, Candidate] = {}
     num_foreign = 0
     for item in (best, *others):
-        text = write_under(wording, example.input, item.text)
+        text = write_under(wording, example.input, item.text, form)
         if text is None:
             num_foreign += 1
             continue
@@ -170,18 +170,18 @@ def make_group(
     return Group(example.id, example.task, wording.id, tuple(chosen)), "", num_foreign
 
 
-def _cannot_ask(wording: Wording, example: Example, best: Candidate, gold: bool) -> str:
+def _cannot_ask(wording: Wording, example: Example, best: Candidate, gold: bool, form: AnswerForm) -> str:
     """Return why a wording can have no group of this input, "" when it can."""
     if render_prompt(wording, example.input) is None:
         return "wording_does_not_fit"
     # A label that the map lacks is no answer that this wording asks for, while a free text may be one.
-    is_gold = gold and normalise_answer(best.text) in {normalise_answer(text) for text in example.outputs}
+    is_gold = gold and normalise_answer(best.text, form) in {normalise_answer(text, form) for text in example.outputs}
     lacks_gold = is_gold and expected_answer(wording, example.input, best.text) is None
-    unwritten = write_under(wording, example.input, best.text) is None
+    unwritten = write_under(wording, example.input, best.text, form) is None
     return "best_not_in_answer_map" if lacks_gold or unwritten else ""
 
 
-def write_under(wording: Wording, input_text: str, text: str) -> str | None:
+def write_under(wording: Wording, input_text: str, text: str, form: AnswerForm = ()) -> str | None:
     """Return a canonical answer as the wording asks for it; a text that its answer map lacks stays as it is.
 
     None when the result would mean something else under this wording, or nothing: it is no candidate here.
@@ -190,7 +190,7 @@ def write_under(wording: Wording, input_text: str, text: str) -> str | None:
     if rendered is None:
         rendered = text
     back = canonical_answer(wording, input_text, rendered)
-    return rendered if back is not None and normalise_answer(back) == normalise_answer(text) else None
+    return rendered if back is not None and normalise_answer(back, form) == normalise_answer(text, form) else None
 
 
 def limit_candidates(

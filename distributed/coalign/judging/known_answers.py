@@ -65,7 +65,7 @@ def calibration_answers(
     for index, example in enumerate(chosen):
         part: Literal["fit", "check"] = "check" if index % 2 else "fit"
         task = tasks[example.task]
-        known.append(KnownAnswer(task.id, example.id, _right_answer(example), "right", part))
+        known.append(KnownAnswer(task.id, example.id, _right_answer(task, example), "right", part))
         wrong = wrong_answer(task, example, golds[task.id], seed)
         if wrong is not None:
             known.append(KnownAnswer(task.id, example.id, wrong, "wrong", part))
@@ -98,9 +98,12 @@ def wrong_answer(task: Task, example: Example, task_golds: Sequence[str], seed: 
 
     None when there is no other.
     """
-    right = {normalise_answer(gold) for gold in example.outputs}
+    form = task.answer_form
+    right = {normalise_answer(gold, form) for gold in example.outputs}
     donors = task.labels or task_golds
-    return _pick(donors, lambda text: normalise_answer(text) not in right, str(seed), "wrong", example.task, example.id)
+    return _pick(
+        donors, lambda text: normalise_answer(text, form) not in right, str(seed), "wrong", example.task, example.id
+    )
 
 
 def wrong_type_answer(
@@ -112,12 +115,12 @@ def wrong_type_answer(
     text may well be of the right type, so it serves only where no task has labels. None when no other task has one.
     """
     task = tasks[example.task]
-    banned = {normalise_answer(text) for text in (*task.labels, *example.outputs)}
+    banned = {normalise_answer(text, task.answer_form) for text in (*task.labels, *example.outputs)}
     any_labels = any(other.labels for other in tasks.values())
 
     def fits(donor: tuple[str, str]) -> bool:
         comparable = bool(task.labels) or not any_labels or bool(tasks[donor[0]].labels)
-        return donor[0] != task.id and comparable and normalise_answer(donor[1]) not in banned
+        return donor[0] != task.id and comparable and normalise_answer(donor[1], task.answer_form) not in banned
 
     picked = _pick(golds, fits, str(seed), "wrong type", example.task, example.id)
     return None if picked is None else picked[1]
@@ -130,10 +133,11 @@ def _pick(donors: Sequence[Any], fits: Callable[[Any], bool], *key: str) -> Any 
     return next((donors[index] for index in order if fits(donors[index])), None)
 
 
-def _right_answer(example: Example) -> str:
+def _right_answer(task: Task, example: Example) -> str:
     """Return a gold answer, preferably not the first, which is in the prompt."""
-    first = normalise_answer(example.outputs[0])
-    return next((gold for gold in example.outputs if normalise_answer(gold) != first), example.outputs[0])
+    form = task.answer_form
+    first = normalise_answer(example.outputs[0], form)
+    return next((gold for gold in example.outputs if normalise_answer(gold, form) != first), example.outputs[0])
 
 
 def _golds_by_task(examples: Iterable[Example]) -> dict[str, list[str]]:

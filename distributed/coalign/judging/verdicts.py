@@ -15,7 +15,7 @@ from coalign.judging.calibration import ScoreOf, lowest_score
 from coalign.judging.known_answers import KnownAnswer
 from coalign.prompts import correct_question, type_question
 from coalign.records import Example, ExampleKey, Finish, Response, Task, Verdict
-from coalign.text import normalise_answer
+from coalign.text import AnswerForm, normalise_answer
 
 AnyAnswer = TypeVar("AnyAnswer", "DistinctAnswer", KnownAnswer)
 PromptsByQuestion = Mapping[str, tuple[str, ...]]  # question -> its prompts: one, or one per item of a list
@@ -48,13 +48,20 @@ def distinct_answers(responses: Iterable[Response]) -> tuple[list[DistinctAnswer
 
 
 def decide_by_rules(
-    answers: Iterable[DistinctAnswer], examples: Mapping[ExampleKey, Example], gold: bool
+    answers: Iterable[DistinctAnswer],
+    examples: Mapping[ExampleKey, Example],
+    gold: bool,
+    tasks: Mapping[str, Task] | None = None,
 ) -> tuple[dict[DistinctAnswer, Verdict], list[DistinctAnswer]]:
-    """Return the verdicts that need no model, and the answers that do; without `gold` no match with gold is a rule."""
+    """Return the verdicts that need no model, and the answers that do; without `gold` no match with gold is a rule.
+
+    `tasks` say what counts when their answers are compared (None: what does by default).
+    """
     decided: dict[DistinctAnswer, Verdict] = {}
     undecided = []
     for answer in answers:
-        verdict = decide_by_rule(answer, examples[answer.task, answer.example].outputs if gold else ())
+        form = tasks[answer.task].answer_form if tasks else ()
+        verdict = decide_by_rule(answer, examples[answer.task, answer.example].outputs if gold else (), form)
         if verdict is None:
             undecided.append(answer)
         else:
@@ -62,13 +69,13 @@ def decide_by_rules(
     return decided, undecided
 
 
-def decide_by_rule(answer: DistinctAnswer, golds: Sequence[str]) -> Verdict | None:
+def decide_by_rule(answer: DistinctAnswer, golds: Sequence[str], form: AnswerForm = ()) -> Verdict | None:
     """Return the verdict where no model is needed: empty, cut off, or an exact match (`golds` empty: no such rule)."""
     if not answer.text.strip():
         return _verdict(answer, 0, "empty")
     if answer.finish == "length":
         return _verdict(answer, 0, "cut_off")
-    if normalise_answer(answer.text) in {normalise_answer(gold) for gold in golds}:
+    if normalise_answer(answer.text, form) in {normalise_answer(gold, form) for gold in golds}:
         return _verdict(answer, 2, "exact_match")
     return None
 

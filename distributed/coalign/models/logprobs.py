@@ -71,13 +71,14 @@ def widen(batch: Batch, width: int) -> Batch:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off (adapters may have it) while log-probs are measured; then restore the mode."""
-    was_training = model.training
+    """Switch dropout off (adapters may have it) while log-probs are measured; then restore each module's mode."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def token_logps(model: Any, batch: Batch) -> Tensor:
@@ -140,7 +141,8 @@ def _returns_unchanged(model: Any, head: nn.Linear, input_ids_BT: Tensor) -> boo
             return seen[-1].expand(*hidden_BTD.shape[:-1], -1).clone()
 
         ids_11 = input_ids_BT[:1, -1:]
-        with torch.no_grad(), _forward_of(head, answer):
+        # Dropout would draw random numbers here that a resumed run draws at another update.
+        with torch.no_grad(), evaluation_mode(model), _forward_of(head, answer):
             logits = _logits(model, ids_11, torch.ones_like(ids_11), torch.zeros_like(ids_11), 1)
         same = len(seen) == 1 and logits.numel() == seen[0].numel()
         _returned_unchanged[head] = same and torch.equal(logits.view(-1), seen[0].to(logits.dtype))

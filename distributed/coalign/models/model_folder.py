@@ -1,11 +1,12 @@
-"""Models in and out: tokenizer, causal LM, LoRA, and the verified model folder.
+"""Models in and out: tokenizer, causal LM, and the verified model folder.
 
-The only import of PEFT and safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
+The only import of safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
 and no training settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
-from coalign.config import LoraTable, ModelTable
+from coalign.config import ModelTable
 from coalign.errors import UserError
 from coalign.models.codec import Codec
+from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -51,6 +54,11 @@ def check_model_folder(folder: str) -> None:
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
     names = {item.name for item in path.iterdir()}
+    if "adapter_config.json" in names:
+        raise UserError(
+            f"{folder} holds adapters (adapter_config.json); merge them into their model first, with peft's"
+            " merge_and_unload, and save the result and its tokenizer to a folder of its own"
+        )
     if "config.json" not in names:
         raise UserError(f"{folder} holds no config.json; a Hugging Face model folder was expected")
     if not any(name.endswith(".safetensors") for name in names):
@@ -74,17 +82,23 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     check_model_folder(folder)
     options = {"revision": table.revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        config = AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the tokenizer or config can't be loaded: {_first_line(error)}") from error
-    _check_vocabulary(folder, tokenizer, config)
+        with held_messages("token"):  # those on the config come with the model
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise any kind for a file that is malformed
+        raise UserError(f"{folder}: the tokenizer or config can't be loaded: {reason_of(error, table)}") from error
     if table.chat_template:
         try:
             tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
-    limit = min(int(min(tokenizer.model_max_length, _UNLIMITED)), _context_of(config))
+    _check_vocabulary(folder, tokenizer, config, table)
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:
+        raise UserError(f"{folder}: model_max_length={longest!r:.40} in tokenizer_config.json is no number of tokens")
+    limit = min(int(min(longest, _UNLIMITED)), _context_of(config))
     if limit >= _UNLIMITED and not table.max_tokens:
         raise UserError(f"{folder} does not say how long its context is; set model.max_tokens")
     tokenizer.model_max_length = limit
@@ -97,15 +111,31 @@ def load_codec(folder: str, table: ModelTable) -> Codec:
     return Codec(load_tokenizer(folder, table), table)
 
 
-def _check_vocabulary(folder: str, tokenizer: Any, config: Any) -> None:
-    """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would fail an assertion."""
+def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTable) -> None:
+    """Raise UserError when the tokenizer has ids beyond the embedding; on a GPU they would fail an assertion.
+
+    A special token counts only where a prompt or an answer can hold it: a text model may keep that of an image.
+    """
     rows = getattr(_text_config(config), "vocab_size", None)
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    highest = max(tokenizer.vocab_size - 1, *(index for index in special if index is not None), 0)
-    if isinstance(rows, int) and highest >= rows:
+    if not isinstance(rows, int):
+        return
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if not beyond:
+        return
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    named |= {table.end_of_turn, table.pad_token}
+    template = f"{tokenizer.chat_template}"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    with contextlib.suppress(Exception):  # the codec tells what is wrong with a template
+        template += tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        template += tokenizer.apply_chat_template(turns, tokenize=False)
+    used = {token: i for token, i in beyond.items() if token not in special or token in named or token in template}
+    if used:
+        token = max(used, key=lambda token: used[token])
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {highest}, the model's embedding only {rows} rows; use the model's"
-            " own tokenizer, or resize the embedding and save the model again"
+            f"{folder}: the tokenizer has ids up to {used[token]} ({token!r}), the model's embedding only {rows} rows;"
+            " use the model's own tokenizer, or resize the embedding and save the model again"
         )
 
 
@@ -126,7 +156,8 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
     """Return the causal LM of a folder or hub name in `dtype`, with dropout off.
 
     It lies on the CPU, or with `num_gpus` its layers are spread evenly over that number of GPUs of this process. Raises
-    UserError when the model can't be loaded, does not fit these GPUs, or holds NaN or infinity.
+    UserError when the model can't be loaded, does not fit these GPUs, lacks a weight, or holds NaN or infinity. Under
+    ZeRO-3 transformers does not say which weights are missing: call `check_weights` before.
     """
     check_model_folder(folder)
     without_planned_attention()
@@ -137,18 +168,10 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
     spread: dict[str, Any] = {"device_map": "auto"} if num_gpus else {}
     if num_gpus:  # GPUs without an entry stay unused
         spread["max_memory"] = {index: torch.cuda.mem_get_info(index)[0] for index in range(num_gpus)}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            revision=table.revision,
-            dtype=dtype,
-            attn_implementation=table.attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **spread,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model can't be loaded: {_first_line(error)}") from error
+    if is_deepspeed_zero3_enabled():  # errors of other ranks arrive here too, and are no fault of the folder
+        model, _ = open_causal_lm(folder, table, dtype)
+    else:
+        model = open_checked(folder, table, dtype, **spread)
     if {"cpu", "disk"} & {str(device) for device in getattr(model, "hf_device_map", {}).values()}:
         raise UserError(f"{folder}: {num_gpus} GPUs are too small for the model; use a higher gpus_per_worker")
     # A sum takes one pass and no copy, and NaN and infinity propagate through it.
@@ -159,66 +182,32 @@ def load_model(folder: str, table: ModelTable, dtype: torch.dtype, num_gpus: int
     return model
 
 
+def check_weights(folder: str, table: ModelTable) -> None:
+    """Raise UserError when a model can't be loaded or lacks a weight, from the names and shapes in its files alone."""
+    check_model_folder(folder)
+    open_checked(folder, table, torch.float32, device_map="meta")
+
+
 def without_planned_attention() -> None:
     """Keep cuDNN out of attention: it makes a plan for every new shape, and ours seldom repeat."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def switch_off_dropout(model: Any) -> None:
-    """Set every dropout to zero, so that log-probs of two passes can be compared."""
+    """Set every dropout to zero, also of whole layers, so that log-probs of two passes can be compared."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def attach_lora(model: Any, table: LoraTable) -> Any:
-    """Return the model with frozen weights and trainable low-rank adapters (LoRA, arXiv 2106.09685).
-
-    Raises UserError when `target_modules` names no layer.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=table.rank,
-        lora_alpha=table.alpha,  # type: ignore[arg-type]  # peft only divides it, so a float works too
-        lora_dropout=table.dropout,
-        target_modules=table.target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"model.lora.target_modules={table.target_modules}: {_first_line(error)}; linear layers here: "
-            + ", ".join(names)
-        ) from error
+        # Families keep the rate of functional dropout in the module or read it from the config.
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else []:
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def on_cpu(table: ModelTable) -> ModelTable:
     """Return the table with an attention implementation that runs on the CPU."""
     return table.model_copy(update={"attention": "sdpa" if table.attention == "flash_attention_2" else table.attention})
-
-
-def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
-
-    peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
-    parameters under their names in the model that `attach_lora` returned.
-    """
-    dtype = next(iter(adapters.values())).dtype
-    model = attach_lora(load_model(source, on_cpu(table), torch.float32), table.lora)
-    unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
-    assert not unknown, f"adapters of another model: {unknown[:3]}"
-    merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
-    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
 
 
 def export_model(

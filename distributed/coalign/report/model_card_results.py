@@ -12,6 +12,7 @@ from coalign.config import EvalTable
 from coalign.evaluation.metrics_schema import Estimate, Metrics
 from coalign.report.formatting import SET_NAMES, names_of, paired_rows, shown_sets, with_interval
 from coalign.report.model_cards import BEGIN, END, STEPS_TO, assemble, placeless
+from coalign.report.sentences import judge_sentence
 from coalign.runs.atomic_files import write_atomic
 from coalign.runs.digests import CARD
 from coalign.runs.run_folder import RunFolder
@@ -117,7 +118,8 @@ def results_lines(metrics: Metrics, name: str) -> list[str]:
         "",
         f"CR is the share of pairs of wordings whose answers agree ({placeless(metrics.agreement)}), corrected CR"
         " takes off what independent answers with the task's own frequencies would reach, MCR is the share of wordings"
-        " in the largest agreeing group, accuracy is exact match after normalising.",
+        " in the largest agreeing group, accuracy is exact match after normalising."
+        + (f" {judge_sentence(metrics)}" if metrics.agreement_judge else ""),
     ]
 
 

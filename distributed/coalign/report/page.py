@@ -34,7 +34,7 @@ from coalign.report.formatting import (
     with_interval,
 )
 from coalign.report.run_history import StepRecord
-from coalign.report.sentences import constant_sentence, headline_sentence, last_stage_sentence
+from coalign.report.sentences import constant_sentence, headline_sentence, judge_sentence, last_stage_sentence
 from coalign.report.terminal import text_report
 from coalign.report.wording_tables import hardest_wordings, wording_ranges
 from coalign.runs.atomic_files import write_atomic
@@ -135,6 +135,7 @@ def page_values(
     names = list(metrics.models)
     return {
         "metrics": metrics,
+        "judge": judge_sentence(metrics),
         "models": names,
         "labels": {name: metrics.label(name) for name in names},
         "headline": HEADLINE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from coalign.evaluation.agreement import describe_judge
 from coalign.evaluation.metrics_schema import Estimate, Metrics
 from coalign.report import figures
 from coalign.report.formatting import number, with_interval
@@ -43,6 +44,13 @@ def noise_clause(metrics: Metrics, names: Sequence[str]) -> str:
             named, size = known, figures.floor_size(floors[known[0]])
             clauses.append(f"{' and '.join(number(floors[name].cr) + of[name] for name in known)} {how}")
     return f"; the noise floor of CR (one wording, {size}) is {', '.join(clauses)}" if clauses else ""
+
+
+def judge_sentence(metrics: Metrics) -> str:
+    """Return how often the judge errs that decides which answers agree, on which every CR rests; "" without one."""
+    if metrics.agreement_judge is None:
+        return ""
+    return f"CR and MCR rest on a judge of agreement ({describe_judge(metrics.agreement_judge)})."
 
 
 def last_stage_sentence(metrics: Metrics) -> str:

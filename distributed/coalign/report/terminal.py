@@ -20,7 +20,7 @@ from coalign.report.formatting import (
     shown_sets,
     with_interval,
 )
-from coalign.report.sentences import constant_sentence
+from coalign.report.sentences import constant_sentence, judge_sentence
 
 NUM_PRINTED = 5  # inconsistent inputs on the terminal; the page shows all
 
@@ -49,8 +49,9 @@ def headline_lines(metrics: Metrics) -> list[str]:
     if left_out:
         needed = f"with fewer than {metrics.min_wordings} wordings for an input"
         lines += ["", f"CR leaves out tasks {needed}: {left_out} of {metrics.num_tasks} (paraphrase.num_test)."]
-    constant = constant_sentence(metrics)
-    return [*lines, "", constant] if constant else lines
+    for sentence in (constant_sentence(metrics), judge_sentence(metrics)):
+        lines += ["", sentence] if sentence else []
+    return lines
 
 
 def more_lines(metrics: Metrics) -> list[str]:

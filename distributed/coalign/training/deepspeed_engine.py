@@ -23,7 +23,8 @@ from torch import Tensor
 from coalign.config import ModelTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.attention import use_blocks
-from coalign.models.model_folder import attach_lora, load_model, pick_device, pick_dtype
+from coalign.models.lora import attach_lora
+from coalign.models.model_folder import check_weights, load_model, pick_device, pick_dtype
 from coalign.process import free_port, local_rank, rank, world_size
 from coalign.runs.atomic_files import write_json
 from coalign.training.checkpoints import read_checkpoint_meta, write_checkpoint_meta
@@ -97,11 +98,12 @@ class DeepSpeedEngine:
     """Trains one model over all ranks; implements engine.Engine.
 
     `source` is the folder or hub name of the model that training starts from. Rank 0 writes DeepSpeed's config to
-    `json_path`. Raises UserError when the model can't be loaded or `model.lora.target_modules` names no layer.
+    `json_path`. `seed` decides the first weights of adapters. Raises UserError when the model can't be loaded or
+    `model.lora.target_modules` can't be adapted.
     """
 
     def __init__(
-        self, source: str, model: ModelTable, train: TrainTable, device: torch.device, json_path: Path
+        self, source: str, model: ModelTable, train: TrainTable, device: torch.device, json_path: Path, seed: int = 0
     ) -> None:
         self.device = device
         self.table = model
@@ -115,6 +117,7 @@ class DeepSpeedEngine:
         if self.train.zero_stage == 3:
             from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+            check_weights(self.source, self.table)
             partitioned = HfDeepSpeedConfig(config)  # while it lives, each rank loads only its part of the weights
             network = load_model(self.source, self.table, self.dtype)
             del partitioned  # the model loaded later to check an export is whole again
@@ -123,7 +126,7 @@ class DeepSpeedEngine:
         if self.device.type == "cuda" and self.train.pack_tokens:
             use_blocks(network)
         if self.table.lora.enabled:
-            network = attach_lora(network, self.table.lora)
+            network = attach_lora(network, self.table.lora, seed)
         if self.train.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if self.table.lora.enabled:

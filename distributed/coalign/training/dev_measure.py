@@ -7,7 +7,7 @@ no DeepSpeed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from coalign.models.codec import Codec, GeneratedIds
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
 from coalign.models.rows import TokenIds, left_pad
 from coalign.process import rank, world_size
-from coalign.records import Example, Wording
-from coalign.text import unit_hash
+from coalign.records import Example, Task, Wording
+from coalign.text import AnswerForm, unit_hash
 from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, collate
 from coalign.training.training_rows import Encoder
@@ -42,8 +42,9 @@ class DevMeasure:
         examples: Sequence[Example],
         wordings: Sequence[Wording],
         table: TrainTable,
+        forms: Mapping[str, AnswerForm] | None = None,
     ) -> None:
-        self.engine, self.codec, self.table = engine, codec, table
+        self.engine, self.codec, self.table, self.forms = engine, codec, table, forms or {}
         encoder = Encoder(codec, "drop")
         self.inputs: list[tuple[Example, list[tuple[Wording, Item]]]] = []
         for example in _spread(examples, table.dev_inputs):
@@ -96,8 +97,9 @@ class DevMeasure:
         prompts = [item.prompt for item in items]
         answers = greedy_in_step(self.engine.model, prompts, self.table.dev_max_new_tokens, self.codec, self._any_rank)
         described = [self.codec.describe_answer(answer.ids, answer.finished) for answer in answers]
+        form = self.forms.get(example.task, ())
         keys = [
-            answer_key(canonical_answer(wording, example.input, said["text"]), said["finish"])
+            answer_key(canonical_answer(wording, example.input, said["text"]), said["finish"], form)
             for (wording, _), said in zip(pairs, described, strict=True)
         ]
         return [key for key in keys if key], {
@@ -106,7 +108,7 @@ class DevMeasure:
             "nll": -float(logp_N.sum()),
             "tokens": float(len(logp_N)),
             "p_gold": float((logp_N / lengths_R[batch.response_N]).sum()),
-            "right": float(sum(is_correct(key, example.outputs) for key in keys)),
+            "right": float(sum(is_correct(key, example.outputs, form) for key in keys)),
             "agreeing": share_of_agreeing(keys),
             "finished": float(sum(a.finished for a in answers)),
         }
@@ -126,12 +128,21 @@ def share_of_agreeing(keys: Sequence[str | None]) -> float:
 
 
 def make_dev_measure(
-    engine: Engine, codec: Codec, examples: Sequence[Example], wordings: Sequence[Wording], table: TrainTable
+    engine: Engine,
+    codec: Codec,
+    examples: Sequence[Example],
+    wordings: Sequence[Wording],
+    table: TrainTable,
+    tasks: Sequence[Task] = (),
 ) -> DevMeasure | None:
-    """Return the measurement, or None when it is switched off or no dev input fits two wordings (with a warning)."""
+    """Return the measurement, or None when it is switched off or no dev input fits two wordings (with a warning).
+
+    `tasks` say what counts when their answers are compared; in a task that they lack none of it does.
+    """
     if not table.eval_every or not table.dev_inputs:
         return None
-    measure = DevMeasure(engine, codec, [e for e in examples if e.split == "dev"], wordings, table)
+    forms = {task.id: task.answer_form for task in tasks}
+    measure = DevMeasure(engine, codec, [e for e in examples if e.split == "dev"], wordings, table, forms)
     if not measure.inputs:
         logger.warning("no dev measurement: no dev input fits two dev wordings")
         return None

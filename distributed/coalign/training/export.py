@@ -16,7 +16,8 @@ import torch
 
 from coalign.models.codec import Codec
 from coalign.models.logprobs import evaluation_mode, to_device, token_logps
-from coalign.models.model_folder import export_model, merge_lora
+from coalign.models.lora import merge_lora
+from coalign.models.model_folder import export_model
 from coalign.training.deepspeed_engine import DeepSpeedEngine, run_on_rank_zero
 from coalign.training.micro_batches import Item, collate
 from coalign.training.token_files import as_rows

@@ -19,7 +19,7 @@ from torch import Tensor
 from coalign.config import LogTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.logprobs import token_logps
-from coalign.process import Preemption, rank, world_size
+from coalign.process import Preemption, derive_seed, rank, world_size
 from coalign.training.checkpoints import resume, save
 from coalign.training.engine import Engine
 from coalign.training.micro_batches import Item, batch_of, micro_batches, pack_budget
@@ -34,7 +34,7 @@ logger = logging.getLogger("coalign")
 class TrainingPlan:
     """A whole training run: items in the order they are trained on, `batch_items` per update, and their objective.
 
-    `learning_rate` is the highest of the schedule.
+    `learning_rate` is the highest of the schedule. `seed` decides the dropout of adapters.
     """
 
     items: Sequence[Item]
@@ -42,6 +42,7 @@ class TrainingPlan:
     batch_items: int
     learning_rate: float
     pad_id: int
+    seed: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -91,6 +92,8 @@ def train(
         started = time.monotonic()
         items = plan.items[state.step * plan.batch_items : (state.step + 1) * plan.batch_items]
         lr = learning_rate_at(state.step, plan.num_steps, plan.learning_rate, settings)
+        # Dropout depends on the update alone, so that a resumed run repeats an undisturbed one.
+        torch.manual_seed(derive_seed(plan.seed, "update", state.step, rank()))
         line = _update(engine, items, plan.objective, plan.pad_id, settings, lr)
         state.step += 1
         state.tokens += line["tokens"]

@@ -20,7 +20,7 @@ from coalign.errors import UserError
 from coalign.models.codec import Codec
 from coalign.process import derive_seed
 from coalign.records import Example, Group, Wording, read_rows
-from coalign.text import normalise_input, unit_hash
+from coalign.text import loose_key, unit_hash
 from coalign.training.forked_map import chunks_of, forked_map
 from coalign.training.micro_batches import Item, permutations
 from coalign.training.token_files import Columns, TokenRows, TokenWriter, columns_of
@@ -108,7 +108,7 @@ def write_sft(
     inputs = [e for e in examples if e.split == table.split]
     if not inputs:
         raise UserError(f'no inputs in the split "{table.split}"; check data.*_share and data.max_*_inputs')
-    held_out = {normalise_input(e.input) for e in examples if e.split != table.split} if table.replay else set()
+    held_out = {loose_key(e.input) for e in examples if e.split != table.split} if table.replay else set()
     replayed = _write_replay(writer, table, encoder, held_out)
     total = table.num_drawn(len(inputs), table.batch_rows)
     mixed = _replayed_by_update(total, table) if replayed else []
@@ -226,7 +226,7 @@ def _replay_item(number: int, row: dict[str, Any], path: str, encoder: Encoder, 
     if not isinstance(instance, Instance):
         encoder.drop(name, instance.reason)
         return None
-    if instance.input.strip() and normalise_input(instance.input) in held_out:
+    if instance.input.strip() and loose_key(instance.input) in held_out:
         encoder.drop(name, "replay_held_out")
         return None
     task = instance.instruction

@@ -2,7 +2,10 @@
 
 wordings        rendering prompts, mapping answers there and back, splits into train, dev and test
 wording_files   wordings written by people, read from JSONL and checked
-rewrites        a model's rewrites of an instruction: requests, parsing, checks
+extraction      the rewrite in a model's answer, without what it writes around it
+rewrites        a model's rewrites of an instruction: requests, checks
+languages       whether two texts are in the same script and language
+patterns        regular expressions of wordings files, within limits of size and time
 near_repeats    texts that nearly repeat one another
 filtering       which wordings a task keeps, and the reason for each that is dropped
 asking          inputs under wordings as requests, generated texts as responses; what exceeds the context

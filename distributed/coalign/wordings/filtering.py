@@ -14,9 +14,10 @@ from typing import Any
 from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.records import Row, Task, Wording
-from coalign.text import normalise_input
+from coalign.text import loose_key
+from coalign.wordings.extraction import parse_cut_off, parse_paraphrase
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
-from coalign.wordings.rewrites import Reason, check_rewrite, parse_paraphrase
+from coalign.wordings.rewrites import Reason, check_rewrite
 from coalign.wordings.wording_files import WordingFiles
 from coalign.wordings.wordings import (
     FILE_PREFIX,
@@ -48,7 +49,7 @@ def drop_repeats(
     texts = {wording.id: bare_text(wording) for wording in wordings}
     seen: set[tuple[str, str]] = set()
     for wording in wordings:
-        key = (wording.kind, normalise_input(wording.text))
+        key = (wording.kind, loose_key(wording.text))
         from_file = wording.source.startswith(FILE_PREFIX)
         like_original = from_file and task.seen and repeats(texts[wording.id], [task.instruction], max_similarity)
         if key in seen or like_original:
@@ -203,8 +204,7 @@ def choose_rewrites(
         if len(accepted) == wanted:
             break
         cut_off = answer["finish"] == "length"
-        # A line that was cut off is no instruction, but the lines before it may hold one.
-        rewrite = parse_paraphrase(answer["text"].rpartition("\n")[0] if cut_off else answer["text"])
+        rewrite = (parse_cut_off if cut_off else parse_paraphrase)(answer["text"], task.instruction)
         reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
         if reason is None:
             kept.append(rewrite)

@@ -1,34 +1,48 @@
 """Texts that nearly repeat one another, by their word 3-grams: two at a time, or one among many by an index.
 
-Pure functions of texts. Knows no wordings.
+A character of an unspaced script is a word here. As it says less than a word of English, two such texts of which one
+character differs nearly repeat one another too. Pure functions of texts. Knows no wordings.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from coalign.text import normalise_input, words
+from coalign.text import UNSPACED, loose_key, words
 
 # A text of fewer distinct words has too few 3-grams, so its set of words is compared.
 _SHORT_WORDS = 6
 
-_Shingles = tuple[frozenset[str], frozenset[tuple[str, str, str]]]
+_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
+
+
+class _Shingles(NamedTuple):
+    """The set of words and the set of word 3-grams of a text, and the words in order if it is of an unspaced script."""
+
+    words: frozenset[str]
+    grams: frozenset[tuple[str, str, str]]
+    characters: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=8192)
 def _shingles(text: str) -> _Shingles:
-    """Return the set of words and the set of word 3-grams of a text."""
     sequence = words(text)
-    return frozenset(sequence), frozenset(zip(sequence, sequence[1:], sequence[2:], strict=False))
+    num_unspaced = 0 if text.isascii() else sum(_IS_UNSPACED.match(word) is not None for word in sequence)
+    return _Shingles(
+        frozenset(sequence),
+        frozenset(zip(sequence, sequence[1:], sequence[2:], strict=False)),
+        tuple(sequence) if 2 * num_unspaced > len(sequence) else (),
+    )
 
 
 def similarity(text: str, other: str) -> float:
     """Return the Jaccard overlap, in [0, 1], of the word 3-grams of two texts; of their words when one is short."""
-    if normalise_input(text) == normalise_input(other):
+    if loose_key(text) == loose_key(other):
         return 1.0
     return _overlap(_shingles(text), _shingles(other))
 
@@ -39,7 +53,30 @@ def _overlap(one: _Shingles, other: _Shingles) -> float:
     b: frozenset[Any] = other[0] if short else other[1]
     common = len(a & b)
     union = len(a) + len(b) - common
-    return common / union if union else 0.0
+    overlap = common / union if union else 0.0
+    longest = max(len(one.characters), len(other.characters))
+    if one.characters and other.characters and _one_differs(one.characters, other.characters):
+        overlap = max(overlap, 1 - 0.5 / longest)  # a character is about half a word
+    return overlap
+
+
+def _one_differs(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether at most one character is replaced, inserted or left out."""
+    if len(one) < len(other):
+        one, other = other, one
+    if len(one) - len(other) > 1:
+        return False
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+    rest = other[same:] if len(one) > len(other) else other[same + 1 :]
+    return one[same + 1 :] == rest
+
+
+def _with_one_left_out(characters: Sequence[str]) -> Iterator[Hashable]:
+    """Yield keys of which two texts share one when at most one of their characters differs."""
+    if characters:
+        yield hash(tuple(characters))
+    for place in range(len(characters)):
+        yield hash((*characters[:place], *characters[place + 1 :]))
 
 
 def repeats(text: str, others: Iterable[str], max_similarity: float) -> bool:
@@ -62,12 +99,13 @@ class NearRepeats:
         self._by_word: dict[Hashable, list[int]] = defaultdict(list)
         self._short_by_word: dict[Hashable, list[int]] = defaultdict(list)
         self._long_by_gram: dict[Hashable, list[int]] = defaultdict(list)
+        self._by_characters: dict[Hashable, list[int]] = defaultdict(list)
         for text in texts:
             self.add(text)
 
     def add(self, text: str) -> None:
         """Add a text."""
-        normal = normalise_input(text)
+        normal = loose_key(text)
         if normal in self._normal:
             return
         self._normal.add(normal)
@@ -80,10 +118,12 @@ class NearRepeats:
                 self._short_by_word[word].append(number)
         for gram in () if short else shingles[1]:
             self._long_by_gram[gram].append(number)
+        for key in _with_one_left_out(shingles.characters):
+            self._by_characters[key].append(number)
 
     def has_like(self, text: str) -> bool:
         """Return whether a text nearly repeats one of those added so far."""
-        if normalise_input(text) in self._normal or (self._normal and self.max_similarity <= 0):
+        if loose_key(text) in self._normal or (self._normal and self.max_similarity <= 0):
             return True
         shingles = _shingles(text)
         if len(shingles[0]) < _SHORT_WORDS:
@@ -91,6 +131,8 @@ class NearRepeats:
         else:
             found = self._candidates(shingles[0], self._short_by_word)
             found |= self._candidates(shingles[1], self._long_by_gram)
+        for key in _with_one_left_out(shingles.characters):
+            found.update(self._by_characters.get(key, ()))
         return any(_overlap(shingles, self._shingles[number]) >= self.max_similarity for number in found)
 
     def _candidates(self, members: Iterable[Hashable], index: Mapping[Hashable, list[int]]) -> set[int]:

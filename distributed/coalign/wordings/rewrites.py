@@ -6,38 +6,35 @@ of texts. Knows no model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
+from coalign.answer_form import plain_text
 from coalign.config import ParaphraseTable
 from coalign.process import derive_seed
-from coalign.prompts import NUM_VARIANTS, paraphrase_prompt
+from coalign.prompts import NUM_VARIANTS, REQUESTS, paraphrase_prompt
 from coalign.records import Row, Task
-from coalign.text import normalise_answer, normalise_input, words
+from coalign.text import UNSPACED, combining_marks, loose_key, words
 from coalign.wordings.asking import PromptCodec
+from coalign.wordings.extraction import OPENING, unclosed_tags
+from coalign.wordings.extraction import parse_paraphrase as parse_paraphrase
+from coalign.wordings.languages import in_other_language, in_other_script
 from coalign.wordings.near_repeats import NearRepeats, repeats
-
-# An opening must mention the rewrite itself: "Here is a review, is it good or bad:" is an instruction.
-_POLITENESS = r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b\s*[,.!:]*\s*)"
-_ABOUT = r"\b(?:rewrit\w*|paraphras\w*|reword\w*|rephras\w*|(?:new|another|alternative|different) \w+)\b"
-_HERE = rf"here(?:['’]s|\s+(?:is|are))\b[^\n:]{{0,60}}?(?:{_ABOUT}[^\n:]{{0,60}})|here (?:it is|is it|you go)"
-_CAPTION = (
-    r"(?:the |my |a |one |possible )?(?:rewritten|paraphrased|reworded|rephrased|new)"
-    r" (?:instruction|version|text|wording)[^\n:]{0,30}|(?:instruction|paraphrase|rewrite|rewritten)\s*(?:\d{1,2})?"
-)
-_OPENING_INLINE = re.compile(rf"^{_POLITENESS}?(?:{_HERE}|{_CAPTION})\s*:\s*", re.IGNORECASE)
-_POLITE = re.compile(r"^(?:sure|certainly|of course|absolutely|okay|ok)\s*[!.,]*$", re.IGNORECASE)
-_NUMBERING = re.compile(r"^(?:\(?\d{1,2}[.):]|[-*•])\s+")
-_EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>.+)\1$")
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 # Why a rewrite is dropped. filtering.py adds "longer_than_context", and files of wordings "unknown_task".
 Reason = Literal[
     "empty",
     "cut_off",
     "malformed",
+    "repeats_request",
+    "refusal",
+    "unclosed_tag",
+    "only_opening",
+    "several_texts",
+    "other_language",
     "too_short",
     "too_long",
     "lost_label",
@@ -49,11 +46,51 @@ Reason = Literal[
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
+_EDGES = ".,;:!?\"'`()[]{}<>*_ "  # punctuation that a rewrite may leave out of what was quoted
+_UNSPACED_EDGE = re.compile(f"^[{UNSPACED}]|[{UNSPACED}]$")
+_OPEN_END = re.compile(f"[{UNSPACED}\uac00-\ud7a3]$")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
 _QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
 # Bytes that no instruction has: control characters, and what a broken UTF-8 sequence decodes to.
 _BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+
+_SENTENCE = re.compile(r"[^.!?。！？\n:]+")
+_REQUEST_SENTENCES = [
+    frozenset(found) for text in REQUESTS for s in _SENTENCE.findall(text) if len(found := words(s)) > 3
+]
+_ASKS_TO_REWRITE = re.compile(
+    r"\b(?:rewrit|rephras|paraphras|reword|restat)\w*\b[^.!?\n]{0,40}\binstructions?\b|^keep these words:",
+    re.IGNORECASE | re.MULTILINE,
+)
+# How a model begins that declines, asks back or thinks aloud instead of rewriting.
+_NO_REWRITE = (
+    r"(?:i['’]?m|i am|we['’]?re|we are)(?: really| very| so)? sorry|sorry\b|apologies|(?:my|i) apolog\w+",
+    r"(?:i|we) (?:can(?:not|['’]?t)|could(?: not|n['’]?t)|won['’]?t|will not|do(?: not|n['’]?t)) (?:help|assist|rewrite"
+    r"|rephrase|paraphrase|do (?:that|this)|fulfil\w*|comply|provide|answer|create|generate|determine"
+    r"|understand|process|access|complete|engage|discuss|have|see)",
+    r"(?:i['’]?m|i am) (?:not able|unable) to|unfortunately|it (?:seems|looks|appears)(?: like| that)? you",
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)(?: \w+){0,3},? (?:i|my|we)",
+    r"(?:please|could you|can you) (?:provide|share|give me|send)(?: me)?(?: with)? (?:the|your) (?:\w+ )?instruction",
+    r"(?:what|which) instruction (?:would|do|should)|the user (?:wants|is asking|asked|has|asks)|let me think",
+    r"(?:okay|ok|alright|hmm|so|first|well)\W{1,3}(?:so )?(?:the user|i need to|let me|i should|let['’]s)",
+    r"(?:es )?tut mir (?:sehr )?leid|entschuldig\w+|leider kann ich|das kann ich (?:leider )?nicht",
+    r"als (?:eine? )?(?:ki|künstliche|sprachmodell)|ich kann (?:\w+ ){0,3}nicht",
+    r"(?:je suis )?(?:vraiment )?désolée?|je ne (?:peux|suis)|en tant qu(?:e |['’])(?:ia|intell|mod)\w*",
+    r"lo (?:siento|lamento)|disculpa\w*|no puedo|lamentablemente|como (?:una? )?(?:ia|modelo|inteligencia)",
+    r"mi dispiace|non posso|purtroppo|come (?:un['’a]? ?)?(?:ia|modello|intelligenza)",
+    r"desculp\w+|sinto muito|lamento|não posso|infelizmente|het spijt me|helaas|als (?:een )?(?:ai|taalmodel)",
+    r"przykro mi|przepraszam|niestety|jag är ledsen|tyvärr|üzgünüm|maaf|xin lỗi",
+    r"извините|простите|к сожалению|я не могу|как (?:ии|искусственн\w+|языковая модель)",
+)
+_NO_REWRITE_UNSPACED = (
+    r"(?:非常|很|真的)?(?:抱歉|对不起|對不起|不好意思)|(?:作为|作為)(?:一[个個名])?(?:AI|人工|语言|語言|大型)",
+    r"我(?:无法|無法|不能|没有办法)",
+    r"(?:大変)?申し訳|すみません|ごめんなさい|残念ながら|AIとして|죄송|미안|عذر|آسف|أعتذر|क्षमा|माफ",
+)
+_REFUSAL = re.compile(
+    rf"^\W{{0,3}}(?:(?:{'|'.join(_NO_REWRITE)})(?!\w)|{'|'.join(_NO_REWRITE_UNSPACED)})", re.IGNORECASE
+)
 
 # Constraints on the form of the answer: (how the original may put it, what a rewrite must then have).
 _LIMIT = (
@@ -109,6 +146,8 @@ def check_rewrite(
     length, asked = len(words(rewrite)), len(words(original))
     if not length or _BROKEN.search(rewrite):
         return "malformed"
+    if foreign := _foreign(original, rewrite, asked):
+        return foreign
     if length < table.min_length_ratio * asked:
         return "too_short"
     if length > table.max_length_ratio * max(asked, 1):
@@ -122,17 +161,42 @@ def check_rewrite(
     return None
 
 
+def _foreign(original: str, rewrite: str, asked: int) -> Reason | None:
+    """Return the reason if a rewrite is something else than one instruction; `asked` are the original's words."""
+    if _REFUSAL.search(rewrite) and not _REFUSAL.search(original):
+        return "refusal"
+    if unclosed_tags(rewrite) - unclosed_tags(original):
+        return "unclosed_tag"
+    if rewrite.rstrip("*_ ").endswith((":", "：")) and OPENING.fullmatch(rewrite) and not OPENING.fullmatch(original):
+        return "only_opening"
+    if _repeats_request(rewrite) and not _repeats_request(original):
+        return "repeats_request"
+    lines = [len(words(line)) for line in rewrite.splitlines()]
+    if "\n" not in original.strip() and sum(number >= 0.7 * asked for number in lines) > 1:
+        return "several_texts"
+    return "other_language" if in_other_script(rewrite, original) or in_other_language(rewrite, original) else None
+
+
+def _repeats_request(text: str) -> bool:
+    """Return whether a text has a sentence much like one of our own requests for a rewrite."""
+    sentences = [frozenset(words(sentence)) for sentence in _SENTENCE.findall(text)]
+    alike = any(
+        len(sentence & asked) >= 0.6 * len(sentence | asked) for sentence in sentences for asked in _REQUEST_SENTENCES
+    )
+    return alike or _ASKS_TO_REWRITE.search(text) is not None
+
+
 def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
     """Return the reason if the rewrite has lost something of the original."""
-    if any(not _names(rewrite, label) for label in labels_in(original, labels)):
+    if set(labels_in(original, labels)) - set(labels_in(rewrite, labels)):
         return "lost_label"
     if set(_NUMBER.findall(original)) - set(_NUMBER.findall(rewrite)):
         return "lost_number"
     if any(placeholder not in rewrite for placeholder in _PLACEHOLDER.findall(original)):
         return "lost_placeholder"
-    folded = normalise_input(rewrite)
+    folded = loose_key(rewrite)
     quoted = ("".join(groups) for groups in _QUOTED.findall(original))
-    if any(normalise_answer(text) not in folded for text in quoted):
+    if any((loose_key(text).strip(_EDGES) or loose_key(text)) not in folded for text in quoted):
         return "lost_placeholder"
     if any(given.search(original) and not needed.search(rewrite) for given, needed in _FORMATS):
         return "lost_format"
@@ -140,48 +204,35 @@ def _lost(original: str, rewrite: str, labels: Sequence[str]) -> Reason | None:
 
 
 def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
-    """Return the labels that an instruction names, which its rewrites must keep."""
-    return [label for label in labels if _names(instruction, label)]
+    """Return the labels that an instruction names, which its rewrites must keep.
 
-
-def _names(text: str, label: str) -> bool:
-    """Return whether a text has this label as whole words; case counts for a single letter ("A", not the article)."""
-    words_of_label = label.split()
-    if not words_of_label:
-        return False
-    pattern = r"\s+".join(map(re.escape, words_of_label))
-    flags = 0 if len(label.strip()) == 1 else re.IGNORECASE
-    return re.search(rf"(?<!\w){pattern}(?!\w)", text, flags) is not None
-
-
-def parse_paraphrase(text: str) -> str:
-    """Return the first proper line of an answer to `paraphrase_prompt`, "" if there is none.
-
-    Numbering, quotation marks around the whole and sentences such as "Sure, here is a rewrite:" are removed.
+    In a script that writes no spaces a label is named only where no longer one is: 不好 doesn't name 好.
     """
-    for raw in text.splitlines():
-        line = raw.strip()
-        if not line or line.startswith("```") or _POLITE.match(line):
-            continue
-        parsed = _bare(line)
-        if parsed:
-            return parsed
-    return ""
+    labels = list(labels)
+    text, named = plain_text(instruction), set()
+    for label in sorted(labels, key=len, reverse=True):
+        pattern = _label_pattern(label)
+        if pattern and pattern.search(text):
+            named.add(label)
+            if _UNSPACED_EDGE.search(label):
+                text = pattern.sub(" ", text)
+    return [label for label in labels if label in named]
 
 
-def _bare(line: str) -> str:
-    """Strip numbering, openings, emphasis and quotation marks from a line until nothing changes."""
-    while True:
-        before = line
-        line = _NUMBERING.sub("", line, count=1).strip()
-        line = _OPENING_INLINE.sub("", line, count=1).strip()
-        if emphasis := _EMPHASIS.match(line):
-            line = emphasis["inner"].strip()
-        # Only a pair that encloses the whole line: 'Say "yes" or "no"' keeps its quotation marks.
-        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
-            line = line[1:-1].strip()
-        if line == before:
-            return line
+@functools.lru_cache(maxsize=4096)
+def _label_pattern(label: str) -> re.Pattern[str] | None:
+    """Return what finds a label as whole words; case counts for a single letter ("A", not the article).
+
+    Words end anywhere in a script without spaces, and Korean ones before a particle.
+    """
+    words_of_label = plain_text(label).split()
+    if not words_of_label:
+        return None
+    pattern = r"\s+".join(map(re.escape, words_of_label))
+    inside = rf"[\w{combining_marks()}]"
+    before = "" if _UNSPACED_EDGE.match(pattern) else f"(?<!{inside})"
+    after = "" if _OPEN_END.search(words_of_label[-1]) else f"(?!{inside})"
+    return re.compile(f"{before}{pattern}{after}", 0 if len(label.strip()) == 1 else re.IGNORECASE)
 
 
 def rewrite_requests(

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from coalign.answer_form import counted_in, normalise_answer
 from coalign.errors import UserError
-from coalign.records import Task, Wording, WordingSplit, read_rows
-from coalign.text import normalise_answer
-from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES
+from coalign.records import Task, Wording, WordingSplit, read_rows, whole_text
+from coalign.wordings.patterns import PatternError, compile_pattern
+from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in
 
 _FLAT_KEYS = ("task", "id", "text", "kind", "fields_regex", "answers", "source", "split")
 _NESTED_KEYS = ("instructions", "templates")
@@ -44,11 +45,11 @@ def load_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task]) -> tup
     return files.wordings, files.dropped
 
 
-def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task]) -> WordingFiles:
+def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task], examples: Path | None = None) -> WordingFiles:
     """Return what JSONL files of wordings hold; arguments and errors as in `load_wordings`.
 
     A flat row is a Wording; a nested row holds `instructions` and `templates` of one task, which share `fields_regex`
-    and `options`.
+    and `options`. Patterns and answer maps are tried on the inputs in `examples`, a file that prepare writes.
     """
     wordings: list[Wording] = []
     dropped: list[dict[str, Any]] = []
@@ -72,11 +73,54 @@ def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task]) -> Wor
                     lost = {"task": wording.task, "id": wording.id, "text": wording.text, "reason": "unknown_task"}
                     dropped.append(lost)
                     continue
+                _check_labels(wording, tasks[wording.task], where)
                 wordings.append(wording)
                 if not nested and row.get("split") is not None:
                     with_split.add(key)
         _check_overlap(path, in_file, tasks)
+    if examples is not None:
+        _try_on_examples(wordings, examples)
     return WordingFiles(wordings, dropped, frozenset(with_split))
+
+
+def _try_on_examples(wordings: Iterable[Wording], examples: Path) -> None:
+    """Match every `fields_regex` with the inputs of its task, and look for a gold answer that `answers` knows.
+
+    Raises UserError for what takes too long, and for a map without any gold answer: nothing could be asked with it.
+    """
+    patterns: dict[str, dict[str, Wording]] = defaultdict(dict)
+    maps: dict[str, list[Wording]] = defaultdict(list)
+    for wording in wordings:
+        if wording.fields_regex is not None:
+            patterns[wording.task].setdefault(wording.fields_regex, wording)
+        if wording.answers is not None:
+            maps[wording.task].append(wording)
+    golds: dict[str, set[str]] = defaultdict(set)
+    for _, row in read_rows(examples) if patterns or maps else ():
+        for wording in patterns[row["task"]].values():
+            fields_in(wording, row["input"])
+        if row["task"] in maps:
+            golds[row["task"]].update(map(normalise_answer, row["outputs"]))
+    for task, found in golds.items():
+        for wording in maps[task]:
+            assert wording.answers is not None
+            if found.isdisjoint(map(normalise_answer, wording.answers)):
+                where = f"{wording.source.removeprefix(FILE_PREFIX)}: wording {wording.id!r}"
+                raise UserError(_knows_no_answer(where, wording.answers, task, found))
+
+
+def _check_labels(wording: Wording, task: Task, where: str) -> None:
+    """Raise UserError when a wording's answer map has none of its task's labels: nothing could be asked with it."""
+    labels = set(map(normalise_answer, task.labels))
+    if wording.answers is not None and labels and labels.isdisjoint(map(normalise_answer, wording.answers)):
+        raise UserError(_knows_no_answer(where, wording.answers, task.id, task.labels))
+
+
+def _knows_no_answer(where: str, answers: Mapping[str, str], task: str, golds: Iterable[str]) -> str:
+    return (
+        f"{where}: answers has {_some(answers)}, which are no answers of task {task!r} ({_some(golds)}); write the"
+        " task's own answers before the colons"
+    )
 
 
 def _check_overlap(path: Path, in_file: set[str], tasks: Mapping[str, Task]) -> None:
@@ -162,7 +206,7 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key}={_shown(value)}; a text that is not empty was expected")
-    return value
+    return whole_text(value, f"{where}: {key}")
 
 
 def _answers(row: dict[str, Any], where: str) -> dict[str, str] | None:
@@ -171,6 +215,8 @@ def _answers(row: dict[str, Any], where: str) -> dict[str, str] | None:
         return None
     if not isinstance(value, dict) or not value or not all(isinstance(word, str) and word for word in value.values()):
         raise UserError(f"{where}: answers={_shown(value)}; an object from gold answers to words was expected, or null")
+    for text in (*value, *value.values()):
+        whole_text(text, f"{where}: answers")
     for label, other in _repeated(value).items():
         raise UserError(
             f"{where}: answers gives {other!r} and {label!r} the same word {value[label]!r}, so a response"
@@ -183,9 +229,10 @@ def _repeated(answers: dict[str, str]) -> dict[str, str]:
     """Return {label: earlier label} where both get the same word; spellings of one label are one label."""
     first: dict[str, str] = {}
     repeated = {}
+    of_labels, of_words = counted_in(answers), counted_in(answers.values())
     for label, word in answers.items():
-        earlier = first.setdefault(normalise_answer(word), label)
-        if normalise_answer(earlier) != normalise_answer(label):
+        earlier = first.setdefault(normalise_answer(word, of_words), label)
+        if normalise_answer(earlier, of_labels) != normalise_answer(label, of_labels):
             repeated[label] = earlier
     return repeated
 
@@ -198,6 +245,8 @@ def _with_options(text: str, options: Any, where: str) -> str:
             f"{where}: the text has {_OPTIONS_FIELD}, but the row's options={_shown(options)}; a list of texts was"
             " expected"
         )
+    for option in options:
+        whole_text(option, f"{where}: options")
     return text.replace(_OPTIONS_FIELD, "\n".join(["OPTIONS:", *(f"- {option}" for option in options)]))
 
 
@@ -208,9 +257,9 @@ def _check_fields(wording: Wording, where: str) -> None:
             raise UserError(f"{where}: a template needs fields_regex, whose named groups are its fields; add it")
         return
     try:
-        groups = re.compile(wording.fields_regex).groupindex
-    except re.error as error:
-        raise UserError(f"{where}: fields_regex={wording.fields_regex!r} is no regular expression: {error}") from error
+        groups = compile_pattern(wording.fields_regex).groupindex
+    except PatternError as error:
+        raise UserError(f"{where}: fields_regex={wording.fields_regex[:200]!r} {error}") from error
     texts = {"text": wording.text} if wording.kind == "template" else {}
     texts |= {f"answers[{label!r}]": word for label, word in (wording.answers or {}).items()}
     for key, text in texts.items():

@@ -6,14 +6,16 @@ Pure functions of texts. Knows no files and no model.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from coalign.answer_form import AnswerMap, read_answer_map
+from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit
-from coalign.text import normalise_answer, unit_hash
+from coalign.text import unit_hash
+from coalign.wordings.patterns import PatternError, match_fields
 
 ORIGINAL = "original"
 GENERATED = "model"
@@ -39,7 +41,7 @@ def render_prompt(wording: Wording, input_text: str) -> str | None:
     """
     if wording.kind == "prefix":
         return f"{wording.text}\n\n{input_text}" if input_text else wording.text
-    fields = _fields(wording, input_text)
+    fields = fields_in(wording, input_text)
     return None if fields is None else _fill(wording.text, fields)
 
 
@@ -50,10 +52,8 @@ def expected_answer(wording: Wording, input_text: str, answer: str) -> str | Non
     """
     if wording.answers is None:
         return answer
-    rendered = _answer_words(wording, input_text)
-    if rendered is None:
-        return None
-    return rendered.get(normalise_answer(answer), (None, None))[1]
+    known = _answer_map(wording, input_text)
+    return None if known is None else known.word(answer)
 
 
 def canonical_answer(wording: Wording, input_text: str, response: str) -> str | None:
@@ -65,14 +65,8 @@ def canonical_answer(wording: Wording, input_text: str, response: str) -> str | 
     stripped = response.strip()
     if wording.answers is None:
         return stripped
-    rendered = _answer_words(wording, input_text)
-    if rendered is None:
-        return None
-    said = normalise_answer(stripped)
-    for label, word in rendered.values():
-        if normalise_answer(word) == said:
-            return label
-    return None if said in rendered else stripped
+    known = _answer_map(wording, input_text)
+    return None if known is None else known.canonical(stripped)
 
 
 def misfit(wording: Wording, input_text: str) -> str:
@@ -83,35 +77,34 @@ def misfit(wording: Wording, input_text: str) -> str:
     """
     if render_prompt(wording, input_text) is None:
         return "wording_does_not_fit"
-    return "answer_map" if wording.answers is not None and _answer_words(wording, input_text) is None else ""
+    return "answer_map" if wording.answers is not None and _answer_map(wording, input_text) is None else ""
 
 
-def _fields(wording: Wording, input_text: str) -> dict[str, str] | None:
-    """Return the named groups of the input ("" for a group that took no part), None when the regex doesn't fit."""
+def fields_in(wording: Wording, input_text: str) -> dict[str, str] | None:
+    """Return the named groups of the input ("" for a group that took no part), None when the regex doesn't fit.
+
+    Raises UserError when that takes too long.
+    """
     if wording.fields_regex is None:
         return {}
-    match = _compiled(wording.fields_regex).match(input_text)
-    return None if match is None else match.groupdict(default="")
+    try:
+        return match_fields(wording.fields_regex, input_text)
+    except PatternError as error:
+        raise UserError(
+            f"{wording.source.removeprefix(FILE_PREFIX)}: wording {wording.id!r} of task {wording.task!r}:"
+            f" fields_regex={wording.fields_regex[:200]!r} {error}"
+        ) from error
 
 
-@functools.cache
-def _compiled(regex: str) -> re.Pattern[str]:
-    return re.compile(regex)
-
-
-def _answer_words(wording: Wording, input_text: str) -> dict[str, tuple[str, str]] | None:
-    """Return {normalised label: (label, word)} on this input; None when there are no words or they are not distinct."""
+def _answer_map(wording: Wording, input_text: str) -> AnswerMap | None:
+    """Return the wording's answer map on this input; None when there are no words or they are not distinct."""
     assert wording.answers is not None
-    fields = _fields(wording, input_text)
+    fields = fields_in(wording, input_text)
     if fields is None:
         return None
     # Without a regex there are no fields, and a brace in an answer is a brace.
-    words = {
-        normalise_answer(label): (label, _fill(word, fields) if wording.fields_regex else word)
-        for label, word in wording.answers.items()
-    }
-    distinct = {normalise_answer(word) for _, word in words.values()}
-    return words if len(distinct) == len(words) else None
+    filled = ((label, _fill(word, fields) if wording.fields_regex else word) for label, word in wording.answers.items())
+    return read_answer_map(tuple(filled))
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:

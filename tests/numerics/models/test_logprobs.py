@@ -13,7 +13,7 @@ from coalign.config import LoraTable
 from coalign.models import fused_head, logprobs
 from coalign.models.fused_head import fused_logps
 from coalign.models.logprobs import Batch, sum_by_response, token_logps
-from coalign.models.model_folder import attach_lora
+from coalign.models.lora import attach_lora
 from coalign.training.micro_batches import Item, collate
 from numerics.tiny import FAMILIES, VOCABULARY, network, plain_logps, random_items
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.errors import UserError
-from coalign.models.model_folder import attach_lora, export_model, load_model, load_tokenizer, merge_lora
+from coalign.models.lora import attach_lora, merge_lora
+from coalign.models.model_folder import export_model, load_model, load_tokenizer
 from coalign.models.random_model import make_random_model
 from coalign.runs.digests import digest_file
 

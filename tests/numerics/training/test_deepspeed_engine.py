@@ -23,7 +23,8 @@ import torch
 
 import coalign
 from coalign.config import RandomTable
-from coalign.models.model_folder import attach_lora, load_model
+from coalign.models.lora import attach_lora
+from coalign.models.model_folder import load_model
 from coalign.models.random_model import make_random_model
 from numerics.engine import TorchEngine
 from numerics.tiny import plain_logps
@@ -49,6 +50,9 @@ BFLOAT16: dict[str, dict[str, Any]] = {
 SPOILT: dict[str, dict[str, Any]] = {
     f"spoilt zero{stage}": {"train": {"zero_stage": stage, "checkpoint_every": 3}, "loss": "spoilt"}
     for stage in range(4)
+}
+DROPOUT: dict[str, dict[str, Any]] = {
+    f"dropout, {noise}": {"train": {"zero_stage": 3}, "lora": True, "dropout": 0.5, "noise": noise} for noise in (1, 2)
 }
 OFFLOADED: dict[str, dict[str, Any]] = {
     "offload2": {"train": {"zero_stage": 2, "offload_optimizer": True}},
@@ -144,7 +148,7 @@ def cut_back(case: Case, folder: Path) -> Case:
 @pytest.fixture(scope="session")
 def two_ranks(source: str, made_once: MakeOnce) -> dict[str, Case]:
     """Train on two ranks."""
-    shapes = CASES | SPOILT | {"bfloat16": BFLOAT16["bfloat16 zero2"]}
+    shapes = CASES | SPOILT | DROPOUT | {"bfloat16": BFLOAT16["bfloat16 zero2"]}
 
     def fill(folder: Path) -> None:
         launch(list(make_cases(shapes, source, folder).values()), 2, folder)
@@ -197,11 +201,20 @@ def test_bfloat16_stays_close_to_float32(two_ranks: dict[str, Case], tmp_path: P
 
 def test_two_ranks_resume_on_one_and_on_two(two_ranks: dict[str, Case], tmp_path: Path) -> None:
     """A run killed after a checkpoint goes on with fewer ranks, or as many, as if nothing had happened."""
-    for num_ranks, name, tolerance in ((1, "zero2", 1e-4), (2, "zero3", 1e-5)):
-        case = cut_back(two_ranks[name], tmp_path / name)
-        assert "resuming after update 5" in launch([case], num_ranks, tmp_path)
-        assert_same_curve(curve(case), curve(two_ranks[name]), tolerance)
-        assert_same_weights(case, torch.load(two_ranks[name].path / "state.pt"), tolerance)
+    for num_ranks, names, tolerance in ((1, ["zero2"], 1e-4), (2, ["zero3", "dropout, 1"], 1e-5)):
+        cases = {name: cut_back(two_ranks[name], tmp_path / name) for name in names}
+        assert launch(list(cases.values()), num_ranks, tmp_path).count("resuming after update 5") == len(names)
+        for name, case in cases.items():
+            assert_same_curve(curve(case), curve(two_ranks[name]), tolerance)
+            assert_same_weights(case, torch.load(two_ranks[name].path / "state.pt"), tolerance)
+
+
+def test_adapters_and_their_dropout_follow_the_seed_on_every_rank(two_ranks: dict[str, Case]) -> None:
+    """The same run is the same wherever torch's random state begins, and dropout does something."""
+    first, second = (two_ranks[name] for name in DROPOUT)
+    assert_same_curve(curve(first), curve(second), 0.0)
+    assert_same_weights(first, torch.load(second.path / "state.pt"), 0.0)
+    assert abs(curve(first)[-1]["loss"] - curve(two_ranks["lora3"])[-1]["loss"]) > 1e-3
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from coalign.config import LoraTable, TrainTable
 from coalign.errors import UserError
 from coalign.models.attention import layer_windows
 from coalign.models.logprobs import token_logps
-from coalign.models.model_folder import attach_lora, switch_off_dropout
+from coalign.models.lora import attach_lora
+from coalign.models.model_folder import switch_off_dropout
 from coalign.training.layout_checks import check_shared_prefix
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item, collate, micro_batches

@@ -16,6 +16,7 @@ import pytest
 from coalign.config import DataTable, SourceTable
 from coalign.data import sources as data
 from coalign.data import splits
+from coalign.data.answer_forms import distinct_answers
 from coalign.data.instances import DroppedInstance, FreeNames, Instance, distinct_references, parse_row
 from coalign.data.inventory import Inventory, count_words
 from coalign.data.sources import Collection, digest_sources, find_format, instruction_slug, read_sources
@@ -23,21 +24,21 @@ from coalign.data.splits import (
     SPLITS,
     Prepared,
     find_labels,
-    mark_unseen,
     split_index,
     split_instances,
     tokenizer_texts,
 )
+from coalign.data.task_names import mark_unseen
 from coalign.errors import UserError
 from coalign.records import Example, Task
-from coalign.text import normalise_answer, normalise_input, unit_hash
+from coalign.text import loose_key, normalise_answer, normalise_input, unit_hash
 
 SNI_MINI = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "sni-mini"
 
 
 def choose_split(text: str, table: DataTable) -> str:
     """Return the split of an input text."""
-    return SPLITS[split_index(normalise_input(text), table)]
+    return SPLITS[split_index(loose_key(text), table)]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -95,7 +96,7 @@ def test_sni_folder_reads_splits_definitions_and_several_outputs(tmp_path: Path)
     assert found.tasks["task1"].instruction == "Say the colour."
     assert found.tasks["task1"].source == "mini"
     assert [(row.input, row.outputs) for row in found.instances] == [
-        ("grass ", ("green", "verdant")),
+        ("grass ", ("green", "Green.", "verdant")),  # what counts in the task is known when all have been read
         ("ant", ("small",)),
     ]
     assert sorted((row.reason, row.id, row.detail) for row in found.dropped) == [
@@ -354,7 +355,7 @@ def test_config_can_make_tasks_unseen() -> None:
 
 
 def test_repeats_are_merged_with_the_union_of_their_references() -> None:
-    rows = [make("t", "An Ant", "x", name="1"), make("t", "an  ant ", "X.", name="2"), make("t", "an ant", "y", "x")]
+    rows = [make("t", "An Ant", "x", name="1"), make("t", " An Ant\r\n", "X.", name="2"), make("t", "An Ant", "y", "x")]
     found = split([*rows, make("u", "an ant", "z")])
     assert [(row.task, row.input, row.outputs, bool(row.id)) for row in found.examples()] == [
         ("t", "An Ant", ("x", "y"), True),
@@ -370,7 +371,7 @@ def test_repeats_are_merged_with_the_union_of_their_references() -> None:
 
 def test_rows_whose_hashes_clash_are_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "equal_places", lambda keys: [list(range(len(keys)))])
-    rows = [make("t", "ant", "x"), make("t", "bee", "y"), make("u", "ant", "z"), make("t", "Ant", "w")]
+    rows = [make("t", "ant", "x"), make("t", "bee", "y"), make("u", "ant", "z"), make("t", "ant ", "w")]
     assert [row.outputs for row in split(rows).examples()] == [("x", "w"), ("y",), ("z",)]
 
 
@@ -394,7 +395,9 @@ def deal_plainly(
     dropped = []
     for row in rows:
         key = (row.task, normalise_input(row.input))
-        found = {normalise_answer(output): output for output in row.outputs}
+        found: dict[str, str] = {}
+        for output in row.outputs:
+            found.setdefault(normalise_answer(output), output)
         if first.setdefault(key, row) is not row:
             kind = "same" if set(found) == set(map(normalise_answer, first[key].outputs)) else "other"
             detail = f"same input as {first[key].place}, {kind} references"
@@ -403,9 +406,11 @@ def deal_plainly(
             answers.setdefault(key, {}).setdefault(answer, output)
     ids = {key: row.id for key, row in first.items()}
     taken = {name for name in ids.values() if name}
+    near = Counter((task, loose_key(text)) for task, text in first)
     for key in first:
         if not ids[key]:
-            made = f"{key[0]}-{sha256(key[1].encode()).hexdigest()[:16]}"
+            text = key[1] if near[key[0], loose_key(key[1])] > 1 else loose_key(key[1])
+            made = f"{key[0]}-{sha256(text.encode()).hexdigest()[:16]}"
             ids[key] = f"{made}#2" if made in taken else made
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, row in first.items():
@@ -417,7 +422,7 @@ def deal_plainly(
     side: dict[tuple[str, str], Any] = {}
     for (_, split_name), keys in groups.items():
         limit = getattr(table, f"max_{split_name}_inputs") or len(keys)
-        keys.sort(key=lambda key: unit_hash("inputs", key[1]))
+        keys.sort(key=lambda key: unit_hash("inputs", loose_key(key[1])))
         side.update(dict.fromkeys(keys[:limit], split_name))
         dropped += [DroppedInstance("over_limit", first[key].place, ids[key]) for key in keys[limit:]]
     examples = [
@@ -438,7 +443,7 @@ def test_split_of_mixed_rows_equals_the_plain_way(seed: int) -> None:
         task = source.choice("abc")
         name = f"id {index}" if source.random() < 0.5 else ""
         if source.random() < 0.02:  # the id that would be made for another row
-            name = f"{task}-{sha256(f'input {number + 1}'.encode()).hexdigest()[:16]}"
+            name = f"{task}-{sha256(f'Input {number + 1}'.encode()).hexdigest()[:16]}"
         if any(row.id == name for row in rows):
             name = ""
         text = source.choice([text, text.upper(), f" {text}  "])
@@ -552,7 +557,8 @@ def test_tokenizer_texts_hold_nothing_held_out() -> None:
 def test_free_names_and_distinct_answers() -> None:
     names = FreeNames(["a", "a#2"])
     assert [names.take(name) for name in ("a", "b", "a", "b")] == ["a#3", "b", "a#4", "b#2"]
-    assert distinct_references(["a", "B", "", "A.", "b"]) == ("a", "B")
+    assert distinct_references(["a", "B", "", '"a"', "b", "A."]) == ("a", "B", "b", "A.")
+    assert distinct_answers(("a", "B", "b", "A."), ()) == ("a", "B")
 
 
 def test_real_tasks_split_as_their_lists_say() -> None:

@@ -289,3 +289,30 @@ def test_hundred_thousand_inputs_in_ten_seconds_and_a_gigabyte() -> None:
     assert means.shape == (2000, 2)
     assert seconds < 10.0
     assert peak < 1e9
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "rouge_1", "rouge_l"),
+    [
+        ("+", "+", 1.0, 1.0),
+        ("`+`", "+", 1.0, 1.0),
+        ("+", "-", 0.0, 0.0),
+        (" ", " ", 0.0, 0.0),
+        ("天气很好", "天气不好", 0.75, 0.75),
+        ("好很气天", "天气很好", 1.0, 0.25),
+        ("मौसम अच्छा है", "मौसम खराब है", 2 / 3, 2 / 3),
+        ("ไปโรงเรียน", "ไปโรงแรม", 10 / 17, 10 / 17),
+        ("날씨가 좋다", "날씨가 나쁘다", 0.5, 0.5),
+        ("the cat sat", "the cat ran", 2 / 3, 2 / 3),
+        ("👍", "👍", 1.0, 1.0),
+        ("👍", "👎", 0.0, 0.0),
+    ],
+)
+def test_rouge_of_many_scripts_by_hand(text: str, reference: str, rouge_1: float, rouge_l: float) -> None:
+    assert metrics.rouge(text, [reference]) == pytest.approx((rouge_1, rouge_l))
+
+
+def test_what_counts_in_a_task_decides_codes_and_correctness() -> None:
+    assert metrics.answer_key("mW.", "stop") == metrics.answer_key("MW", "stop")
+    key = metrics.answer_key("mW.", "stop", ("case",))
+    assert key == "mW" and metrics.is_correct(key, ["mW"], ("case",)) and not metrics.is_correct(key, ["MW"], ("case",))

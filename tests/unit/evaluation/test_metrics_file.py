@@ -60,6 +60,7 @@ def test_metrics_of_a_model_stand_directly_in_its_object(written: dict[str, Any]
 
 def test_a_file_without_a_version_may_lack_what_eval_did_not_write_then(written: dict[str, Any]) -> None:
     defaults = {"constant_answer": None, "failures": None, "cases": (), "labels": {}, "dropped": {}, "lineage": None}
+    defaults["agreement_judge"] = None
     older = {key: value for key, value in copy.deepcopy(written).items() if key not in ("version", *defaults)}
     for row in older["per_task"]:
         row.pop("items")
@@ -69,7 +70,12 @@ def test_a_file_without_a_version_may_lack_what_eval_did_not_write_then(written:
     with pytest.raises(UserError, match=r"metrics\.json: num_tasks: missing field"):
         metrics_file.from_json(changed(older, ("num_tasks",), ...))
     with pytest.raises(UserError, match=r"missing field"):
-        metrics_file.from_json(older | {"version": 1})
+        metrics_file.from_json(older | {"version": metrics_file.VERSION})
+
+
+def test_a_file_of_version_1_has_no_judge_of_agreement(written: dict[str, Any]) -> None:
+    older = changed(written, ("agreement_judge",), ...) | {"version": 1}
+    assert metrics_file.from_json(older).agreement_judge is None
 
 
 def test_a_newer_version_names_both_and_what_to_do(written: dict[str, Any], tmp_path: Path) -> None:

@@ -117,17 +117,17 @@ def test_pairs_too_long_for_the_judge_of_agreement_do_not_agree(caplog: pytest.L
     codec = LetterCodec()
     pairs = [("a", "b"), ("c" * 50, "d"), ("e", "f")]
     requests, dropped = agreement.judge_requests(pairs, codec, "error")
-    assert len(requests) == 3 and not dropped
+    assert [row["pair"] for row in requests] == [0, 0, 1, 1, 2, 2] and not dropped
+    assert bytes(requests[0]["prompt_ids"]).startswith(b"Answer A: a\nAnswer B: b\n")
+    assert bytes(requests[1]["prompt_ids"]).startswith(b"Answer A: b\nAnswer B: a\n")
     longest = max(len(c) for c in requests[0]["continuations"])
     codec.max_tokens = len(requests[0]["prompt_ids"]) + longest
     requests, dropped = agreement.judge_requests(pairs, codec, "drop")
-    assert [row["pair"] for row in requests] == [0, 2]
+    assert [row["pair"] for row in requests] == [0, 0, 2, 2]
     assert [(row["reason"], row["answers"][1]) for row in dropped] == [("too_long_for_judge", "d")]
     assert "1 of 3 pairs" in caplog.text
-    scored = [{"pair": row["pair"], "logps": [-1.0, -2.0]} for row in requests]
-    assert agreement.read_agreement(scored, 3) == [True, False, True]
-    scored[1]["logps"] = [-2.0, -1.0]
-    assert agreement.read_agreement(scored, 3) == [True, False, False]
+    scored = [{"pair": row["pair"], "logps": [-1.0, -2.0 - place]} for place, row in enumerate(requests)]
+    assert agreement.read_scores(scored, 3) == [(1.0, 2.0), (), (3.0, 4.0)]
     codec.max_tokens -= 1
     with pytest.raises(UserError, match="context of the judge is"):
         agreement.judge_requests(pairs, codec, "error")

@@ -9,6 +9,8 @@ from coalign.evaluation import summary
 from coalign.evaluation.estimates import COMPARED
 from coalign.evaluation.metrics_schema import AnswerCounts, ModesAgree, NoiseFloor
 from coalign.evaluation.requests import ModelOutput
+from coalign.records import Example, Response, Task, Wording
+from coalign.wordings.asking import Pair
 from unit.worlds import by_rule, example, half_right, response, results, table, wordings, world
 
 
@@ -143,3 +145,22 @@ def test_most_inconsistent_inputs_come_first() -> None:
     rows = content.most_inconsistent
     assert [row.example for row in rows] == ["e2"] * 3 + ["e1"] * 3
     assert [answer.text for answer in rows[0].answers] == list("abcd")
+
+
+@pytest.mark.parametrize(("form", "cr", "accuracy"), [((), 1.0, 1.0), (("case",), 1 / 3, 0.5)])
+def test_case_counts_where_the_task_says_so(form: tuple[str, ...], cr: float, accuracy: float) -> None:
+    """Of four wordings two say mW and two MW, by all of: CR, accuracy, the noise floor and the kinds of failure."""
+    task = Task("t", "Which unit?", labels=("MW", "mW"), answer_form=form)
+    examples = [Example(f"e{i}", "t", f"input {i}", ("mW",), "test") for i in range(3)]
+    pairs = [Pair(e, Wording(f"w{j}", "t", f"Ask {j}"), "") for e in examples for j in range(4)]
+
+    def say(pair: Pair, text: str, sample: int = 0) -> Response:
+        return Response(pair.example.id, "t", pair.wording.id, sample, text, text, "stop", 1)
+
+    answers = [say(pair, "mW" if pair.wording.id in ("w0", "w1") else "MW.") for pair in pairs]
+    repeats = [say(pairs[0], ("mW", "MW")[i % 2], i) for i in range(4)]
+    found = summary.summarise([task], pairs, {"m": ModelOutput(answers, repeats, repeats)}, table(), seed=0).summary
+    model = found.models["m"]
+    assert model.all.cr.mean == pytest.approx(cr) and model.all.accuracy.mean == pytest.approx(accuracy)
+    assert model.noise.temperature.cr == pytest.approx(cr)
+    assert found.failures.models["m"].another == round(12 * (1 - accuracy))

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
+import re
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coalign import text
@@ -27,9 +29,9 @@ FOLDER = Path(__file__).resolve().parents[3] / "examples" / "lm_eval"
 ANSWERS = st.one_of(st.sampled_from(["yes", "Yes.", " NO", "good", "bad!", "", ".5", "5", ":)", "¼", "ﬁne"]), st.text())
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, folder: Path = FOLDER) -> ModuleType:
     """Import a script of the example."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,12 +51,52 @@ def document(wording: Wording, golds: tuple[str, ...] = ("yes",), input_text: st
     return row
 
 
-@given(ANSWERS)
-@example("(.5)")
-@example("\u00a0A  b\n")
-def test_answers_are_normalised_as_coalign_does(answer: str) -> None:
-    """The shipped copy of the normal form gives what coalign.text gives."""
-    assert scoring.normalise_answer(answer) == text.normalise_answer(answer)
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Return the scoring file as make_task.py writes it, where coalign isn't installed."""
+    folder = tmp_path_factory.mktemp("shipped")
+    make_task.write_folder(folder / "new", "n", [document(Wording("p", "t", "Is it?"))], {})
+    source = (folder / "new" / "coalign_scoring.py").read_text(encoding="utf-8")
+    assert not re.search(r"^(from|import) coalign", source, re.MULTILINE)
+    return load("coalign_scoring", folder / "new")
+
+
+def test_the_shipped_file_compares_as_coalign_does(shipped: ModuleType) -> None:
+    """On thousands of strings, with everything that may count."""
+    rng = random.Random(0)
+    pieces = [
+        *"aB5 .,!?'\"*()[]<>-`\n",
+        "**",
+        "²",
+        "１",
+        "。",
+        "“",
+        "”",
+        "−",
+        "1,000",
+        "是",
+        "ा",
+        "e\u0301",
+        "\u200b",
+        "yes",
+    ]
+    strings = ["".join(rng.choices(pieces, k=rng.randint(0, 7))) for _ in range(5000)]
+    forms = [(), ("case",), ("space",), ("numbers",), ("case", "space", "numbers")]
+    for form in forms:
+        assert [shipped.normalise_answer(t, form) for t in strings] == [text.normalise_answer(t, form) for t in strings]
+    row = document(MAPPED)
+    for answer in strings:
+        expected = metrics.answer_key(wordings.canonical_answer(MAPPED, "robe", answer), "stop", ("case",))
+        assert shipped.answer_key(answer, row["answers"], ["case"]) == expected
+
+
+def test_what_counts_in_a_task_is_in_its_documents() -> None:
+    wording = Wording("p", "t", "Is it?")
+    row = make_task.make_documents([Pair(Example("e", "t", "in", ("mW",), "test"), wording, "")], 1, {"t": ("case",)})[
+        0
+    ]
+    found = [scoring.process_results(row, [said])["accuracy"][1] for said in ("mW.", "MW")]
+    assert row["answer_form"] == ["case"] and found == [True, False]
 
 
 @given(st.one_of(ANSWERS, st.sampled_from(["good robe", "Good robe.", "good {a}", "no", "No"])))

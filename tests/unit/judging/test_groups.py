@@ -343,3 +343,44 @@ def test_gold_rewards_contradict_a_judge_without_gold(rewards: Any) -> None:
     require_gold(RankTable(rewards=rewards), True)
     with pytest.raises(UserError, match=r"judge\.gold=false"):
         require_gold(RankTable(rewards=rewards), False)
+
+
+# ---- votes by normal form
+
+
+def vote(*texts: str, **table: Any) -> tuple[list[Group], list[dict[str, Any]]]:
+    """Return the groups, and what was dropped, when wordings said these texts in turn and the judge accepts each."""
+    wordings = {("mood", str(i)): Wording(str(i), "mood", f"Ask {i}") for i in range(len(texts))}
+    responses = [said(str(i), text) for i, text in enumerate(texts)]
+    rules = RankRules(RankTable(**table), False, 0)
+    groups, dropped, _ = make_groups(responses, [verdict(text, 1) for text in {*texts}], EXAMPLES, wordings, rules)
+    return groups, dropped
+
+
+def test_spellings_of_an_answer_vote_together() -> None:
+    groups, _ = vote("Rome", "Paris", "paris.", "**Paris**", "Rome", "PARIS", min_agreement=2 / 3)
+    assert len(groups) == 6
+    assert all(shown(group)[0] == ("**Paris**", 2, True) for group in groups)
+    assert all(shown(group)[1:] == [("Rome", 1, False)] for group in groups), "no spelling of the best answer loses"
+    assert groups[0].candidates[0].count == 4 and len(groups[0].candidates[0].wordings) == 4
+    assert vote("Rome", "Paris", "paris.", "**Paris**", "Rome", "PARIS", min_agreement=0.7)[1]
+
+
+def test_the_most_frequent_spelling_is_shown_and_the_order_does_not_matter() -> None:
+    texts = ["paris", "Paris", "Rome", "Paris", "Rome!", "PARIS."]
+    for order in (texts, texts[::-1], sorted(texts)):
+        assert {group.candidates[0].text for group in vote(*order)[0]} == {"Paris"}
+    assert vote("Rome", "paris")[0][0].candidates[0].text == vote("paris", "Rome")[0][0].candidates[0].text
+
+
+def test_answers_that_mean_something_else_vote_apart() -> None:
+    groups, _ = vote("<42", ">42", "<42", "<42.", "5!", "5", min_agreement=0.5)
+    assert shown(groups[0]) == [("<42", 2, True), *shown(groups[0])[1:]]
+    assert {text for text, reward, _ in shown(groups[0]) if reward == 1} == {">42", "5!", "5"}
+
+
+def test_votes_count_case_where_the_task_does() -> None:
+    candidates = [Candidate(text, 1, "stop", 1, (w,)) for text, w in (("mW", "a"), ("MW", "b"), ("MW.", "c"))]
+    key = ("mood", "e1")
+    assert [(c.text, c.reward) for c in best_answer.elect(candidates, key)] == [("MW", 2)]
+    assert [(c.text, c.reward) for c in best_answer.elect(candidates, key, ("case",))] == [("mW", 1), ("MW", 2)]

@@ -352,3 +352,31 @@ def test_counts_add_up() -> None:
     assert counts["dropped"] == {"foreign_vocabulary": 1}
     assert counts["rewards_by_task"] == {"mood": {"0": 1, "1": 2, "2": 1}}
     assert any("foreign_vocabulary: 1" in line for line in describe_verdicts(counts))
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "form", "equal"),
+    [
+        ("<42", ">42", (), False),
+        ("5", "5!", (), False),
+        ("O(n)", "O(n!)", (), False),
+        ("10²", "102", (), False),
+        ("if a:\n  b\n  c", "if a:\n  b\nc", (), False),
+        ("mW", "MW", (), True),
+        ("mW", "MW", ("case",), False),
+        ("a b", "a\nb", ("space",), False),
+        ("1,000", "1000", (), True),
+        ("1,000", "1000", ("numbers",), False),
+        ("是。", "是", (), True),
+        ("−5", "-5", (), True),
+    ],
+)
+def test_an_exact_match_is_one_by_the_form_of_the_task(
+    text: str, gold: str, form: tuple[str, ...], equal: bool
+) -> None:
+    answer = DistinctAnswer("t", "e", text, "stop")
+    examples = {("t", "e"): Example("e", "t", "in", (gold,), "align")}
+    tasks = {"t": Task("t", "Do.", answer_form=form)}
+    decided, undecided = decide_by_rules([answer], examples, gold=True, tasks=tasks)
+    assert [verdict.reward for verdict in decided.values()] == ([2] if equal else [])
+    assert undecided == ([] if equal else [answer])

@@ -60,6 +60,12 @@ CASES: list[tuple[str, str, Sequence[str], str | None]] = [
     ("Say True/False for it.", "Tell whether it holds.", (), "lost_format"),
     ("Use at most five words there.", "Use a maximum of five words there.", (), None),
     ("Use at most five words there.", "Use five words there.", (), "lost_format"),
+    ("Add the two numbers.", "Rewrite this instruction in other words.", (), "repeats_request"),
+    ("Add the two numbers.", "I'm sorry, but I can't help with that.", (), "refusal"),
+    ("Add the two numbers.", "<instruction>Sum up both numbers.", (), "unclosed_tag"),
+    ("Add the two numbers.", "You could say:", (), "only_opening"),
+    ("Add the two numbers.", "Sum up both numbers.\nAdd these two up.", (), "several_texts"),
+    ("Add the two numbers.", "Сложите оба числа вместе.", (), "other_language"),
     ("Add the two numbers here now please.", "add the two numbers here NOW, please", (), "near_duplicate"),
 ]
 
@@ -267,6 +273,24 @@ def test_choose_rewrites_stops_when_it_has_enough() -> None:
     assert {w.source for w in accepted} == {"model"}
     assert [row["reason"] for row in dropped] == ["empty", "held_out", "lost_label", "cut_off"]
     assert choose_rewrites(task, existing, answers, 0, TABLE, held_out) == ([], [])
+
+
+def test_rewrites_are_chosen_from_what_models_write_around_them() -> None:
+    """Of a multi-line instruction a rewrite keeps the rules; its numbers and labels are looked for in all lines."""
+    rules = "Label the review.\nRules:\n1. Say good or bad.\n2. Use at most 3 words."
+    task = Task("t", rules, labels=("good", "bad"))
+    good = "Judge this review.\nMind these:\n1. Answer good or bad.\n2. Take at most 3 words for it."
+    answers = [
+        {"text": f"<think>Hm.</think>Here is a rewrite:\n\n```\n{good}\n```\n\nI hope this helps!", "finish": "stop"},
+        {"text": "<think>They want me to say good or bad, with 3 words at most", "finish": "length"},
+        {"text": "<think>They want me to say good or bad", "finish": "stop"},
+        {"text": good.rpartition("\n")[0], "finish": "stop"},
+        {"text": good, "finish": "length"},
+        {"text": "I'm sorry, but I can't say good or bad in 3 words.", "finish": "stop"},
+    ]
+    accepted, dropped = choose_rewrites(task, [], answers, 9, TABLE, held())
+    assert [wording.text for wording in accepted] == [good]
+    assert [row["reason"] for row in dropped] == ["cut_off", "empty", "lost_number", "cut_off", "refusal"]
 
 
 def test_files_alone_and_the_summary() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import pytest
 from coalign.errors import UserError
 from coalign.records import Task, Wording
 from coalign.text import normalise_answer
+from coalign.wordings import patterns
 from coalign.wordings.wording_files import load_wordings, read_wordings
 from coalign.wordings.wordings import bare_text, canonical_answer, expected_answer, misfit, render_prompt
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
-TASKS = {"t": Task("t", "Do it."), "u": Task("u", "Do that.")}
+TASKS = {"t": Task("t", "Do it."), "u": Task("u", "Do that."), "l": Task("l", "Say it.", ("good", "bad"))}
 PAIR = r"(?P<left>\w+) (?P<right>\w+)$"
 
 
@@ -161,6 +165,27 @@ FIELD = {**GOOD, "kind": "template", "text": "{x}?", "fields_regex": "(?P<x>.*)"
             "the row's options=null",
         ),
         ({**GOOD, "id": "first"}, "the id 'first' of task 't' was used before"),
+        # what Python's re refuses by other exceptions than re.error
+        ({**FIELD, "fields_regex": "(?P<x>a{99999999999})"}, "is no regular expression: the repetition number is too"),
+        ({**FIELD, "fields_regex": "(" * 3000 + ")" * 3000}, "is no regular expression: maximum recursion depth"),
+        ({**FIELD, "fields_regex": "(?P<x>" + "a" * 20000 + ")"}, "has 20007 characters, and 10000 are the most"),
+        # half a surrogate pair wherever a text is read
+        *[
+            ({**FIELD, key: "\ud800{x}"}, f"{key} has half a surrogate pair at character 0")
+            for key in ("task", "id", "text", "fields_regex", "source")
+        ],
+        ({**GOOD, "answers": {"a\udfff": "b"}}, "answers has half a surrogate pair at character 1"),
+        ({**GOOD, "answers": {"a": "b\udfff"}}, "answers has half a surrogate pair at character 1"),
+        ({"task": "t", "instructions": [{"id": "a", "text": "\ud800"}]}, "instructions[0]: text has half a surr"),
+        (
+            {"task": "t", "templates": [{"id": "a", "text": "{options_}"}], "options": ["\ud800"], "fields_regex": "x"},
+            "options has half a surrogate pair",
+        ),
+        # a map that no answer of the task is in
+        (
+            {**GOOD, "task": "l", "answers": {"gut": "A", "schlecht": "B"}},
+            "answers has 'gut', 'schlecht', which are no",
+        ),
     ],
 )
 def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -169,6 +194,77 @@ def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
         load_wordings([path], TASKS)
     assert str(caught.value).startswith(f"{path}, line 2")
     assert message in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "wordings.jsonl"
+    for row, key in [
+        ('{"task": "t", "id": "a", "text": "Do.", "text": "Do it."}', "text"),
+        ('{"task": "t", "id": "a", "text": "Do.", "answers": {"yes": "A", "yes": "B"}}', "yes"),
+        ('{"task": "t", "instructions": [{"id": "a", "id": "b", "text": "Do."}]}', "id"),
+    ]:
+        path.write_text(row)
+        with pytest.raises(UserError, match=rf"line 1: the key '{key}' stands twice in one object; keep one"):
+            load_wordings([path], TASKS)
+
+
+SLOW = (
+    (r"(?P<x>(\w+\s?)+)!$", "word " * 28),
+    (r"(?P<x>(a|aa|aaa)*)b", "a" * 80),
+    (r"(?P<x>.*?).*?.*?.*?.*?!", "a" * 5000),
+    (r"(?P<x>(?:(.+),)*)\2!", "a,b," * 400),
+)
+
+
+@pytest.mark.parametrize(("regex", "text"), SLOW)
+def test_a_pattern_that_takes_too_long_is_refused_wherever_it_is_matched(
+    regex: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.1)
+    says = "fields_regex=.* takes over 0.1 s on the input"
+    slow = Wording("w", "t", "{x}?", kind="template", fields_regex=regex, answers={"a": "A"}, source="file:w.jsonl")
+    for call in (
+        lambda: render_prompt(slow, text),
+        lambda: expected_answer(slow, text, "a"),
+        lambda: canonical_answer(slow, text, "A"),
+        lambda: misfit(slow, text),
+    ):
+        with pytest.raises(UserError, match=f"^w.jsonl: wording 'w' of task 't': {says}"):
+            call()
+    path = write(tmp_path, {**FIELD, "fields_regex": regex})
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"task": "t", "input": text, "outputs": ["a"]}) + "\n")
+    assert len(read_wordings([path], TASKS).wordings) == 1
+    with pytest.raises(UserError, match=says):
+        read_wordings([path], TASKS, examples)
+
+
+def test_the_limit_leaves_no_timer_and_changes_no_match() -> None:
+    """The slow twin is re itself."""
+    for regex, text in [
+        (PAIR, "cat dog"),
+        (PAIR, "cat"),
+        (r"(?P<a>x)?(?P<b>.*)", "yz"),
+        (r"(?P<a>(\w+ ?)+)", "a b " * 9),
+    ]:
+        match = re.compile(regex).match(text)
+        assert patterns.match_fields(regex, text) == (match and match.groupdict(default=""))
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # without a limit, and without an error
+        assert pool.submit(patterns.match_fields, PAIR, "two words").result() == {"left": "two", "right": "words"}
+
+
+def test_a_map_that_knows_no_gold_answer_of_the_inputs_is_refused(tmp_path: Path) -> None:
+    """A task without labels: only the inputs say which answers there are."""
+    path = write(tmp_path, {**GOOD, "answers": {"cat": "A", "dog": "B"}})
+    examples = tmp_path / "examples.jsonl"
+    for golds, good in ((["Cat."], True), (["cow"], False)):
+        examples.write_text(json.dumps({"task": "t", "input": "x", "outputs": golds}) + "\n")
+        if good:
+            assert read_wordings([path], TASKS, examples).wordings
+        else:
+            with pytest.raises(UserError, match=r"wording 'a': answers has 'cat', 'dog', which are no answers of task"):
+                read_wordings([path], TASKS, examples)
 
 
 def test_ids_must_differ_over_files(tmp_path: Path) -> None:
@@ -181,7 +277,7 @@ def test_ids_must_differ_over_files(tmp_path: Path) -> None:
 
 def test_file_that_fits_no_task(tmp_path: Path) -> None:
     path = write(tmp_path, {"task": "elsewhere", "id": "a", "text": "No."})
-    with pytest.raises(UserError, match=r"none of its 1 tasks .* the file has 'elsewhere', the run has 't', 'u'"):
+    with pytest.raises(UserError, match=r"none of its 1 tasks .* the file has 'elsewhere', the run has 'l', 't', 'u'"):
         load_wordings([path], TASKS)
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no wordings"):
