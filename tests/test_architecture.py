@@ -269,6 +269,7 @@ ABOVE_THE_AIM = {
     "config.py: lines": "one schema, table by table: a reader looks for a key in one file",
     "generation/decoding.py: decode, parameters": "independent of one another, passed in order by its callers",
     "generation/decoding.py: __init__, parameters": "what decode was given, with the cache and the step that it chose",
+    "models/model_folder.py: export_model, parameters": "what goes into a folder, from two callers",
     "models/fused_head.py: forward, parameters": "autograd.Function takes its tensors one by one",
     "training/losses.py: ranking_loss, parameters": "one tensor for each symbol of the equation",
     "launch/eval.py: lines": "it asks several models and a judge, whose workers only a recipe may start",

@@ -12,7 +12,8 @@ recipe          the process around a recipe: exit status, logging, commands it r
 process         this process: ranks, nodes, seeds, preemption
 records         what steps hand to one another, as JSON lines
 prompts         every text shown to a model besides the data
-text            normal forms: when two texts count as the same
+answer_form     when two answers are equal
+text            when two inputs are equal; words in any script, hashes
 
 The packages are built on it; the docstring of each lists its modules. docs/architecture.md says which may import which.
 """

@@ -1,23 +1,97 @@
-"""What a table of the configuration is made of, and the table that only Slurm reads.
+"""What a table of the configuration is made of, the tables inside [model], and the one that only Slurm reads.
 
-config.py holds the other tables. Knows neither files nor steps.
+config.py holds the other tables. A key is a path by its type, `FilePath`, and never holds a line break by `Line`. Knows
+neither files nor steps.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
+from coalign.display import has_control, on_one_line
+
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+MAX_RANDOM_WEIGHTS = 10**9  # of model.random
+MAX_COUNT = 2**31 - 1  # of anything; the libraries below take 32 bits for some of it
+MAX_NUMBER = 1e9  # of a number that is no count
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveNumber = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+NonNegativeNumber = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+Temperature = Annotated[float, Field(ge=1e-4, le=100)]
 
 
-def key(default: Any, description: str, *, neutral: bool = False) -> Any:
-    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale."""
-    extra: JsonDict | None = {"neutral": True} if neutral else None
+def one_line(text: str) -> str:
+    """Return a text of the config. Raises ValueError for line breaks and other control characters in it."""
+    if has_control(text):
+        raise ValueError(f"{on_one_line(text)} has a control character or line break in it; take it out")
+    return text
+
+
+def full_path(text: str) -> str:
+    """Return a path with the home folder for ~ and the values of environment variables for $NAME.
+
+    A hub name, "" and a step's name are returned unchanged. Raises ValueError for a variable that is not set.
+    """
+    found = os.path.expandvars(one_line(text))
+    if missing := _VARIABLE.search(found):
+        raise ValueError(
+            f"{text}: the environment has no variable {missing.group().strip('${}')}; set it, or write it out"
+        )
+    found = os.path.expanduser(found)  # noqa: PTH111  a Path would drop ./ and a slash at the end
+    if found.startswith("~"):
+        raise ValueError(f"{text}: {found.partition('/')[0]} has no home folder here; write ./~ for a folder named so")
+    return one_line(found)
+
+
+def run_name(text: str) -> str:
+    """Return run.name. Raises ValueError when it is no name, or leads out of run.folder."""
+    parts = one_line(text).split("/")
+    if any(part.strip() in ("", ".", "..") for part in parts) or text.startswith("~") or text != text.strip():
+        raise ValueError(f"{json.dumps(text)} is no name of a folder inside run.folder; use letters, such as demo")
+    return text
+
+
+def _each(check: Callable[[str], str]) -> Callable[[Any], Any]:
+    """Return a check for every text of a list or of a dict's values; a dict's names are on one line."""
+
+    def check_all(values: Any) -> Any:
+        if isinstance(values, dict):
+            return {one_line(name): check(value) for name, value in values.items()}
+        return [check(value) for value in values]
+
+    return check_all
+
+
+def _source_path(text: str) -> str:
+    if not text.strip():
+        raise ValueError('"" names no data; give a folder, a file or a hub name')
+    return full_path(text)
+
+
+Line = Annotated[str, AfterValidator(one_line)]
+Lines = Annotated[list[str], AfterValidator(_each(one_line))]
+FilePath = Annotated[str, AfterValidator(full_path)]
+FilePaths = Annotated[list[str], AfterValidator(_each(full_path))]
+SourcePath = Annotated[str, AfterValidator(_source_path)]
+NamedPaths = Annotated[dict[str, str], AfterValidator(_each(full_path))]
+RunName = Annotated[str, AfterValidator(run_name)]
+
+
+def key(default: Any, description: str, *, neutral: bool = False, later: bool = False) -> Any:
+    """Declare a key. A `neutral` key can't change any result, so changing it makes no step stale.
+
+    A `later` key came after the first runs. At its default a manifest leaves it out, as theirs do.
+    """
+    extra: JsonDict | None = {"neutral": True} if neutral else {"later": True} if later else None
     if isinstance(default, dict | list):
         return Field(default_factory=lambda: default.copy(), description=description, json_schema_extra=extra)
     return Field(default, description=description, json_schema_extra=extra)
@@ -29,11 +103,52 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class LoraTable(Table):
+    """[model.lora]: low-rank adapters instead of full fine-tuning."""
+
+    enabled: bool = key(False, "train adapters, merge them in fp32 at export")
+    rank: Annotated[int, Field(ge=1, le=65536)] = key(16, "rank of the update")
+    alpha: PositiveNumber = key(32.0, "scale numerator: the update is alpha / rank * B A")
+    dropout: Share = key(0.0, "adapter dropout, drawn from run.seed")
+    target_modules: Lines = key(
+        [], "names of the layers, whole or their end (empty: all linear ones but the output head)"
+    )
+
+
+class RandomTable(Table):
+    """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
+
+    vocab_size: Annotated[int, Field(ge=300, le=10**7)] = key(
+        2048, "entries of the tokenizer trained on the prepared texts"
+    )
+    hidden_size: Positive = key(128, "width")
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = key(2, "decoder layers")
+    num_heads: Positive = key(4, "attention heads")
+    intermediate_size: Positive = key(256, "width inside the MLP")
+    context: Positive = key(512, "tokens of context")
+
+    @property
+    def num_weights(self) -> int:
+        """Return about how many weights this shape has."""
+        per_layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * per_layer + self.vocab_size * self.hidden_size
+
+    @model_validator(mode="after")
+    def _check(self) -> RandomTable:
+        if self.num_weights > MAX_RANDOM_WEIGHTS:
+            raise ValueError(
+                f"model.random asks for {self.num_weights:.3g} random weights, more than the"
+                f" {MAX_RANDOM_WEIGHTS:.0e} allowed;"
+                " lower hidden_size, num_layers, intermediate_size or vocab_size"
+            )
+        return self
+
+
 class SlurmTable(Table):
     """[slurm]: what slurm/pipeline.sh asks of Slurm for each job; flags of sbatch on its command line win."""
 
-    partition: str = key("", "partition (empty: the cluster's default)", neutral=True)
-    account: str = key("", "account that is charged (empty: your default)", neutral=True)
+    partition: Line = key("", "partition (empty: the cluster's default)", neutral=True)
+    account: Line = key("", "account that is charged (empty: your default)", neutral=True)
     nodes: Positive = key(
         1, "nodes per job of a step with a model; prepare and rank take one node without GPUs", neutral=True
     )
@@ -44,10 +159,10 @@ class SlurmTable(Table):
     cpus_per_rank: Positive = key(
         4, "CPU cores per rank; Ray's workers get the cores of all ranks of a node", neutral=True
     )
-    memory: str = key(
+    memory: Line = key(
         "", "memory per node, as sbatch --mem takes it: 200G (empty: the partition's default)", neutral=True
     )
-    time: str = key("24:00:00", "time limit of each job, [days-]hours:minutes:seconds", neutral=True)
+    time: Line = key("24:00:00", "time limit of each job, [days-]hours:minutes:seconds", neutral=True)
     warn_seconds: Positive = key(
         120, "seconds before the limit at which a job saves its work and queues itself again", neutral=True
     )
@@ -55,11 +170,13 @@ class SlurmTable(Table):
         300, "seconds that a job waits for all its nodes and ranks before it names the missing ones", neutral=True
     )
     free_gib: NonNegative = key(10, "GiB that must be free on the disk of run.folder when a job starts", neutral=True)
-    modules: list[str] = key([], "environment modules that a job loads first", neutral=True)
-    venv: str = key("", "virtual environment that a job activates (empty: the one that you submit with)", neutral=True)
-    container: str = key(
+    modules: Lines = key([], "environment modules that a job loads first", neutral=True)
+    venv: FilePath = key(
+        "", "virtual environment that a job activates (empty: the one that you submit with)", neutral=True
+    )
+    container: Line = key(
         "",
         "command that runs another in a container, e.g. apptainer exec --nv coalign.sif; venv is inside",
         neutral=True,
     )
-    options: list[str] = key([], "further flags of sbatch for every job, e.g. --constraint=a100", neutral=True)
+    options: Lines = key([], "further flags of sbatch for every job, e.g. --constraint=a100", neutral=True)

@@ -125,7 +125,7 @@ def test_missing_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         load(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a UTF-8 text file"):
+    with pytest.raises(UserError, match="byte 0 is not UTF-8"):
         load(tmp_path / "binary.toml")
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from coalign.config import Config
 from coalign.config_values import table_values
+from coalign.failures import out_of_memory
 from coalign.process import free_port
-from coalign.recipe import out_of_memory
 
 SCRIPT = """
 import sys

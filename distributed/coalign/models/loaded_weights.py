@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.models.architecture import opening_options
 
 # Buffers that older versions saved, and layers that predict further tokens: a causal LM computes the same without.
 _WITHOUT_EFFECT = re.compile(r"(inv_freq|masked_bias|position_ids|_extra_state)$|(^|\.)mtp[._]")
 # The parts of a model for images or sound, which its text part leaves out.
-_OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|vit|image|img|audio|speech|multi_?modal|mm)(_\w+)?\.")
+_OTHER_SENSES = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|multi_?modal|mm)([._]|$)")
 
 
 def open_causal_lm(folder: str, table: ModelTable, dtype: torch.dtype, **placement: Any) -> tuple[Any, dict[str, Any]]:
@@ -35,11 +36,11 @@ def open_causal_lm(folder: str, table: ModelTable, dtype: torch.dtype, **placeme
         folder,
         revision=table.revision,
         dtype=dtype,
-        attn_implementation=table.attention,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the report
+        **opening_options(folder, table),
         **placement,
     )
     model, report = opened
@@ -55,7 +56,7 @@ def open_checked(folder: str, table: ModelTable, dtype: torch.dtype, **placement
         with held_messages():
             model, report = open_causal_lm(folder, table, dtype, **placement)
             complaint = complaint_of_weights(model, report)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers and its parts raise any kind for a folder that is malformed
         raise UserError(f"{folder}: the model can't be loaded: {reason_of(error, table)}") from error

@@ -9,6 +9,7 @@ import collections
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
+from coalign.models.export_checks import complaint_of_merge
 from coalign.models.loaded_weights import first_line
 from coalign.models.model_folder import load_model, on_cpu
 from coalign.process import derive_seed
@@ -111,15 +113,29 @@ def _log_shares(adapted: Any) -> None:
         )
 
 
-def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_lora(
+    source: str,
+    table: ModelTable,
+    adapters: dict[str, torch.Tensor],
+    measure: Callable[[Any], torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
 
     peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
-    parameters under their names in the model that `attach_lora` returned.
+    parameters under their names in the model that `attach_lora` returned. Raises RuntimeError when what `measure`
+    returns of a model, its log-probs of some tokens, isn't that of the adapters beside the weights.
     """
     dtype = next(iter(adapters.values())).dtype
-    model = _adapt(load_model(source, on_cpu(table), torch.float32), table.lora, 0)
+    model = _adapt(load_model(source, on_cpu(table), torch.float32), table.lora, 0).eval()
     unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
     assert not unknown, f"adapters of another model: {unknown[:3]}"
+    before = []
+    if measure is not None:
+        before.append(measure(model))
+        with model.disable_adapter():
+            before.append(measure(model))
     merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
-    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
+    complaint = complaint_of_merge(measure(merged), *before) if measure is not None else None
+    if complaint:
+        raise RuntimeError(f"the LoRA adapters were not merged rightly: {complaint}")
+    return {n: t.detach().to(dtype if t.is_floating_point() else t.dtype) for n, t in merged.state_dict().items()}

@@ -17,7 +17,7 @@ from coalign.answer_form import counted_in, normalise_answer
 from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit, read_rows, whole_text
 from coalign.wordings.patterns import PatternError, compile_pattern
-from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in
+from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in, kind_for
 
 _FLAT_KEYS = ("task", "id", "text", "kind", "fields_regex", "answers", "source", "split")
 _NESTED_KEYS = ("instructions", "templates")
@@ -74,7 +74,8 @@ def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task], exampl
                     dropped.append(lost)
                     continue
                 _check_labels(wording, tasks[wording.task], where)
-                wordings.append(wording)
+                plain = wording.kind == "template"
+                wordings.append(wording if plain else dataclasses.replace(wording, kind=kind_for(tasks[wording.task])))
                 if not nested and row.get("split") is not None:
                     with_split.add(key)
         _check_overlap(path, in_file, tasks)
@@ -145,7 +146,7 @@ def _flat_row(row: dict[str, Any], path: Path, where: str) -> Wording:
             raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     kind: Any = row.get("kind") or "prefix"
     split: Any = row.get("split") or "train"
-    if kind not in ("prefix", "template"):
+    if kind not in ("prefix", "template", "system"):
         raise UserError(f"{where}: kind={kind!r}; it must be 'prefix' or 'template'")
     if split not in get_args(WordingSplit):
         raise UserError(f"{where}: split={split!r}; it must be one of {', '.join(get_args(WordingSplit))}")

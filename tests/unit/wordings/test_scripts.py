@@ -75,6 +75,8 @@ def test_a_rewrite_like_a_held_out_chinese_wording_is_dropped() -> None:
             "Tiêu cực, hay tích cực?",
             "Có tích cực không?",
         ),
+        (("إيجابي", "سلبي"), "هل المراجعة إيجابية أو سلبية؟", "قل إن كانت من النوع السلبي والإيجابي", "هل هي سلبية؟"),
+        (("부정", "부정확"), "부정인지 부정확인지 말하세요.", "부정확 또는 부정", "부정확한가요?"),
         (("good", "bad"), "Is it good or bad?", "Bad or good: which is it?", "Is it goodness or bad?"),
     ],
 )
