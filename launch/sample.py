@@ -35,7 +35,6 @@ def main(argv: list[str]) -> None:
     for wording in step.read(Wording, split="train"):
         wordings.setdefault(wording.task, []).append(wording)
     pairs, dropped = draw_pairs(examples, wordings, table.wordings_per_input, config.run.seed)
-
     require_end(len(pairs) * table.samples, "sample.samples and sample.wordings_per_input")
 
     def seeds_of(pair: Pair) -> list[int]:

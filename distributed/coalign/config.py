@@ -13,6 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from coalign.errors import UserError
+from coalign.model_tables import LoraTable as LoraTable
+from coalign.model_tables import ModelTable as ModelTable
+from coalign.model_tables import RandomTable as RandomTable
+from coalign.model_tables import table_for_other_model as table_for_other_model
 from coalign.steps import STEP_TABLES
 from coalign.tables import (
     MAX_COUNT,
@@ -31,8 +35,6 @@ from coalign.tables import (
     SourcePath,
     Temperature,
 )
-from coalign.tables import LoraTable as LoraTable
-from coalign.tables import RandomTable as RandomTable
 from coalign.tables import Table as Table
 from coalign.tables import key as _field
 
@@ -59,48 +61,6 @@ class RunTable(Table):
             near = difflib.get_close_matches(unknown[0], STEP_TABLES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the steps are {', '.join(STEP_TABLES)}"
             raise ValueError(f"run.inputs names {unknown[0]!r}, which is no step; {hint}")
-        return self
-
-
-class ModelTable(Table):
-    """[model]: the model that everything starts from."""
-
-    path: FilePath = _field("", "folder or hub name of a Hugging Face causal LM (with model.init = pretrained)")
-    revision: Line = _field("main", "branch, tag or commit on the hub")
-    init: Literal["pretrained", "random"] = _field(
-        "pretrained", "random: untrained weights and a tokenizer trained on the prepared texts, made by prepare"
-    )
-    max_tokens: NonNegative = _field(0, "context to use, in tokens (0: what the model's config allows)")
-    too_long: Literal["error", "drop"] = _field("drop", "what to do with a row longer than the context (never cut)")
-    chat_template: FilePath = _field("", "file with a Jinja chat template to use instead of the model's")
-    thinking: Literal["off", "keep", "strip"] = _field(
-        "off",
-        "thoughts before an answer (off: none, where the template can; keep: part of the answer; strip: taken off"
-        " before answers are judged, compared or counted)",
-        later=True,
-    )
-    thought_tokens: NonNegative = _field(
-        1024, "with model.thinking keep or strip: tokens for a thought, beside those of the answer", later=True
-    )
-    end_of_turn: str = _field("", "token that ends an answer (empty: read from the chat template, else EOS)")
-    pad_token: str = _field("", "token to pad with (empty: the tokenizer's, else its end-of-turn)")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = _field("sdpa", "attention implementation")
-    lora: LoraTable = Field(default_factory=LoraTable)
-    random: RandomTable = Field(default_factory=RandomTable)
-
-    def answer_tokens(self, max_new_tokens: int) -> int:
-        """Return how many tokens may be sampled for an answer of `max_new_tokens`, with its thought."""
-        return max_new_tokens + (self.thought_tokens if self.thinking != "off" else 0)
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelTable:
-        if self.init == "random" and self.path:
-            raise ValueError(f'model.path={self.path!r} contradicts model.init="random"; remove one of them')
-        if self.random.hidden_size % (2 * self.random.num_heads):
-            raise ValueError(
-                f"model.random.hidden_size={self.random.hidden_size} is not divisible by"
-                f" 2 x num_heads={self.random.num_heads}; use {2 * self.random.num_heads * 8}"
-            )
         return self
 
 
@@ -488,12 +448,6 @@ class Config(Table):
                 f" {VLLM_MAX_TEMPERATURE:g} at most"
             )
         return self
-
-
-def table_for_other_model(model: ModelTable) -> ModelTable:
-    """Return [model] for a judge from elsewhere: what is set for the policy's tokenizer and context is not its own."""
-    own = {"chat_template": "", "end_of_turn": "", "pad_token": "", "max_tokens": 0, "lora": LoraTable()}
-    return model.model_copy(update=own)
 
 
 def cores_used(generation: GenerationTable, run: RunTable) -> int:

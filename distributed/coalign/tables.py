@@ -1,7 +1,7 @@
-"""What a table of the configuration is made of, the tables inside [model], and the one that only Slurm reads.
+"""What a table of the configuration is made of, and the one that only Slurm reads.
 
-config.py holds the other tables. A key is a path by its type, `FilePath`, and never holds a line break by `Line`. Knows
-neither files nor steps.
+config.py and model_tables.py hold the other tables. A key is a path by its type, `FilePath`, and never holds a line
+break by `Line`. Knows neither files nor steps.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from coalign.display import has_control, on_one_line
 
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
-MAX_RANDOM_WEIGHTS = 10**9  # of model.random
 MAX_COUNT = 2**31 - 1  # of anything; the libraries below take 32 bits for some of it
 MAX_NUMBER = 1e9  # of a number that is no count
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -101,47 +100,6 @@ class Table(BaseModel):
     """A TOML table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LoraTable(Table):
-    """[model.lora]: low-rank adapters instead of full fine-tuning."""
-
-    enabled: bool = key(False, "train adapters, merge them in fp32 at export")
-    rank: Annotated[int, Field(ge=1, le=65536)] = key(16, "rank of the update")
-    alpha: PositiveNumber = key(32.0, "scale numerator: the update is alpha / rank * B A")
-    dropout: Share = key(0.0, "adapter dropout, drawn from run.seed")
-    target_modules: Lines = key(
-        [], "names of the layers, whole or their end (empty: all linear ones but the output head)"
-    )
-
-
-class RandomTable(Table):
-    """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
-
-    vocab_size: Annotated[int, Field(ge=300, le=10**7)] = key(
-        2048, "entries of the tokenizer trained on the prepared texts"
-    )
-    hidden_size: Positive = key(128, "width")
-    num_layers: Annotated[int, Field(ge=1, le=1000)] = key(2, "decoder layers")
-    num_heads: Positive = key(4, "attention heads")
-    intermediate_size: Positive = key(256, "width inside the MLP")
-    context: Positive = key(512, "tokens of context")
-
-    @property
-    def num_weights(self) -> int:
-        """Return about how many weights this shape has."""
-        per_layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * per_layer + self.vocab_size * self.hidden_size
-
-    @model_validator(mode="after")
-    def _check(self) -> RandomTable:
-        if self.num_weights > MAX_RANDOM_WEIGHTS:
-            raise ValueError(
-                f"model.random asks for {self.num_weights:.3g} random weights, more than the"
-                f" {MAX_RANDOM_WEIGHTS:.0e} allowed;"
-                " lower hidden_size, num_layers, intermediate_size or vocab_size"
-            )
-        return self
 
 
 class SlurmTable(Table):

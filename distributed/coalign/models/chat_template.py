@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from coalign.errors import UserError
-from coalign.models.limited_call import TooMuchError, call_limited
+from coalign.limited_call import TooMuchError, call_limited
 
 Messages = Sequence[Mapping[str, str]]
 MAX_LENGTH = 1_000_000  # characters that a template may write around short messages

@@ -11,9 +11,9 @@ import pytest
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.limited_call import TooMuchError, call_limited
 from coalign.models.chat_template import ChatTemplate
 from coalign.models.codec import Codec
-from coalign.models.limited_call import TooMuchError, call_limited
 from coalign.prompts import SystemPrompt
 from numerics.models import templates
 from numerics.models.test_codec import make_tokenizer
