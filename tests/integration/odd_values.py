@@ -12,7 +12,22 @@ DEEP, HUGE, FAR = "\ue000deep", "\ue000huge", "\ue000far"  # what json.dumps can
 PLACEHOLDERS = {DEEP: "[" * 50_000 + "]" * 50_000, HUGE: "9" * 5000, FAR: "1e999"}
 SCRIPTS = (
     *("café", "Grüße", "Straße", "привет", "Ελλάδα", "שלום", "مرحبا بكم", "नमस्ते", "สวัสดีครับ", "ສະບາຍດີ", "ជំរាបសួរ"),
-    *("你好世界", "こんにちは", "カタカナ", "안녕하세요", "ⵣⴰⵣⴰ", "𓀀𓀁", "👩‍👩‍👧", "🇩🇪", "e\u0301", "\u202eabc", "ﬁ", "Ａ１", "٣٤", "²"),
+    *(
+        "你好世界",
+        "こんにちは",
+        "カタカナ",
+        "안녕하세요",
+        "ⵣⴰⵣⴰ",
+        "𓀀𓀁",
+        "👩‍👩‍👧",
+        "🇩🇪",
+        "e\u0301",
+        "\u202eabc",
+        "ﬁ",
+        "Ａ１",
+        "٣٤",
+        "²",
+    ),
 )
 MARKS = (
     *("\x00", "\x1b]0;x\x07", "\x1b[31m", "\x7f", "\x85", "\u2028", "\u2029", "\r", "\r\n", "\t", "\ufeff", "\u00a0"),
@@ -109,7 +124,9 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     if change == "flip" and content:
         return content[:place] + bytes([content[place] ^ draw(st.integers(1, 255))]) + content[place + 1 :]
     if change == "insert":
-        inserted = draw(st.sampled_from((b"\x00", b"\xff", b"\n", b'"', b"}", b"[", b"\\", b"\xef\xbb\xbf", b"0" * 5000)))
+        inserted = draw(
+            st.sampled_from((b"\x00", b"\xff", b"\n", b'"', b"}", b"[", b"\\", b"\xef\xbb\xbf", b"0" * 5000))
+        )
         return content[:place] + inserted + content[place:]
     if change == "remove":
         return content[:place] + content[place + draw(st.integers(1, 40)) :]

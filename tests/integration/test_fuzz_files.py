@@ -39,14 +39,22 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "align": ("rank/groups.jsonl", "rank/manifest.json", "paraphrase/wordings.jsonl", "prepare/examples.jsonl"),
     "report": (
-        *("eval/metrics.json", "eval/metrics.json", "eval/manifest.json", "prepare/manifest.json", "rank/manifest.json"),
+        *(
+            "eval/metrics.json",
+            "eval/metrics.json",
+            "eval/manifest.json",
+            "prepare/manifest.json",
+            "rank/manifest.json",
+        ),
         *("sft/metrics.jsonl", "align/metrics.jsonl", "paraphrase/manifest.json", "judge/manifest.json"),
     ),
     "remaining": ("eval/manifest.json", "judge/manifest.json", "eval/config.json"),
     "plan": ("prepare/manifest.json", "paraphrase/manifest.json", "prepare/model/config.json"),
 }
 # Each with how often it is tried: those that take a hundredth of a second more often than those that take a tenth.
-STEPS = ("rank",) * 8 + ("paraphrase",) * 3 + ("remaining",) * 2 + ("plan", "plan", "sample", "judge", "report", "align")
+STEPS = (
+    ("rank",) * 8 + ("paraphrase",) * 3 + ("remaining",) * 2 + ("plan", "plan", "sample", "judge", "report", "align")
+)
 OWN = ("manifest.json", "config.json", ".attempts.json", "shards/00000.jsonl", "shards/responses-00000.jsonl")
 
 

@@ -108,7 +108,13 @@ data_words = st.lists(
     st.sampled_from(
         (
             *("data.max_labels=0", "data.max_labels=1", "data.max_tasks=1", "data.max_test_inputs=1"),
-            *("data.sft_share=0", 'data.unseen_tasks=["t"]', 'data.only_tasks=["t"]', "run.seed=-1", "data.dev_share=0"),
+            *(
+                "data.sft_share=0",
+                'data.unseen_tasks=["t"]',
+                'data.only_tasks=["t"]',
+                "run.seed=-1",
+                "data.dev_share=0",
+            ),
         )
     ),
     max_size=2,
@@ -191,9 +197,9 @@ REGEXES = (
     *("(?P<a>.*)", r"(?P<a>\w+) (?P<b>.*)", "(", "x{99999999999}", "(?P<a>(\\w+\\s?)+)!$", "(a|aa)+$", "(?P<1>x)"),
     *("(" * 3000 + ")" * 3000, "(?P<a>)", "[", "(?<=x*)a", "(?i)x", "\\", "(?P<a>x)(?P=b)", "(.*)*(.*)*(.*)*(.*)*!$"),
 )
-templates = st.lists(st.sampled_from(("{a}", "{b}", "{", "}", "{{", "}}", "{options_}", "{a.b}", "{0}", "w ", "?"))).map(
-    "".join
-)
+templates = st.lists(
+    st.sampled_from(("{a}", "{b}", "{", "}", "{{", "}}", "{options_}", "{a.b}", "{0}", "w ", "?"))
+).map("".join)
 flat_wordings = st.fixed_dictionaries(
     {"task": st.sampled_from((*TASKS, "nosuch")), "id": texts, "text": st.one_of(texts, templates)},
     optional={
@@ -260,7 +266,11 @@ PATHS = (
 )
 NUMBERS = (0, 1, -1, 2, 0.0, 0.5, 1.0, -0.5, 1e-300, 1e300, 1.5, 10**14, 2**31, 2**63, 2**64, 10**26, -(10**26))
 config_values = st.one_of(
-    st.sampled_from(NUMBERS), st.sampled_from(PATHS), st.booleans(), st.lists(st.sampled_from(PATHS), max_size=2), values
+    st.sampled_from(NUMBERS),
+    st.sampled_from(PATHS),
+    st.booleans(),
+    st.lists(st.sampled_from(PATHS), max_size=2),
+    values,
 )
 COMMANDS = (
     ("prepare", ()),
@@ -333,7 +343,9 @@ def test_config_files(base: Path, data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         key, value = data.draw(settings())
         table, _, name = key.rpartition(".")
-        text += f"\n[{table}]\n{name} = {as_toml(value)}\n" if data.draw(st.booleans()) else f"\n{key} = {as_toml(value)}"
+        text += (
+            f"\n[{table}]\n{name} = {as_toml(value)}\n" if data.draw(st.booleans()) else f"\n{key} = {as_toml(value)}"
+        )
         text = text.replace(f"[{table}]\n", "", 1) if text.count(f"[{table}]\n") > 1 else text
         touched.add(key)
     content = to_bytes(text)
