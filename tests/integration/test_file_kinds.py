@@ -181,7 +181,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 UNREADABLE = ("folder", "loop", "pipe", "socket", "/dev/zero", "/proc/self/mem", "no permission")
 
-# The permissions of files bind root only without these two of its capabilities, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+# Permissions of files bind root only without two of its capabilities, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
 CAPABILITIES, VERSION = 1 << 1 | 1 << 2, 0x20080522
 
 

@@ -20,9 +20,9 @@ from coalign.wordings.wordings import render_prompt
 from integration.bad_inputs import TASKS, World
 from integration.fuzzing import PRETRAINED, a_world, assert_complete, examples, limits, replace, run
 from integration.odd_values import (
+    PLACEHOLDERS,
     changed_json,
     damaged_bytes,
-    PLACEHOLDERS,
     good_texts,
     texts,
     to_bytes,
