@@ -14,7 +14,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart docs test test-slow fuzz test-peers test-vllm bench bench-peers bench-gpu check format clean
+.PHONY: help setup base quickstart docs families test test-slow fuzz test-peers test-vllm bench bench-peers bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-gpu    speed, MFU and memory on a CUDA device (BENCH_ARGS='--shapes 0.5B')"
 	@echo "make check        ruff, ruff format, mypy, shellcheck, the docs site with its links"
 	@echo "make docs         write the reference pages from the code, build the site in site/"
+	@echo "make families     write the table of docs/models.md from what a tiny model of each family does, 10 minutes"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
 
@@ -83,6 +84,9 @@ check: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run
 	$(SITE)
+
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m numerics.family_table
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python docs/write_reference.py

@@ -43,7 +43,7 @@ ENGINES = {
     "vllm": "generation/vllm_worker.py",
     "datasets": "data/hugging_face.py",
     "peft": "models/lora.py",
-    "safetensors": "models/model_folder.py",
+    "safetensors": "models/loaded_weights.py",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", "pandas", "scipy", "jax", *ENGINES}
 # Only these load anything of HEAVY when they are imported; of models/, four modules answer without it.

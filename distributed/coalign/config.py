@@ -372,9 +372,7 @@ class EvalTable(Table):
     split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
     agreement: FilePath = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
     allow_weak: bool = _field(False, "continue when the judge of agreement is below eval.min_quality", neutral=True)
-    min_quality: Share = _field(
-        0.65, "balanced accuracy and AUC of the judge of agreement below which the step stops", neutral=True
-    )
+    min_quality: Share = _field(0.65, "balanced accuracy and AUC that a judge of agreement must reach", neutral=True)
     wordings_file: FilePath = _field("", "JSONL of wordings to use instead of the run's held-out ones")
     folder: FilePath = _field("", "where to write (empty: the run's eval folder)", neutral=True)
     max_inputs: NonNegative = _field(0, "inputs per task (0: all)")

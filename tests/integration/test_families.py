@@ -87,3 +87,50 @@ def test_the_untouched_model_is_exported_once(world: World, monkeypatch: pytest.
     (world.run_folder / "sft" / "manifest.json").unlink()
     assert world.run("sft", *settings).code == 0
     assert tried == ["untrained", "model", "model"]
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("lfm2", "keeps more than keys and values of its tokens"),
+        ("mamba", "keeps more than keys and values of its tokens"),
+        ("rwkv", "it ignores the mask of padding"),
+        ("bert", "its tokens see later ones"),
+    ],
+)
+def test_a_model_that_cannot_be_sampled_is_not_trained(world: World, family: str, said: str) -> None:
+    """Refused before the first update, in one line, and not after stage 1."""
+    outcome = run_steps(world, "prepare paraphrase sft", *make_family(world, family))
+    assert outcome.code == 2
+    errors = [line for line in outcome.errors if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0] and "use a" in errors[0] and "Traceback" not in outcome.stderr
+    assert not (world.run_folder / "sft" / "metrics.jsonl").exists()
+    assert not (world.run_folder / "sft" / "model").exists()
+
+
+def test_a_hybrid_model_is_trained_in_rows_of_its_own_for_vllm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code rejects the mask of shared rows; stage 1 unpacks by itself, with one line, and trains as unpacked."""
+    settings = make_family(world, "qwen3_next")
+    assert run_steps(world, "prepare paraphrase", *settings).code == 0
+    monkeypatch.setattr("coalign.models.model_checks.has_plain_cache", lambda config: True)
+    monkeypatch.setattr("coalign.models.model_checks._complaint_of_cache", lambda model, pad_id: "")
+    found = []
+    for packed in ("train.pack_tokens=-1", "train.pack_tokens=0"):
+        outcome = world.run("sft", *settings, packed)
+        assert outcome.code == 0, outcome.stderr
+        found.append((losses(world.run_folder / "sft"), outcome.stdout.count("items get rows of their own")))
+        world.remove("sft")
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and [count for _, count in found] == [1, 0]
+
+
+@pytest.mark.parametrize("family", ["gemma3", pytest.param("mistral3", marks=pytest.mark.slow)])
+def test_the_text_part_of_a_model_for_images_is_trained(world: World, family: str) -> None:
+    """The exported folder is one of text alone: a user opens it, and the next step samples from it."""
+    settings = make_family(world, family)
+    outcome = run_steps(world, "prepare paraphrase sft sample", *settings)
+    assert outcome.code == 0, outcome.stderr
+    model, report = AutoModelForCausalLM.from_pretrained(world.run_folder / "sft" / "model", output_loading_info=True)
+    assert type(model).__name__ == {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM"}[family]
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.architectures == [type(model).__name__]
+    assert not any("vision" in name for name in model.state_dict())

@@ -43,7 +43,6 @@ _LINEAR = {
 _NEXT = {**_LINEAR, "layer_types": ["linear_attention", "full_attention"]}
 _MAMBA2 = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16,
-    "attn_layer_indices": [1], "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16,
@@ -55,7 +54,7 @@ _TEXT_SIZES = (
     "num_key_value_heads", "head_dim", "initializer_range",
 )  # fmt: skip
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": _MAMBA2,
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
@@ -65,12 +64,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "ernie4_5_moe": {"moe_k": 2},
     "glm4_moe_lite": _LATENT,
+    "gemma4_text": {
+        "global_head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 400, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention"]},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-        "mamba_d_state": 8, "mamba_dt_rank": 4, "layers_block_type": ["linear_attention", "full_attention"],
+        "mamba_d_state": 8, "mamba_dt_rank": 4,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -118,8 +123,8 @@ _SEVERAL_KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def all_families() -> list[str]:
-    """Return the model types that transformers opens as a causal language model."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Return the model types that coalign may open: causal language models, and text parts of a few others."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_SEVERAL_KINDS})
 
 
 def tiny_config(family: str, vocabulary: int) -> Any:
@@ -138,6 +143,20 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     return kind(**{**changed, **special, **_SPECIAL.get(family, {})})
 
 
+def num_parameters(family: str) -> int:
+    """Return the number of weights of the family's tiny model; 0 where none can be made."""
+    try:
+        with torch.device("meta"):
+            model = _opener(family).from_config(tiny_config(family, 300))
+    except Exception:  # a config that wants more than sizes, or a library that is not installed
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _opener(family: str) -> Any:
+    return AutoModelForImageTextToText if family in _SEVERAL_KINDS else AutoModelForCausalLM
+
+
 def make_tiny(family: str, folder: Path) -> None:
     """Write a folder with a random model of the family, a small tokenizer and its chat template."""
     make_random_model(folder, ["some text", "another text"], _TOKENIZER, seed=0)
@@ -145,6 +164,5 @@ def make_tiny(family: str, folder: Path) -> None:
     config = tiny_config(family, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        opener = AutoModelForImageTextToText if family in _SEVERAL_KINDS else AutoModelForCausalLM
-        model = opener.from_config(config)
+        model = _opener(family).from_config(config)
     model.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import Any
 from coalign.data.instances import DroppedInstance
 from coalign.data.splits import SPLITS, Prepared
 from coalign.records import Example
+from coalign.text import num_unspaced, words
 
 # Upper ends of the buckets of lengths in words; one more bucket is open.
 BUCKETS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -103,7 +104,7 @@ def describe_inventory(counts: Mapping[str, Any]) -> str:
 
 
 def _bucket(text: str) -> int:
-    return bisect.bisect_left(BUCKETS, len(text.split()))
+    return bisect.bisect_left(BUCKETS, len(words(text) if num_unspaced(text) else text.split()))
 
 
 def _histogram(counts: Mapping[int, int]) -> dict[str, int]:

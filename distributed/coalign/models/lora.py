@@ -58,6 +58,10 @@ def _adapt(model: Any, table: LoraTable, seed: int) -> Any:
             torch.manual_seed(derive_seed(seed, "lora"))
             adapted = get_peft_model(model, config)
     except Exception as error:  # peft raises many kinds for layers that it can't adapt
+        if "lora_dropout" in str(error):
+            raise UserError(
+                f"model.lora.dropout={table.dropout}: peft has no dropout for experts in one tensor; set it to 0"
+            ) from error
         raise UserError(f"{key}: {first_line(error).rstrip('(. ')}; {here}") from error
     tuner: Any = adapted.base_model
     names = tuner.targeted_module_names
@@ -92,7 +96,7 @@ def _log_shares(adapted: Any) -> None:
         total,
         100 * trained / max(1, total),
         len(names),
-        ", ".join(sorted({name.rpartition(".")[2] for name in names})),
+        ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})),
     )
     outside: collections.Counter[str] = collections.Counter()
     for place, module in base.named_modules():

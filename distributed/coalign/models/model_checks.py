@@ -35,16 +35,18 @@ def check_model(model: Any, pad_id: int, folder: str, samples: bool) -> None:
     A row must have the same log-probs alone, at the left of further tokens, and behind padding. Steps with a KV cache
     must give those of the whole row. Under ZeRO-3 every rank calls this.
     """
-    kind = bare(model).config.model_type
+    family = bare(model).config.model_type
+    kind = f"{'an' if family[0] in 'aeio' else 'a'} {family}"
     with torch.no_grad(), evaluation_mode(model):
         if complaint := _said(lambda: _complaint_of_rows(model, pad_id)):
-            raise UserError(f"{folder}: a {kind} model can't be used here: {complaint}; use another model")
-        if samples and (complaint := _said(lambda: _complaint_of_cache(model, pad_id))):
+            raise UserError(f"{folder}: {kind} model can't be used here: {complaint}; use another model")
+        if samples and not has_plain_cache(bare(model).config):
             raise UserError(
-                f"{folder}: a {kind} model keeps more than keys and values of its tokens, which sampling can't move"
-                f" between rows ({complaint}); use a model with attention in every layer, or"
-                ' generation.engine="vllm" if vLLM supports it'
+                f"{folder}: {kind} model keeps more than keys and values of its tokens, which sampling can't move"
+                ' between rows; use a model with attention in every layer, or generation.engine="vllm" if vLLM has it'
             )
+        if samples and (complaint := _said(lambda: _complaint_of_cache(model, pad_id))):
+            raise UserError(f"{folder}: {kind} model can't be sampled from: {complaint}; use another model")
 
 
 def _said(ask: Callable[[], str]) -> str:
@@ -70,8 +72,6 @@ def _complaint_of_rows(model: Any, pad_id: int) -> str:
 
 def _complaint_of_cache(model: Any, pad_id: int) -> str:
     """Compare steps after padded prompts with whole rows."""
-    if not has_plain_cache(bare(model).config):
-        return "as its config says"
     ids = _made_up(model)
     prompts, added = [ids[:SHORT], ids[SHORT : SHORT + 4]], ids[LONG - STEPS :]
     whole_TV = torch.cat([_logps(model, [[*prompt, *added]], pad_id)[0][-STEPS:] for prompt in prompts])
@@ -88,7 +88,7 @@ def _complaint_of_cache(model: Any, pad_id: int) -> str:
         ).logits
         stepped.append(_log_softmax(logits_B1V[:, -1]))
     stepped_TV = torch.stack(stepped, dim=1).flatten(0, 1)
-    return "steps differ from whole rows" if _differ(stepped_TV, whole_TV, model) else ""
+    return "steps with its KV cache differ from whole rows" if _differ(stepped_TV, whole_TV, model) else ""
 
 
 def _differ(found_TV: Tensor, expected_TV: Tensor, model: Any) -> bool:

@@ -1,7 +1,6 @@
 """Models in and out: tokenizer, causal LM, and the verified model folder.
 
-The only import of safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
-and no training settings.
+Loads safetensors weights only, since pickled ones can run code. Knows no texts and no training settings.
 """
 
 from __future__ import annotations
@@ -204,7 +203,7 @@ def switch_off_dropout(model: Any) -> None:
             module.p = 0.0
         # Families keep the rate of functional dropout in the module or read it from the config.
         for holder in (module, getattr(module, "config", None)):
-            for name, value in list(vars(holder).items()) if holder is not None else []:
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
 

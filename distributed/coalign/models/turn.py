@@ -99,7 +99,10 @@ def find_turn(template: ChatTemplate, thinking: Thinking) -> Turn:
     between = own[len(asked) :].strip() if own.startswith(asked) else ""
     ignores = shown.asked == shown.bare  # the template has no generation prompt
     extra = asked[len(own) :].strip() if asked.startswith(own) else ""
-    if not (own.startswith(asked) or (extra and extra == opening) or _is_empty_thought(extra)):
+    # Where a request opens a thought, the template's own turn has none there, or an empty one.
+    begin = asked.removesuffix(opening).rstrip()
+    silent = own == begin or (own.startswith(begin) and _is_empty_thought(own[len(begin) :].strip()))
+    if not (own.startswith(asked) or (opening and silent) or _is_empty_thought(extra)):
         raise unlike(template, shown.whole, f"{asked}{ANSWER}")
     marker = between if between and not ignores and not CLOSE.search(between) else ""
     if thinking == "keep":

@@ -152,7 +152,7 @@ def _opens(lines: list[str], original: str) -> bool:
     own = [other for other in original.splitlines() if other.strip()]
     introduces = any(other.rstrip().endswith((":", "：")) for other in own[:-1])
     short = all(_LISTED.match(other) and len(other.split()) < len(original.split()) / 2 for other in rest)
-    return not short if not introduces else len(rest) >= len(own)
+    return not short and (not introduces or len(rest) >= len(own))
 
 
 def _until(lines: list[str], ends: tuple[re.Pattern[str], ...], original: str) -> list[str]:

@@ -48,9 +48,9 @@ Reason = Literal[
 REASONS: tuple[str, ...] = get_args(Reason)
 
 _EDGES = ".,;:!?\"'`()[]{}<>*_ "  # punctuation that a rewrite may leave out of what was quoted
-_UNSPACED_EDGE = re.compile(f"^[{UNSPACED}]|[{UNSPACED}]$")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _ARABIC = re.compile("[\u0620-\u064a]")
-_OPEN_END = re.compile(f"[{UNSPACED}\uac00-\ud7a3]$")
+_HANGUL = re.compile("[\uac00-\ud7a3]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
 _QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
@@ -219,7 +219,7 @@ def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
         pattern = _label_pattern(label)
         if pattern and pattern.search(text):
             named.add(label)
-            if _UNSPACED_EDGE.search(label) or _OPEN_END.search(label):
+            if _UNSPACED.search(label) or _HANGUL.search(label):
                 text = pattern.sub(" ", text)
     return [label for label in labels if label in named]
 
@@ -235,9 +235,10 @@ def _label_pattern(label: str) -> re.Pattern[str] | None:
     if not words_of_label:
         return None
     pattern = r"\s+".join(map(re.escape, words_of_label))
-    inside = rf"[\w{combining_marks()}]"
-    before = "" if _UNSPACED_EDGE.match(words_of_label[0]) else f"(?<!{inside})"
-    after = "" if _OPEN_END.search(words_of_label[-1]) else f"(?!{inside})"
+    marks = combining_marks()
+    first, last = pattern[0], re.sub(f"[{marks}]+$", "", words_of_label[-1])[-1:]
+    before = "" if _UNSPACED.match(first) else rf"(?<![\w{marks}])"
+    after = f"(?![{marks}])" if _UNSPACED.match(last) or _HANGUL.match(last) else rf"(?![\w{marks}])"
     if _ARABIC.match(pattern):
         before, after = f"{before}(?:[وفبكل]?(?:ال|ل)?)", f"[\u064b-\u0652]*[ةا]?[\u064b-\u0652]*{after}"
     return re.compile(f"{before}{pattern}{after}", 0 if len(label.strip()) == 1 else re.IGNORECASE)

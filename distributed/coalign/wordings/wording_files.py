@@ -101,20 +101,25 @@ def _try_on_examples(wordings: Iterable[Wording], examples: Path) -> None:
         for wording in patterns[row["task"]].values():
             fields_in(wording, row["input"])
         if row["task"] in maps:
-            golds[row["task"]].update(map(normalise_answer, row["outputs"]))
+            golds[row["task"]].update(row["outputs"])
     for task, found in golds.items():
         for wording in maps[task]:
             assert wording.answers is not None
-            if found.isdisjoint(map(normalise_answer, wording.answers)):
+            if not _knows_any(wording.answers, found):
                 where = f"{wording.source.removeprefix(FILE_PREFIX)}: wording {wording.id!r}"
                 raise UserError(_knows_no_answer(where, wording.answers, task, found))
 
 
 def _check_labels(wording: Wording, task: Task, where: str) -> None:
     """Raise UserError when a wording's answer map has none of its task's labels: nothing could be asked with it."""
-    labels = set(map(normalise_answer, task.labels))
-    if wording.answers is not None and labels and labels.isdisjoint(map(normalise_answer, wording.answers)):
+    if wording.answers is not None and task.labels and not _knows_any(wording.answers, task.labels):
         raise UserError(_knows_no_answer(where, wording.answers, task.id, task.labels))
+
+
+def _knows_any(answers: Mapping[str, str], golds: Iterable[str]) -> bool:
+    form = counted_in(answers)
+    known = {normalise_answer(label, form) for label in answers}
+    return any(normalise_answer(gold, form) in known for gold in golds)
 
 
 def _knows_no_answer(where: str, answers: Mapping[str, str], task: str, golds: Iterable[str]) -> str:

@@ -106,6 +106,21 @@ R1 = (
     "{{ '<|Assistant|>' + content + '<|eot|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
+DEEPSEEK_V31 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{% else %}"
+    "{{ '<|Assistant|></think>' + m['content'].split('</think>')[-1] + '<|eot|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
+GLM = (
+    "[gMASK]{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\n' }}"
+    "{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[0] + '</think>\n' + m.content.split('</think>')[-1].strip() }}{% else %}"
+    "{{ '<think></think>\n' + m.content.strip() }}{% endif %}"
+    "{% else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '\n<think></think>' }}{% endif %}{% endif %}"
+)
 HARMONY = (
     "{{ '<|start|>system<|message|>You are a large model.\nCurrent date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}"
     "{% for m in messages %}{% if m.role == 'system' %}"

@@ -95,6 +95,7 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights] | None, dict[str, Any], st
     "head for rewards": (added("score.weight"), {}, "no place for: score.weight; "),
     "value head": (added("v_head.summary.weight"), {}, "no place for: v_head.summary.weight"),
     "adapters in the file": (added("model.layers.0.mlp.up_proj.lora_A.weight"), {}, "up_proj.lora_A.weight"),
+    "another head": (lambda w: w | {"lm_head.weight": 2 * w["model.embed_tokens.weight"]}, {}, "hold another head"),
     "larger embedding": (None, {"vocab_size": 290}, "model.embed_tokens.weight has the shape [275, 32], and"),
     "narrower layers": (None, {"intermediate_size": 40}, "down_proj.weight has the shape [32, 48]"),
     "fewer key heads": (None, {"num_key_value_heads": 2}, "asks for [16, 32] (and 3 more)"),

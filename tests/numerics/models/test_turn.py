@@ -32,7 +32,8 @@ OFF = [
         "ZEPHYR",
         "VICUNA",
     ),
-    *("ALPACA", "COMMAND_R", "GRANITE", "QWEN_3", "FORGETS_THOUGHTS", "THINKS_BY_DEFAULT", "HARMONY"),
+    *("ALPACA", "COMMAND_R", "GRANITE", "QWEN_3", "FORGETS_THOUGHTS", "THINKS_BY_DEFAULT", "HARMONY", "GLM"),
+    "DEEPSEEK_V31",
     "NO_GENERATION_PROMPT",
 ]
 
@@ -59,7 +60,7 @@ def test_a_trained_turn_is_the_templates_own(name: str) -> None:
     squeezed = ["".join(text.split()).removeprefix("<s>") for text in (whole, joined)]
     if name == "FORGETS_THOUGHTS" or name == "THINKS_BY_DEFAULT":  # an empty thought that only a prompt has
         squeezed[1] = squeezed[1].replace("<think></think>", "")
-    if name == "ALPACA":  # its answers end without a token, so EOS is trained
+    if name in ("ALPACA", "GLM"):  # their answers end without a token, so EOS is trained
         squeezed[1] = squeezed[1].removesuffix("</s>")
     assert squeezed[0].startswith(squeezed[1]) and codec.encode_request("a?") == codec.encode_prompt("a?")
 
@@ -86,6 +87,10 @@ def test_a_prompt_ends_where_an_answer_without_thought_begins(name: str, prompt:
         ("QWEN_3_THINKING", "<think>\n\n</think>\n\n", "<|im_start|>assistant\n<think>\n"),
         ("QWEN_3", "<think>\n\n</think>\n\n", "<|im_start|>assistant\n"),
         ("HARMONY", "<|channel|>final<|message|>", "<|start|>assistant"),
+        ("DEEPSEEK_V31", "<|Assistant|></think>", "<|Assistant|><think>"),
+        ("GLM", "<|assistant|>\n<think></think>\n", "<|assistant|>"),
+        ("FORGETS_THOUGHTS", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("THINKS_BY_DEFAULT", "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"),
         ("LLAMA_3", "assistant<|stop|>\n\n", "assistant<|stop|>\n\n"),
     ],
 )

@@ -546,6 +546,7 @@ def test_word_histogram_has_fixed_buckets() -> None:
     assert list(counts.items())[:4] == [("0", 1), ("1-4", 2), ("5-8", 1), ("9-16", 0)]
     assert counts["1025+"] == 1
     assert count_words([]) == {}
+    assert count_words(["天气很好，我们去公园。"])["9-16"] == 1, "a character of an unspaced script is a word"
 
 
 def test_tokenizer_texts_hold_nothing_held_out() -> None:

@@ -153,6 +153,10 @@ def test_what_models_write_around_a_rewrite(answer: str, expected: str) -> None:
         (f"Hier ist eine Umformulierung:\n\n{RULES}\n\nViel Erfolg! Ich hoffe, das hilft.", None),
         ("Judge it.\nRules:\n1. good or bad\n2. 3 words", "Judge it.\nRules:\n1. good or bad\n2. 3 words"),
         ("Rules:\n1. good or bad\n2. 3 words", "Rules:\n1. good or bad\n2. 3 words"),
+        (
+            "Judge it by four rules:\n1. good or bad\n2. 3 words\n3. no\n4. yes",
+            "Judge it by four rules:\n1. good or bad\n2. 3 words\n3. no\n4. yes",
+        ),
     ],
 )
 def test_a_list_of_the_original_stays(answer: str, expected: str | None) -> None:
