@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 # with PYTEST_ARGS='-n 0 -s'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
+FUZZ_EXAMPLES ?= 20000
 INSTALLED := $(VENV)/.installed
 # Fails at any warning: a link or an anchor that leads nowhere, a page that is not in the navigation.
 SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -13,7 +14,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart docs families test test-slow test-peers test-vllm bench bench-peers bench-gpu check format clean
+.PHONY: help setup base quickstart docs families test test-slow fuzz test-peers test-vllm bench bench-peers bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make base         train the quickstart's base model from nothing, 40 minutes (it is in the repository already)"
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
+	@echo "make fuzz         inputs that nobody thought of, others each time (FUZZ_EXAMPLES=20000 of them)"
 	@echo "make test-peers   against lm-evaluation-harness, and the rows of bench-peers on a tiny shape (on request only)"
 	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
@@ -57,6 +59,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) --dist loadfile -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PYTEST) --dist loadfile tests/integration/test_fuzz_inputs.py tests/integration/test_fuzz_files.py $(PYTEST_ARGS)
 
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py tests/peers/test_benchmark_rows.py $(PYTEST_ARGS)

@@ -88,6 +88,7 @@ READS = {
     "task": Read("prepare", "data/tasks/animal.json"),
     "list of tasks": Read("prepare", "data/splits/default/train_tasks.txt", is_text=True),
     "CSV": Read("prepare", "d.csv", ("data.path=d.csv",), is_text=True),
+    "JSON table": Read("prepare", "d.json", ("data.path=d.json",)),
     "wordings": Read("paraphrase", "w.jsonl", ('paraphrase.files=["w.jsonl"]',)),
     "wordings of eval": Read("eval", "w.jsonl", ("eval.wordings_file=w.jsonl",)),
     "replay": Read("sft", "r.jsonl", ("sft.replay=r.jsonl", "sft.replay_share=0.5")),

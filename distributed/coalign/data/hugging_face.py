@@ -18,7 +18,7 @@ from typing import Any
 from coalign.config import SourceTable
 from coalign.data.instances import DroppedInstance, Instance, Layout, parse_row
 from coalign.errors import UserError
-from coalign.files import decode, open_file, require_utf8
+from coalign.files import decode, open_file, require_shallow, require_utf8
 
 logger = logging.getLogger("coalign")
 
@@ -101,6 +101,8 @@ def _load_dataset(source: SourceTable, kind: str, root: Path) -> Any:
         for file in list_data_files(root):
             with open_file(file, "data.path"):  # the library would wait for a pipe
                 pass
+            if BUILDERS.get(file.suffix) == "json":
+                require_shallow(file, "data.path")  # the library's parser would end this process
         if root.is_file():
             files = {source.split: str(root)}
             return datasets.load_dataset(BUILDERS[root.suffix], data_files=files, split=source.split, **options)
