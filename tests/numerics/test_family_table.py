@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coalign.process import free_port
 from numerics.families import all_families
 from numerics.family_table import COLUMNS, PAGE, Row, init_ranks, page, try_family
 
@@ -16,9 +17,14 @@ SLOW = ("qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi", "gpt2", "gpt_neo
 SLOW += ("bloom", "falcon", "qwen3_5", "rwkv", "bert")
 
 
-@pytest.fixture(scope="module")
-def _one_rank() -> Iterator[None]:
-    """Train in this process, and leave its signals and its process group as they were."""
+@pytest.fixture
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Train in this process, and leave its signals and its variables as they were."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     init_ranks()
     yield
