@@ -69,7 +69,9 @@ def _whole_number(name: str, default: int, least: int = 0, most: int = 10**9) ->
     if text is None:
         return default
     if not re.fullmatch(r"\s*[0-9]{1,10}\s*", text) or not least <= int(text) <= most:
-        raise UserError(f"{name}={text!r} in the environment is no number from {least} to {most}; unset it, or mend it")
+        raise UserError(
+            f"{name}={text!r} in the environment is no number from {least} to {most}; unset it, or correct it"
+        )
     return int(text)
 
 
