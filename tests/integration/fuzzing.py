@@ -157,7 +157,7 @@ def assert_complete(step: Path) -> None:
     named = {name: digest for name, digest in manifest["outputs"].items() if name.endswith(".jsonl")}
     assert named == digest_outputs(step), f"{step} does not hold the outputs of its manifest"
     for name in named:
-        for line in (step / name).read_text("utf-8").splitlines():
+        for line in (step / name).read_bytes().splitlines():  # bytes: texts may hold other ends of line
             json.loads(line, parse_constant=_refuse)
 
 

@@ -150,7 +150,7 @@ def test_checkpoint_of_a_training(whole: Path, data: st.DataObject) -> None:
         (folder / "manifest.json").unlink()
         shutil.rmtree(folder / "model")
         paths = sorted(path for path in (folder / "checkpoints").rglob("*") if path.is_file() and path.suffix != ".py")
-        path = data.draw(st.sampled_from(paths))
+        path = data.draw(st.sampled_from([*paths, folder / "metrics.jsonl"]))
         replace(path, data.draw(changed_file(path.name, path.read_bytes())))
         run(world, "sft", "config.toml")
 

@@ -155,7 +155,7 @@ def test_task_files(base: Path, data: st.DataObject) -> None:
 
 @given(data=st.data())
 @examples(0.03)
-def test_tables(base: Path, data: st.DataObject, monkeypatch_session: pytest.MonkeyPatch) -> None:
+def test_tables(base: Path, data: st.DataObject, own_cache: None) -> None:
     """CSV, TSV and JSON, which Hugging Face's library reads."""
     suffix = data.draw(st.sampled_from(("csv", "tsv", "json")))
     rows = data.draw(st.lists(st.tuples(good_texts, texts, good_texts), max_size=5))
@@ -179,16 +179,14 @@ def test_tables(base: Path, data: st.DataObject, monkeypatch_session: pytest.Mon
     if data.draw(st.booleans()):
         content = data.draw(damaged_bytes(content))
     with a_world(base) as world:
-        monkeypatch_session.setattr("datasets.config.HF_DATASETS_CACHE", world.folder / "cache")
         replace(world.folder / f"d.{suffix}", content)
         prepare(world, f"data.path=d.{suffix}")
 
 
-@pytest.fixture(scope="session")
-def monkeypatch_session() -> Any:
-    """Changes that last as long as the session."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library keep what it reads in a folder of the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
 
 
 # Wordings

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ class TrainingLog:
             self.wandb = _start_wandb(folder, step)
 
     def _cut_after(self, step: int) -> None:
-        """Remove lines after the checkpoint, whose updates are repeated, and a line cut short by a kill."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomic(self.path, "".join(kept))
+        """Remove lines after the checkpoint, whose updates are repeated, and lines that are cut short or damaged."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+        write_atomic(self.path, b"".join(kept).decode("utf-8"))
 
     def write(self, row: dict[str, Any], num_steps: int = 0) -> None:
         """Write a row with `kind` ("train" or "dev"), `step` and numbers; print it every log.every updates."""
@@ -81,3 +82,12 @@ def _start_wandb(folder: Path, step: int) -> Any:
     except ImportError as error:
         raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false") from error
     return wandb.init(project="coalign", name=f"{folder.parent.name}-{folder.name}", dir=str(folder), resume="allow")
+
+
+def _step_of(line: bytes) -> float:
+    """Return the update that a line is about, infinity for a damaged line."""
+    try:
+        step = json.loads(line.decode("utf-8"))["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if type(step) in (int, float) else math.inf
