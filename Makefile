@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 # with PYTEST_ARGS='-n 0 -s'.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations 25
 BENCH_ARGS ?=
+FUZZ_EXAMPLES ?= 20000
 INSTALLED := $(VENV)/.installed
 # Fails at any warning: a link or an anchor that leads nowhere, a page that is not in the navigation.
 SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -13,7 +14,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 # of its start; some images forbid them for everybody.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup base quickstart docs test test-slow test-peers test-vllm bench bench-peers bench-gpu check format clean
+.PHONY: help setup base quickstart docs families test test-slow fuzz test-peers test-vllm bench bench-peers bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make base         train the quickstart's base model from nothing, 40 minutes (it is in the repository already)"
 	@echo "make test         the tests of every mechanism (PYTEST_ARGS='-k name' for some of them)"
 	@echo "make test-slow    faults, clusters, whole pipelines"
+	@echo "make fuzz         inputs that nobody thought of, others each time (FUZZ_EXAMPLES=20000 of them)"
 	@echo "make test-peers   against lm-evaluation-harness, and the rows of bench-peers on a tiny shape (on request only)"
 	@echo "make test-vllm    the vLLM engine against the other one, vLLM installed in .venv-vllm (on request only)"
 	@echo "make bench        speed and memory against the plain way, one table (BENCH_ARGS='--rows align judge')"
@@ -28,6 +30,7 @@ help:
 	@echo "make bench-gpu    speed, MFU and memory on a CUDA device (BENCH_ARGS='--shapes 0.5B')"
 	@echo "make check        ruff, ruff format, mypy, shellcheck, the docs site with its links"
 	@echo "make docs         write the reference pages from the code, build the site in site/"
+	@echo "make families     write the table of docs/models.md from what a tiny model of each family does, 10 minutes"
 	@echo "make setup        only the environment in VENV=$(VENV)"
 	@echo "make clean        remove caches and build leftovers (runs/ and $(VENV) stay)"
 
@@ -57,6 +60,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) --dist loadfile -m "(slow or slurm) and not gpu and not peers" $(PYTEST_ARGS)
 
+fuzz: $(INSTALLED)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PYTEST) --dist loadfile tests/integration/test_fuzz_inputs.py tests/integration/test_fuzz_files.py $(PYTEST_ARGS)
+
 test-peers: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m peers tests/peers/test_lm_eval.py tests/peers/test_benchmark_rows.py $(PYTEST_ARGS)
 
@@ -78,6 +84,9 @@ check: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run
 	$(SITE)
+
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m numerics.family_table
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python docs/write_reference.py

@@ -94,7 +94,8 @@ A config is a TOML file. It holds what differs from the built-in defaults below;
 also be set on the command line, where it overrides the file: `sft.epochs=1`. A value is written as in TOML, and a text
 needs no quotes: `run.name=demo`. `python launch/STEP.py --help` prints the keys of a step.
 
-Relative paths are relative to the working directory.
+Relative paths are relative to the working directory. In every path `~` is the home folder, and `$NAME` is the value of an
+environment variable. Counts are at most 2147483647, and other numbers at most 1e9, unless a key says otherwise.
 
 A key marked * is neutral: it changes no result, so you may change it while a step is begun or complete. When another
 key changes, the steps that read its table refuse to continue, and say what differs and what to do.

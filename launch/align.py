@@ -18,11 +18,12 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from coalign.models.model_checks import check_model
     from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
-    from coalign.training.export import export
-    from coalign.training.layout_checks import check_shared_prefix
+    from coalign.training.export import export, try_export
+    from coalign.training.layout_checks import settle_layout
     from coalign.training.loop import TrainingPlan, train
     from coalign.training.losses import RankingForm
     from coalign.training.objectives import align_objective
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     config, table, output = step.config, step.config.align, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = step.policy_model()
-    codec = load_codec(source, config.model)
+    codec = load_codec(source, config.model, step.output.date)
     wordings, rows = step.read(Wording), output.path / "shards" / "rows"
 
     def encode(writer: TokenWriter) -> None:
@@ -49,24 +50,25 @@ def main(argv: list[str]) -> None:
     engine = DeepSpeedEngine(
         source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
     )
-    if config.train.shared_prefix:
-        check_shared_prefix(engine, items, codec.pad_id)
+    check_model(engine.model, codec.pad_id, source, samples=config.generation.engine != "vllm")
+    settings = settle_layout(engine, items, codec.pad_id, config.train, groups=True)
+    try_export(engine, output.path / "shards" / "untrained", codec, items)
     if table.loss == "dpo":
-        items = reference_logps(engine, items, codec.pad_id, config.train, output.path / "reference.jsonl")
+        items = reference_logps(engine, items, codec.pad_id, settings, output.path / "reference.jsonl")
     stream = group_stream(items, table, config.run.seed)
     form = RankingForm(table.loss, table.rank_weight, table.margin, table.beta)
-    objective = align_objective(form, config.train.shared_prefix)
+    objective = align_objective(form, settings.shared_prefix)
     plan = TrainingPlan(stream, objective, table.batch_groups, table.learning_rate, codec.pad_id, config.run.seed)
     step.announce(
         f"{len(items)} groups, {plan.num_steps} updates of {plan.batch_items} groups, {plan.num_tokens} tokens"
     )
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
-    totals = train(engine, plan, config.train, config.log, output.path, measure)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, settings, step.read(Task))
+    totals = train(engine, plan, settings, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
         counts = totals | found
-        write_card(output, step.run, counts, codec.end_of_turn)
+        write_card(output, step.run, counts, codec.end_of_turn, codec.turn.describe())
         output.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 

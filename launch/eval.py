@@ -88,15 +88,15 @@ def ask_model(
 
     table, settings = config.eval, config.generation
     model = tested_models.model_table(table.models[name.partition("-")[2]], config.model)
-    codec = model_folder.load_codec(folder, model)
-    requests, left_out = build_requests(pairs, codec, model.too_long, table.max_new_tokens, lambda _: [0])
+    codec = model_folder.load_codec(folder, model, step.date)
+    room = model.answer_tokens(table.max_new_tokens)
+    requests, left_out = build_requests(pairs, codec, model.too_long, room, lambda _: [0])
 
     def generate(what: str, asked: list[Request], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
         used = settings.model_copy(update={"mode": mode, "shard_size": shard_size or settings.shard_size})
-        sampling = workers.Sampling(table.max_new_tokens, temperature=temperature)
+        sampling = workers.Sampling(room, temperature=temperature)
         worker = functools.partial(workers.make_generate_worker, folder, model, used, sampling, config.run.threads)
-        shards = re.sub(r"[^\w.-]", "_", f"{name}-{what}")
-        rows = [request.to_row() for request in asked]
+        shards, rows = re.sub(r"[^\w.-]", "_", f"{name}-{what}"), [request.to_row() for request in asked]
         return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     rows = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
@@ -116,7 +116,7 @@ def make_judge(config: Config, step: StepFolder, folder: str, dropped: list[Row]
     def score(requests: list[Row], name: str) -> Iterator[Row]:
         return run_shards(step, requests, worker, config.generation, f"eval {name}", name)
 
-    return agreeing.JudgeOfAgreement(model_folder.load_codec(folder, model), model.too_long, score, dropped)
+    return agreeing.JudgeOfAgreement(model_folder.load_codec(folder, model, step.date), model.too_long, score, dropped)
 
 
 if __name__ == "__main__":

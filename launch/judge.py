@@ -70,7 +70,7 @@ def make_judge(step: OpenStep) -> JudgeModel:
     named = {"sft": step.policy_model(), "base": base_model_folder(config.model, step.needs["prepare"])}
     folder = named.get(chosen, chosen)
     model = config.model if chosen in named else table_for_other_model(config.model)
-    codec = load_codec(folder, model)
+    codec = load_codec(folder, model, step.output.date)
     make_worker = functools.partial(make_score_worker, folder, model, config.generation, config.run.threads)
 
     def score(requests: list[Row], name: str) -> Iterator[Row]:

@@ -66,12 +66,12 @@ def ask_for_rewrites(
 
     config, table = step.config, step.config.paraphrase
     folder = base_model_folder(config.model, step.needs["prepare"])
-    codec = load_codec(folder, config.model)
+    codec = load_codec(folder, config.model, step.output.date)
     requests = rewrite_requests(tasks, wanted, table, codec, config.run.seed)
-    lengths = ((row["task"], len(row["prompt_ids"]) + table.max_new_tokens) for row in requests)
+    sampling = Sampling(config.model.answer_tokens(table.max_new_tokens), table.temperature, table.top_p)
+    lengths = ((row["task"], len(row["prompt_ids"]) + sampling.max_new_tokens) for row in requests)
     too_long = check_lengths(lengths, codec.max_tokens, config.model.too_long)
     fitting = [row for row in requests if row["task"] not in too_long]
-    sampling = Sampling(table.max_new_tokens, temperature=table.temperature, top_p=table.top_p)
     options = (folder, config.model, config.generation, sampling, config.run.threads)
     worker = functools.partial(make_generate_worker, *options)
     return answers_in_turn(run_shards(step.output, fitting, worker, config.generation, "paraphrase")), too_long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     output.write_output("dropped.jsonl", (row.to_row() for row in itertools.chain(left_out, prepared.dropped())))
     counts = inventory.counts(left_out)
     log_lines([*describe_inventory(counts).splitlines(), *describe_answer_forms(prepared.tasks)])
+    for words in inventory.warnings():
+        logger.warning("warning: %s", words)
     for split, number in counts["inputs"].items():
         if not number and (split == "test" or getattr(config.data, f"{split}_share") > 0):
             logger.warning("no inputs fell into %s; the steps that read it will have nothing to do", split)
@@ -64,7 +66,11 @@ def folder_for_rows(step: Path) -> Path | None:
     None means the default temporary folder.
     """
     folder = next(folder for folder in step.absolute().parents if folder.is_dir())
-    return folder if os.access(folder, os.W_OK) else None
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return None
+    return folder
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from coalign.process import derive_seed
 from coalign.recipe import run_step
 from coalign.records import Example, Wording, to_row
 from coalign.runs.open_step import open_step
-from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses, require_requests
+from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses, require_end, require_requests
 
 
 def main(argv: list[str]) -> None:
@@ -35,20 +35,22 @@ def main(argv: list[str]) -> None:
     for wording in step.read(Wording, split="train"):
         wordings.setdefault(wording.task, []).append(wording)
     pairs, dropped = draw_pairs(examples, wordings, table.wordings_per_input, config.run.seed)
+    require_end(len(pairs) * table.samples, "sample.samples and sample.wordings_per_input")
 
     def seeds_of(pair: Pair) -> list[int]:
         place = ("sample", config.run.round, *pair.key)
         return [derive_seed(config.run.seed, *place, k) for k in range(table.samples)]
 
     folder = step.policy_model()
-    codec = load_codec(folder, config.model)
-    requests, too_long = build_requests(pairs, codec, config.model.too_long, table.max_new_tokens, seeds_of)
+    codec = load_codec(folder, config.model, step.output.date)
+    room = config.model.answer_tokens(table.max_new_tokens)
+    requests, too_long = build_requests(pairs, codec, config.model.too_long, room, seeds_of)
     for task, example, name in sorted((pair.key for pair, _ in too_long), key=lambda key: f"{key[1]} under {key[2]}"):
         dropped.append({"reason": "too_long", "task": task, "example": example, "wording": name})
     require_requests(requests, dropped, "prompt", "sample.max_new_tokens")
     step.announce(f"{len(examples)} inputs, {len(requests)} prompts, {len(requests) * table.samples} responses")
 
-    sampling = Sampling(table.max_new_tokens, table.temperature, table.top_p, table.top_k)
+    sampling = Sampling(room, table.temperature, table.top_p, table.top_k)
     make_worker = functools.partial(
         make_generate_worker, folder, config.model, config.generation, sampling, config.run.threads
     )

@@ -21,11 +21,12 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from coalign.models.model_checks import check_model
     from coalign.models.model_folder import load_codec
     from coalign.training.deepspeed_engine import DeepSpeedEngine, init_ranks, run_on_rank_zero
     from coalign.training.dev_measure import make_dev_measure
-    from coalign.training.export import export
-    from coalign.training.layout_checks import check_packing
+    from coalign.training.export import export, try_export
+    from coalign.training.layout_checks import settle_layout
     from coalign.training.loop import TrainingPlan, train
     from coalign.training.objectives import sft_objective
     from coalign.training.token_files import TokenWriter, open_rows, prepare_rows, read_meta
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     config, table, output = step.config, step.config.sft, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     source = base_model_folder(config.model, step.needs["prepare"])
-    codec = load_codec(source, config.model)
+    codec = load_codec(source, config.model, step.output.date)
     wordings, rows = step.read(Wording), output.path / "shards" / "rows"
     chosen = training_wordings(wordings, table.wordings)
 
@@ -55,15 +56,16 @@ def main(argv: list[str]) -> None:
     engine = DeepSpeedEngine(
         source, config.model, config.train, device, output.path / "deepspeed.json", config.run.seed
     )
-    if config.train.pack_tokens:
-        check_packing(engine, stream, codec.pad_id)
-    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, config.train, step.read(Task))
-    totals = train(engine, plan, config.train, config.log, output.path, measure)
+    check_model(engine.model, codec.pad_id, source, samples=config.generation.engine != "vllm")
+    settings = settle_layout(engine, stream, codec.pad_id, config.train, groups=False)
+    try_export(engine, output.path / "shards" / "untrained", codec, stream)
+    measure = make_dev_measure(engine, codec, step.read(Example, split="dev"), wordings, settings, step.read(Task))
+    totals = train(engine, plan, settings, config.log, output.path, measure)
     export(engine, output.path / "model", codec, stream)
     if rank() == 0:
         output.write_output("dropped.jsonl", (row for _, row in read_rows(rows / "dropped.jsonl")))
         counts = totals | found
-        write_card(output, step.run, counts, codec.end_of_turn)
+        write_card(output, step.run, counts, codec.end_of_turn, codec.turn.describe())
         output.commit(counts | {"cores": world_size() * torch.get_num_threads(), "ranks": world_size()})
 
 

@@ -43,7 +43,7 @@ ENGINES = {
     "vllm": "generation/vllm_worker.py",
     "datasets": "data/hugging_face.py",
     "peft": "models/lora.py",
-    "safetensors": "models/model_folder.py",
+    "safetensors": "models/loaded_weights.py",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "matplotlib", "pandas", "scipy", "jax", *ENGINES}
 # Only these load anything of HEAVY when they are imported; of models/, four modules answer without it.
@@ -269,6 +269,7 @@ ABOVE_THE_AIM = {
     "config.py: lines": "one schema, table by table: a reader looks for a key in one file",
     "generation/decoding.py: decode, parameters": "independent of one another, passed in order by its callers",
     "generation/decoding.py: __init__, parameters": "what decode was given, with the cache and the step that it chose",
+    "models/model_folder.py: export_model, parameters": "what goes into a folder, from two callers",
     "models/fused_head.py: forward, parameters": "autograd.Function takes its tensors one by one",
     "training/losses.py: ranking_loss, parameters": "one tensor for each symbol of the equation",
     "launch/eval.py: lines": "it asks several models and a judge, whose workers only a recipe may start",

@@ -35,10 +35,10 @@ _SHAPES = {"<wide>", "<narrow>", "<small>", "<vertical>", "<compat>", "<initial>
 _QUOTES = {'"': '"', "'": "'", "«": "»", "»": "«", "‹": "›", "「": "」", "『": "』", "《": "》", "〈": "〉"}
 _MARKUP = ("***", "**", "``", "`")
 _FENCED = re.compile(r"```[\w+#.-]*\n(.*?)\n?```", re.DOTALL)
-_IN_BRACKETS = re.compile(r"\(([^\s(),;:\[\]{}]*[^\W_][^\s(),;:\[\]{}]*)\)|([^\W_]{1,2})\)")
+_IN_BRACKETS = re.compile(r"\(([^\s(),;:\[\]{}]+)\)|([^\W_]{1,2})\)")
 _LEAD = re.compile(r"[¡¿]+\s*(?=\w)|[.,;:*•]+\s+")
-_STOPS = re.compile(r"(?<![/\\])[.,;:。、।॥،؛۔።፣။၊។៕]+$")
-_CALLS = re.compile(r"\s*[!?؟]+$")
+_STOPS = ".,;:。、।॥،؛۔։།።፣။၊។៕"
+_CALLS = "!?؟"
 _WORD_AT_END = re.compile(r"(?<![\w.'])(?:[^\W\d_]{3,}|[^\W\d_]{2,}'[^\W\d_]+)[\"'»)]?$")
 _THOUSANDS = re.compile(r"(?<![\w.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9]|\.[0-9]*,)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,])[1-9][0-9]{0,2}(?:[\u00a0\u2009\u202f][0-9]{3})+(?![0-9])")
@@ -115,7 +115,8 @@ def _without_edges(text: str) -> str:
             inner = text[len(mark) : -len(mark)]
             if mark not in inner and not {inner[0], inner[-1]} & {mark[0], " ", "\n", "/"}:
                 return inner
-    if token := _IN_BRACKETS.fullmatch(text):
+    token = _IN_BRACKETS.fullmatch(text)
+    if token and any(map(str.isalnum, token[0])):
         return token[1] or token[2]
     return _without_punctuation(text)
 
@@ -124,13 +125,13 @@ def _without_punctuation(text: str) -> str:
     lead = _LEAD.match(text)
     if lead and _has_content(text[lead.end() :]):
         return text[lead.end() :]
-    stops = _STOPS.search(text)
-    if stops and _has_content(text[: stops.start()]):
-        return text[: stops.start()]
-    calls = _CALLS.search(text)
+    stopped = text.rstrip(_STOPS)
+    if stopped != text and not stopped.endswith(("/", "\\")) and _has_content(stopped):  # ../.. is a path
+        return stopped
+    called = text.rstrip(_CALLS).rstrip()
     # 5! and n! are factorials, and a name may end in a mark; a word or a character of an unspaced text is called out.
-    if calls and (_WORD_AT_END.search(text[: calls.start()]) or _ends_without_case(text[: calls.start()])):
-        return text[: calls.start()]
+    if called != text and (_WORD_AT_END.search(called) or _ends_without_case(called)):
+        return called
     return text
 
 
@@ -153,9 +154,11 @@ def counted_in(texts: Iterable[str]) -> AnswerForm:
     A capital at the beginning of a word, or capitals throughout, say nothing: Yes, yes and YES are one answer. Nor does
     white space within a line.
     """
+    plain_texts = {plain_text(text) for text in texts}
+    if len({" ".join(plain.casefold().split()) for plain in plain_texts}) == len(plain_texts):
+        return ()
     alike: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for text in texts:
-        plain = plain_text(text)
+    for plain in plain_texts:
         flat = " ".join(plain.split())
         alike[flat.casefold()][flat].add(plain)
     counted = set()

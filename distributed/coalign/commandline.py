@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -18,8 +19,11 @@ from pydantic.fields import FieldInfo
 
 from coalign.config import Config, Table
 from coalign.config_values import known_keys
+from coalign.display import on_one_line
 from coalign.errors import UserError
+from coalign.files import read_text, shown
 from coalign.steps import ENCODE, STEP_TABLES, TRAINING_STEPS
+from coalign.tables import MAX_COUNT, MAX_NUMBER
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "configs" / "tiny.toml"
@@ -30,30 +34,35 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError naming file or key, the value found and what was expected.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file; see configs/ for examples") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; a TOML file was expected") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: malformed TOML: {error}") from error
+    values = _read_toml(path)
     origin = {key: str(path) for key in _flatten(values)}
     for override in overrides or []:
         key, value = _parse_override(override)
         if not isinstance(value, str) and _is_text(key):
             value = override.partition("=")[2].strip()  # run.name=1 means the text
         _set(values, key, value)
-        origin[key] = f"the command line ({override})"
+        origin[key] = f"the command line ({on_one_line(shown(override))})"
+    try:
+        text = json.dumps(values, default=str)
+    except (ValueError, RecursionError) as error:  # a hexadecimal number may have more digits than Python writes
+        raise UserError(f"{path}: a value can't be used: {str(error).partition(';')[0]}") from error
     try:
         # JSON mode: strict about types, while an array may fill a list and an int a float.
-        return Config.model_validate_json(json.dumps(values, default=str))
+        return Config.model_validate_json(text)
     except ValidationError as error:
         raise UserError(_explain(error, origin, str(path))) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such config file; see configs/ for examples")
+    text = read_text(path, "the config on the command line")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path}: malformed TOML: brackets are nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, or an integer of more digits than Python converts
+        raise UserError(f"{path}: malformed TOML: {str(error).partition(';')[0]}") from error
 
 
 def parse_command_line(step: str, argv: list[str]) -> Config:
@@ -74,7 +83,7 @@ def parse_command_line(step: str, argv: list[str]) -> Config:
     if len(files) > 1:
         raise UserError(f"one config file was expected, not {len(files)}: {' '.join(files)}")
     overrides = [word for word in words if "=" in word]
-    config = load(Path(files[0]) if files else DEFAULT_CONFIG, overrides)
+    config = load(Path(files[0]).expanduser() if files else DEFAULT_CONFIG, overrides)
     if step in TRAINING_STEPS and config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb=true, but wandb is not installed; pip install wandb, or set it to false")
     generates = "generation" in STEP_TABLES.get(step, ("generation",))
@@ -105,7 +114,7 @@ def help_text(step: str) -> str:
 def _help_lines(model: Any, prefix: str) -> list[str]:
     lines = []
     for key, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+        if _is_table(field):
             lines += _help_lines(field.annotation, f"{prefix}.{key}")
             continue
         default = json.dumps(field.get_default(call_default_factory=True), default=str)
@@ -125,11 +134,13 @@ def type_name(field: FieldInfo) -> str:
     if getattr(annotation, "__origin__", None) is Literal:
         return " | ".join(json.dumps(value) for value in annotation.__args__)
     name = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    plain = {f"Le(le={limit})" for limit in (MAX_COUNT, MAX_NUMBER)}  # said once, in the page's introduction
     bounds = [str(item) for item in field.metadata if hasattr(item, "__dict__") or hasattr(item, "__slots__")]
+    bounds = [bound for bound in bounds if bound not in plain]
     limits = ", ".join(
-        b.replace("Ge(ge=", ">= ").replace("Gt(gt=", "> ").replace("Le(le=", "<= ").rstrip(")")
+        b.replace("Ge(ge=", ">= ").replace("Gt(gt=", "> ").replace("Le(le=", "<= ").replace("Lt(lt=", "< ").rstrip(")")
         for b in bounds
-        if b.startswith(("Ge", "Gt", "Le"))
+        if b.startswith(("Ge", "Gt", "Le", "Lt"))
     )
     readable = re.sub(r"coalign\.config\.\w+Table", "table", name).replace("typing.", "")
     return f"{readable}, {limits}" if limits else readable
@@ -141,10 +152,14 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{text!r} is not key=value; write for example run.name=demo, after the config file")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    return key, value
+        found = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return key, raw
+    if found.keys() != {"value"}:
+        if _is_text(key):
+            return key, raw
+        raise UserError(f"{key}: {raw!r} on the command line goes on after a line break; give one key=value per word")
+    return key, found["value"]
 
 
 def toml_value(value: Any) -> str:
@@ -163,14 +178,14 @@ def _field_of(key: str) -> tuple[FieldInfo | None, str]:
     for depth, part in enumerate(parts, start=1):
         field: FieldInfo | None = table.model_fields.get(part)
         rest = ".".join(parts[depth:])
-        if (
-            field is None
-            or not rest
-            or not (isinstance(field.annotation, type) and issubclass(field.annotation, Table))
-        ):
+        if field is None or not rest or not _is_table(field):
             return field, rest
         table = field.annotation
     return None, ""
+
+
+def _is_table(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Table)
 
 
 def _is_text(key: str) -> bool:
@@ -213,9 +228,11 @@ def _explain(error: ValidationError, origin: dict[str, str], path: str) -> str:
         return f"unknown key {key!r} in {where}; {suggestion}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {message}"
-    shown = json.dumps(first.get("input"), default=str)
-    return f"{key}={shown} in {where}: {message[0].lower()}{message[1:]}"
+        field, _ = _field_of(key)
+        named = f"{key}=" if field is not None and not _is_table(field) else f"{key}: " if len(first["loc"]) > 1 else ""
+        return f"{where}: {named}{message}"
+    given = json.dumps(first.get("input"), default=str)
+    return f"{key}={shown(given)} in {where}: {message[0].lower()}{message[1:]}"
 
 
 def _nearest(key: str) -> str:

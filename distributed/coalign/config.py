@@ -12,23 +12,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from coalign.errors import UserError
+from coalign.model_tables import LoraTable as LoraTable
+from coalign.model_tables import ModelTable as ModelTable
+from coalign.model_tables import RandomTable as RandomTable
+from coalign.model_tables import table_for_other_model as table_for_other_model
 from coalign.steps import STEP_TABLES
-from coalign.tables import NonNegative, Positive, Share, SlurmTable
+from coalign.tables import (
+    MAX_COUNT,
+    MAX_NUMBER,
+    FilePath,
+    FilePaths,
+    Line,
+    NamedPaths,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    RunName,
+    Share,
+    SlurmTable,
+    SourcePath,
+    Temperature,
+)
 from coalign.tables import Table as Table
 from coalign.tables import key as _field
 
 VLLM_MAX_TEMPERATURE = 2.0
+MAX_DRAWN, MAX_PASSES = 1_000_000, 1000  # rows of a training that is surely no mistake, or passes over its data
 
 
 class RunTable(Table):
     """[run]: where results go, and the seed."""
 
-    folder: str = _field("runs", "folder of all runs", neutral=True)
-    name: str = _field("default", "this run's folder inside run.folder", neutral=True)
-    seed: int = _field(0, "seed of everything random")
-    inputs: dict[str, str] = _field({}, 'complete steps to take from other runs, e.g. {sft = "runs/A"}', neutral=True)
+    folder: FilePath = _field("runs", "folder of all runs", neutral=True)
+    name: RunName = _field("default", "this run's folder inside run.folder", neutral=True)
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _field(0, "seed of everything random")
+    inputs: NamedPaths = _field({}, 'complete steps to take from other runs, e.g. {sft = "runs/A"}', neutral=True)
     round: Positive = _field(1, "round n samples and judges with the model aligned in round n - 1", neutral=True)
-    threads: NonNegative = _field(
+    threads: Annotated[int, Field(ge=0, le=4096)] = _field(
         1, "CPU threads per rank or worker (0: torch chooses; another number may change last digits)", neutral=True
     )
 
@@ -42,63 +64,13 @@ class RunTable(Table):
         return self
 
 
-class LoraTable(Table):
-    """[model.lora]: low-rank adapters instead of full fine-tuning."""
-
-    enabled: bool = _field(False, "train adapters, merge them in fp32 at export")
-    rank: Positive = _field(16, "rank of the update")
-    alpha: Annotated[float, Field(gt=0)] = _field(32.0, "scale numerator: the update is alpha / rank * B A")
-    dropout: Share = _field(0.0, "adapter dropout (0 keeps runs repeatable)")
-    target_modules: list[str] = _field([], "names of the linear layers (empty: all but the output head)")
-
-
-class RandomTable(Table):
-    """[model.random]: the shape of a model with random weights (model.init = "random"), Llama architecture."""
-
-    vocab_size: Annotated[int, Field(ge=300)] = _field(2048, "entries of the tokenizer trained on the prepared texts")
-    hidden_size: Positive = _field(128, "width")
-    num_layers: Positive = _field(2, "decoder layers")
-    num_heads: Positive = _field(4, "attention heads")
-    intermediate_size: Positive = _field(256, "width inside the MLP")
-    context: Positive = _field(512, "tokens of context")
-
-
-class ModelTable(Table):
-    """[model]: the model that everything starts from."""
-
-    path: str = _field("", "folder or hub name of a Hugging Face causal LM (with model.init = pretrained)")
-    revision: str = _field("main", "branch, tag or commit on the hub")
-    init: Literal["pretrained", "random"] = _field(
-        "pretrained", "random: untrained weights and a tokenizer trained on the prepared texts, made by prepare"
-    )
-    max_tokens: NonNegative = _field(0, "context to use, in tokens (0: what the model's config allows)")
-    too_long: Literal["error", "drop"] = _field("drop", "what to do with a row longer than the context (never cut)")
-    chat_template: str = _field("", "file with a Jinja chat template to use instead of the model's")
-    end_of_turn: str = _field("", "token that ends an answer (empty: read from the chat template, else EOS)")
-    pad_token: str = _field("", "token to pad with (empty: the tokenizer's, else its end-of-turn)")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = _field("sdpa", "attention implementation")
-    lora: LoraTable = Field(default_factory=LoraTable)
-    random: RandomTable = Field(default_factory=RandomTable)
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelTable:
-        if self.init == "random" and self.path:
-            raise ValueError(f'model.path={self.path!r} contradicts model.init="random"; remove one of them')
-        if self.random.hidden_size % (2 * self.random.num_heads):
-            raise ValueError(
-                f"model.random.hidden_size={self.random.hidden_size} is not divisible by"
-                f" 2 x num_heads={self.random.num_heads}; use {2 * self.random.num_heads * 8}"
-            )
-        return self
-
-
 class SourceTable(Table):
     """[[data.sources]]: one source of a mixture."""
 
-    path: str = Field(description="folder, file or hub name")
+    path: SourcePath = Field(description="folder, file or hub name")
     format: Literal["auto", "sni", "jsonl", "messages", "hf"] = _field("auto", "how to read it")
-    name: str = _field("", "configuration name of a hub dataset")
-    split: str = _field("train", "split of a Hugging Face dataset")
+    name: Line = _field("", "configuration name of a hub dataset")
+    split: Line = _field("train", "split of a Hugging Face dataset")
     max_rows: NonNegative = _field(0, "rows to take, in hash order (0: all)")
 
 
@@ -113,7 +85,7 @@ class AnswerFormTable(Table):
 class DataTable(Table):
     """[data]: tasks and inputs, and how they are split."""
 
-    path: str = _field("", "one source: Super-NaturalInstructions folder, JSONL file or folder, hub name")
+    path: FilePath = _field("", "one source: Super-NaturalInstructions folder, JSONL file or folder, hub name")
     format: Literal["auto", "sni", "jsonl", "messages", "hf"] = _field("auto", "how to read data.path")
     sources: list[SourceTable] = _field([], "several sources mixed, instead of data.path")
     sft_share: Share = _field(0.4, "share of input texts for stage 1")
@@ -146,16 +118,20 @@ class DataTable(Table):
 class ParaphraseTable(Table):
     """[paraphrase]: wordings of every instruction."""
 
-    num_wordings: NonNegative = _field(10, "training wordings per task to ask the model for (0: only files)")
+    num_wordings: Annotated[int, Field(ge=0, le=10_000)] = _field(
+        10, "training wordings per task to ask the model for (0: only files)"
+    )
     num_dev: NonNegative = _field(2, "dev wordings per task, files first")
     num_test: NonNegative = _field(6, "test wordings per task, files first (4 are needed to report CR)")
-    files: list[str] = _field([], "JSONL files of wordings written by people")
-    max_attempts: Positive = _field(3, "rewrites to ask the model for per wording wanted")
-    temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
+    files: FilePaths = _field([], "JSONL files of wordings written by people")
+    max_attempts: Annotated[int, Field(ge=1, le=10_000)] = _field(3, "rewrites to ask the model for per wording wanted")
+    temperature: Temperature = _field(1.0, "sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = _field(0.95, "nucleus sampling mass")
     max_new_tokens: Positive = _field(256, "tokens per rewrite, at most")
     min_length_ratio: Share = _field(0.3, "a rewrite under this share of the original's words is too short")
-    max_length_ratio: Annotated[float, Field(ge=1)] = _field(3.0, "a rewrite over this multiple is too long")
+    max_length_ratio: Annotated[float, Field(ge=1, le=MAX_NUMBER)] = _field(
+        3.0, "a rewrite over this multiple is too long"
+    )
     max_similarity: Share = _field(0.9, "word 3-gram overlap (Jaccard) from which two wordings nearly repeat")
 
 
@@ -168,8 +144,10 @@ class GenerationTable(Table):
     mode: Literal["exact", "fast"] = _field(
         "fast", "exact: a text never depends on its batch neighbours; fast: larger batches, equal up to rounding"
     )
-    workers: NonNegative = _field(2, "Ray actors (0: in this process, without Ray)", neutral=True)
-    gpus_per_worker: Annotated[float, Field(ge=0)] = _field(
+    workers: Annotated[int, Field(ge=0, le=100_000)] = _field(
+        2, "Ray actors (0: in this process, without Ray)", neutral=True
+    )
+    gpus_per_worker: NonNegativeNumber = _field(
         -1.0,
         "GPUs per worker, asked of Ray; with 2 or more a model is spread over them (-1: one if there is any)",
         neutral=True,
@@ -179,12 +157,12 @@ class GenerationTable(Table):
         0,
         "tokens in flight per batch, prompt and new ones of all rows (0: 16384 on a CPU, half of a GPU's memory)",
     )
-    repetition_penalty: Annotated[float, Field(ge=1)] = _field(
+    repetition_penalty: Annotated[float, Field(ge=1, le=100)] = _field(
         1.0, "makes tokens of the prompt and of the answer so far less likely, such as 1.1 (1: off)"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "auto: bfloat16 on GPU, float32 on CPU")
-    ray_address: str = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
-    ray_wait_seconds: Annotated[float, Field(gt=0)] = _field(
+    ray_address: Line = _field("", "address of a Ray cluster (empty: RAY_ADDRESS, else a private one)", neutral=True)
+    ray_wait_seconds: PositiveNumber = _field(
         600.0, "how long to wait for CPUs and GPUs that others hold, for training ranks too", neutral=True
     )
     ray_grows: bool = _field(
@@ -222,10 +200,10 @@ class TrainTable(Table):
     offload_parameters: bool = _field(False, "keep parameters in CPU memory (ZeRO 3)")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass")
     shared_prefix: bool = _field(True, "compute a group's prompt once for all its responses (align)")
-    max_grad_norm: Annotated[float, Field(ge=0)] = _field(1.0, "clip the gradient to this norm (0: off)")
-    weight_decay: Annotated[float, Field(ge=0)] = _field(0.0, "AdamW weight decay")
-    beta1: Share = _field(0.9, "AdamW beta 1")
-    beta2: Share = _field(0.999, "AdamW beta 2")
+    max_grad_norm: NonNegativeNumber = _field(1.0, "clip the gradient to this norm (0: off)")
+    weight_decay: NonNegativeNumber = _field(0.0, "AdamW weight decay")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = _field(0.9, "AdamW beta 1")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = _field(0.999, "AdamW beta 2")
     schedule: Literal["constant", "linear", "cosine"] = _field("cosine", "learning rate after the warm-up")
     warmup_share: Share = _field(0.05, "share of the updates with rising learning rate")
     final_lr_share: Share = _field(0.1, "share of the highest learning rate that linear and cosine fall towards")
@@ -234,14 +212,16 @@ class TrainTable(Table):
         "padded tokens that a rank computes at once; an update accumulates as many micro-batches as it needs",
         neutral=True,
     )
-    pack_tokens: Annotated[int, Field(ge=-1)] = _field(
+    pack_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = _field(
         -1,
         "tokens per row that several items share without attending to one another (0: no packing; -1: by device)",
         neutral=True,
     )
     eval_every: NonNegative = _field(50, "updates between dev measurements (0: never)", neutral=True)
     dev_inputs: NonNegative = _field(32, "dev inputs of the small consistency measure", neutral=True)
-    dev_wordings: Annotated[int, Field(ge=2)] = _field(4, "dev wordings of the small consistency measure", neutral=True)
+    dev_wordings: Annotated[int, Field(ge=2, le=MAX_COUNT)] = _field(
+        4, "dev wordings of the small consistency measure", neutral=True
+    )
     dev_max_new_tokens: Positive = _field(32, "tokens per answer of the small consistency measure", neutral=True)
     checkpoint_every: NonNegative = _field(
         100, "updates between checkpoints (0: only when asked to stop)", neutral=True
@@ -265,7 +245,7 @@ class StageTable(Table):
     """What [sft] and [align] have in common."""
 
     learning_rate: Annotated[float, Field(gt=0)] = _field(2e-5, "highest learning rate")
-    epochs: Annotated[float, Field(ge=0)] = _field(0.0, "passes over the rows (0: max_steps counts)")
+    epochs: NonNegativeNumber = _field(0.0, "passes over the rows (0: max_steps counts)")
     max_steps: NonNegative = _field(0, "updates (0: epochs count)")
 
     @model_validator(mode="before")
@@ -289,6 +269,17 @@ class StageTable(Table):
         """Return how many rows or groups are trained on in updates of `batch` of them, repeated ones counted again."""
         return self.max_steps * batch or math.ceil(self.epochs * items)
 
+    def require_end(self, items: int, batch: int) -> None:
+        """Raise UserError for so many rows or groups in all that encoding and training them would not end."""
+        drawn = self.num_drawn(items, batch)
+        if drawn > max(MAX_DRAWN, MAX_PASSES * items):
+            name = type(self).__name__.removesuffix("Table").lower()
+            length = f"max_steps={self.max_steps} x {batch:,}" if self.max_steps else f"epochs={self.epochs:g}"
+            raise UserError(
+                f"{name}.{length} asks for {drawn:,} rows or groups, that is {drawn / max(1, items):,.0f} passes over"
+                f" the {items:,} there are; ask for fewer than {MAX_PASSES:,} passes"
+            )
+
 
 class SftTable(StageTable):
     """[sft]: stage 1, fine-tuning on paraphrased instructions."""
@@ -297,9 +288,9 @@ class SftTable(StageTable):
         "augmented", "original: the plain SFT arm, with as many updates"
     )
     split: Literal["sft", "align"] = _field("sft", "whose gold answers are trained on (align: a control arm)")
-    epochs: Annotated[float, Field(ge=0)] = _field(3.0, "passes over the inputs (0: max_steps counts)")
+    epochs: NonNegativeNumber = _field(3.0, "passes over the inputs (0: max_steps counts)")
     batch_rows: Positive = _field(32, "rows per update, over all ranks")
-    replay: str = _field("", "JSONL (instruction, input, output) of other skills to mix in")
+    replay: FilePath = _field("", "JSONL (instruction, input, output) of other skills to mix in")
     replay_share: Share = _field(0.0, "share of every update's rows that come from sft.replay")
 
     @model_validator(mode="after")
@@ -315,8 +306,8 @@ class SampleTable(Table):
     """[sample]: the model answers each align input under several wordings."""
 
     wordings_per_input: Positive = _field(4, "training wordings drawn per input (W)")
-    samples: Positive = _field(4, "responses per wording (K)")
-    temperature: Annotated[float, Field(gt=0)] = _field(1.0, "sampling temperature")
+    samples: Annotated[int, Field(ge=1, le=10_000)] = _field(4, "responses per wording (K)")
+    temperature: Temperature = _field(1.0, "sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = _field(1.0, "nucleus sampling mass")
     top_k: NonNegative = _field(0, "most likely tokens to draw from (0: all)")
     max_new_tokens: Positive = _field(64, "tokens per response, at most")
@@ -325,7 +316,7 @@ class SampleTable(Table):
 class JudgeTable(Table):
     """[judge]: self-reward."""
 
-    model: str = _field("sft", '"sft", "base" or a model folder')
+    model: FilePath = _field("sft", '"sft", "base" or a model folder')
     gold: bool = _field(True, "false: no gold answers are used; the judge and the agreement over wordings decide")
     item_separator: str = _field(
         "",
@@ -354,7 +345,7 @@ class RankTable(Table):
     min_wording_agreement: Share = _field(
         0.0, "drop a generated wording whose share of right responses is below this part of its task's share (0: off)"
     )
-    max_candidates: Annotated[int, Field(ge=2)] = _field(
+    max_candidates: Annotated[int, Field(ge=2, le=MAX_COUNT)] = _field(
         8, "responses per group; the best and the gold answer are kept, then by reward"
     )
     wordings_per_input: NonNegative = _field(0, "groups per input (0: one per wording it was sampled under)")
@@ -363,35 +354,33 @@ class RankTable(Table):
 class AlignTable(StageTable):
     """[align]: stage 2, consistency alignment training."""
 
-    epochs: Annotated[float, Field(ge=0)] = _field(1.0, "passes over the groups (0: max_steps counts)")
+    epochs: NonNegativeNumber = _field(1.0, "passes over the groups (0: max_steps counts)")
     learning_rate: Annotated[float, Field(gt=0)] = _field(1e-5, "highest learning rate")
     batch_groups: Positive = _field(16, "groups per update, over all ranks")
     loss: Literal["hinge", "logistic", "dpo"] = _field("hinge", "form of the ranking term")
-    rank_weight: Annotated[float, Field(ge=0)] = _field(1.0, "lambda, weight of the ranking term")
-    margin: Annotated[float, Field(ge=0)] = _field(0.0, "margin of the hinge, in nats per token")
-    beta: Annotated[float, Field(gt=0)] = _field(1.0, "sharpness of logistic and dpo")
+    rank_weight: NonNegativeNumber = _field(1.0, "lambda, weight of the ranking term")
+    margin: NonNegativeNumber = _field(0.0, "margin of the hinge, in nats per token")
+    beta: PositiveNumber = _field(1.0, "sharpness of logistic and dpo")
 
 
 class EvalTable(Table):
     """[eval]: greedy answers to held-out inputs under held-out wordings."""
 
-    models: dict[str, str] = _field(
+    models: NamedPaths = _field(
         {"base": "base", "sft": "sft", "align": "align"}, "table name -> step or model folder, in order"
     )
     split: Literal["test", "dev"] = _field("test", "which inputs and wordings; dev for every choice")
-    agreement: str = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
+    agreement: FilePath = _field("exact", "exact, rouge_l>=0.7 or a judge model's folder")
     allow_weak: bool = _field(False, "continue when the judge of agreement is below eval.min_quality", neutral=True)
-    min_quality: Share = _field(
-        0.65, "balanced accuracy and AUC of the judge of agreement below which the step stops", neutral=True
-    )
-    wordings_file: str = _field("", "JSONL of wordings to use instead of the run's held-out ones")
-    folder: str = _field("", "where to write (empty: the run's eval folder)", neutral=True)
+    min_quality: Share = _field(0.65, "balanced accuracy and AUC that a judge of agreement must reach", neutral=True)
+    wordings_file: FilePath = _field("", "JSONL of wordings to use instead of the run's held-out ones")
+    folder: FilePath = _field("", "where to write (empty: the run's eval folder)", neutral=True)
     max_inputs: NonNegative = _field(0, "inputs per task (0: all)")
     max_wordings: NonNegative = _field(0, "wordings per task (0: all)")
     max_new_tokens: Positive = _field(64, "tokens per answer, at most")
     noise_inputs: NonNegative = _field(50, "inputs per noise floor (0: none)")
-    noise_samples: Annotated[int, Field(ge=2)] = _field(8, "repeats of one wording per noise floor")
-    num_bootstrap: Positive = _field(2000, "resamples of the two-level bootstrap")
+    noise_samples: Annotated[int, Field(ge=2, le=10_000)] = _field(8, "repeats of one wording per noise floor")
+    num_bootstrap: Annotated[int, Field(ge=1, le=100_000)] = _field(2000, "resamples of the two-level bootstrap")
 
     @model_validator(mode="before")
     @classmethod
@@ -457,12 +446,6 @@ class Config(Table):
                 f" {VLLM_MAX_TEMPERATURE:g} at most"
             )
         return self
-
-
-def table_for_other_model(model: ModelTable) -> ModelTable:
-    """Return [model] for a judge from elsewhere: what is set for the policy's tokenizer and context is not its own."""
-    own = {"chat_template": "", "end_of_turn": "", "pad_token": "", "max_tokens": 0, "lora": LoraTable()}
-    return model.model_copy(update=own)
 
 
 def cores_used(generation: GenerationTable, run: RunTable) -> int:

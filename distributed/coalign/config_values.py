@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
 from coalign.config import Config
 from coalign.tables import Table as Table
 
 
 def table_values(config: Config, tables: tuple[str, ...], *, with_neutral: bool = True) -> dict[str, Any]:
-    """Return {"table.key": value} of the tables, flat; `with_neutral` False leaves out the neutral keys."""
+    """Return {"table.key": value} of the tables, flat; `with_neutral` False leaves out what a manifest does.
+
+    Those are neutral keys, and later keys at their default.
+    """
     flat: dict[str, Any] = {}
     for name in tables:
         _collect(getattr(config, name), name, flat, with_neutral)
@@ -39,12 +44,11 @@ def differing_values(values: dict[str, Any]) -> dict[str, Any]:
 def _collect(table: Table, prefix: str, flat: dict[str, Any], with_neutral: bool) -> None:
     for key, field in type(table).model_fields.items():
         value = getattr(table, key)
-        extra = field.json_schema_extra
         if isinstance(value, Table):
             _collect(value, f"{prefix}.{key}", flat, with_neutral)
         elif value == {} and issubclass(get_args(field.annotation)[-1], Table):
             continue  # tables by name of which none is set: as in manifests from before the key
-        elif with_neutral or not (isinstance(extra, dict) and extra.get("neutral")):
+        elif with_neutral or not _left_out(value, field):
             flat[f"{prefix}.{key}"] = _plain(value)
 
 
@@ -55,6 +59,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict) and any(isinstance(one, Table) for one in value.values()):
         return {name: one.model_dump(exclude_unset=True) for name, one in value.items()}
     return value
+
+
+def _left_out(value: Any, field: FieldInfo) -> bool:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return bool(extra.get("neutral") or (extra.get("later") and value == field.default))
 
 
 def known_keys() -> list[str]:

@@ -9,9 +9,10 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,9 @@ from coalign.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z")  # suffixes
 MAX_SHOWN = 200  # characters of a path in an error
+MAX_DEPTH = 1000  # of nested brackets in JSON, about where Python's own parser gives up
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _NOT_REGULAR = "not a regular file but a pipe, a socket or a device"
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -154,6 +158,27 @@ def parse_json(text: str, place: str, *, distinct: bool = False) -> Any:
         raise UserError(f"{place}: {error}") from error
     except ValueError as error:  # an integer of more digits than Python converts
         raise UserError(f"{place}: malformed JSON ({str(error).partition(';')[0]})") from error
+
+
+def require_shallow(path: Path, key: str = "") -> None:
+    """Raise UserError for a JSON file whose brackets are nested so deeply that a parser in C may overflow its stack."""
+    with open_file(path, key) as stream:
+        # Brackets inside strings count here; few files need the second look, which leaves strings out.
+        if _depth(block.translate(None, _NO_BRACKETS) for block in iter(lambda: stream.read(1 << 20), b"")) < MAX_DEPTH:
+            return
+        stream.seek(0)
+        if _depth(match[0] for match in _BRACKETS.finditer(stream.read()) if match[0][:1] != b'"') >= MAX_DEPTH:
+            raise UserError(f"{shown(path)}: malformed JSON (brackets are nested too deeply)")
+
+
+def _depth(pieces: Iterable[bytes]) -> int:
+    """Return how deeply the brackets of a text are nested, given nothing but its brackets."""
+    depth = deepest = 0
+    for piece in pieces:
+        for byte in piece:
+            depth = depth + 1 if byte in b"[{" else max(0, depth - 1)
+            deepest = max(deepest, depth)
+    return deepest
 
 
 class _RepeatedKeyError(ValueError):

@@ -11,6 +11,25 @@ from collections.abc import Sequence
 YES = "Yes"
 NO = "No"
 
+
+class SystemPrompt(str):
+    """A request whose instruction becomes a system message where the chat template has one.
+
+    As a string it is the user's message elsewhere: instruction, an empty line, input.
+    """
+
+    def __new__(cls, system: str, user: str) -> SystemPrompt:
+        """Join the two."""
+        return super().__new__(cls, f"{system}\n\n{user}")
+
+    def __init__(self, system: str, user: str) -> None:
+        self.system, self.user = system, user
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # of two strings it is made again
+        """Return what a copy in another process is made from."""
+        return self.system, self.user
+
+
 # For a tokenizer without a chat template (a base model). Every model that we export contains it.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -81,6 +100,7 @@ _THINK = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflecti
 _THOUGHT = (
     (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"),
     (r"\[THINK\]", r"\[/THINK\]"),
+    (r"<\|(?:think|thinking|thought|reasoning)\|>", r"<\|/(?:think|thinking|thought|reasoning)\|>"),
     (r"◁think▷", r"◁/think▷"),
     (r"<\|(?:begin|start)_of_(?:thought|thinking)\|>", r"<\|end_of_(?:thought|thinking)\|>"),
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),

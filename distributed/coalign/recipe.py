@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -21,8 +20,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from coalign.display import printable
 from coalign.errors import UserError
-from coalign.process import local_rank, rank, world_size
+from coalign.failures import as_line, explain
+from coalign.process import check_launcher, local_rank, rank, world_size
 
 logger = logging.getLogger("coalign")
 
@@ -40,21 +41,22 @@ def run_step(main: Callable[[list[str]], None]) -> None:
     exit_with_script()
     try:
         try:
+            check_launcher()
             main([readable_word(word) for word in sys.argv[1:]])
         finally:
             sys.stdout.flush()
         if _LAUNCHED:
             _leave(0)
     except UserError as error:
-        if local_rank() == 0:
+        if _is_first(local_rank):
             # One line, whatever a library has put into the message, and in one piece beside what others print.
-            where = f" on {platform.node()}" if rank() else ""
-            print(f"error{where}: {' '.join(str(error).split())}\n", end="", file=sys.stderr, flush=True)
+            where = "" if _is_first(rank) else f" on {platform.node()}"
+            print(f"error{where}: {as_line(error)}\n", end="", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
     except SystemExit as stop:
         if not _LAUNCHED:
             raise
-        if isinstance(stop.code, str) and local_rank() == 0:
+        if isinstance(stop.code, str) and _is_first(local_rank):
             print(stop.code, file=sys.stderr, flush=True)
         _leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except KeyboardInterrupt:
@@ -65,19 +67,21 @@ def run_step(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(READER_GONE)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: this module does not import torch
-            print(f"error on {platform.node()}: {out_of_memory(error)}", file=sys.stderr, flush=True)
-            _leave(USER_ERROR)
-        if not _disk_is_full(error):
+        words = explain(error)
+        if words is None:
             raise
-        place = (error.filename if isinstance(error, OSError) else None) or f"{Path.cwd()} or run.folder"
-        print(
-            f"error: no space left on the disk of {place}; free some and run the same command again; finished work"
-            " is kept",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.debug("where it happened:", exc_info=error)
+        where = "" if _is_first(rank) else f" on {platform.node()}"
+        print(f"error{where}: {words}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
+
+
+def _is_first(number: Callable[[], int]) -> bool:
+    """Return whether this rank is the first by a number of process.py's; yes where the launcher's word is no number."""
+    try:
+        return number() == 0
+    except UserError:
+        return True
 
 
 def readable_word(word: str) -> str:
@@ -103,33 +107,18 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def out_of_memory(error: BaseException) -> str:
-    """Return what to print when a GPU's memory is full.
+class _PrintableLines(logging.Formatter):
+    """Messages without what a terminal would obey: they may hold names and texts from data and models."""
 
-    Of the keys that save memory only train.micro_batch_tokens is neutral: a step with work in it refuses the others.
-    """
-    return (
-        f"the GPU's memory is full ({str(error).partition('. ')[0]}); in training, lower train.micro_batch_tokens: the"
-        " step resumes, and the result stays the same; or remove the step's folder and set, in training,"
-        " train.gradient_checkpointing, a higher train.zero_stage or model.lora.enabled, in generation a lower"
-        " generation.batch_tokens"
-    )
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Return whether a full disk caused an error; safetensors and torch say so only in the message."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or (
-        error.__context__ is not None and _disk_is_full(error.__context__)
-    )
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def set_up_logging(level: str = "info") -> None:
     """Send our log to stdout, one line per message, from rank 0 (other ranks: warnings and errors)."""
     handler = logging.StreamHandler(sys.stdout)
     prefix = "" if world_size() == 1 else f"[rank {rank()}] " if rank() else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_PrintableLines(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.propagate = False
     for noisy in ("torch", "deepspeed", "transformers"):

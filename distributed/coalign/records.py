@@ -9,12 +9,12 @@ import dataclasses
 import functools
 import json
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from coalign.errors import MalformedError, UserError
+from coalign.files import decode, open_file, parse_json
 
 Split = Literal["sft", "align", "dev", "test"]
 WordingSplit = Literal["train", "dev", "test"]
@@ -31,9 +31,9 @@ class Task:
     """One task: an instruction and what is known about its answers.
 
     `labels` are the distinct answers of a classification task, empty for free generation.
-    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `answer_form` names what
-    counts when its answers are compared, and else would not: "case", "space" (white space), "numbers" (how one is
-    written).
+    `seen` is False for a task whose inputs are never trained on (evaluation on unseen tasks). `system` is True for chat
+    data whose instruction was a system message. `answer_form` names what counts when its answers are compared, and else
+    would not: "case", "space" (white space), "numbers" (how one is written).
     """
 
     id: str
@@ -41,6 +41,7 @@ class Task:
     labels: tuple[str, ...] = ()
     seen: bool = True
     source: str = ""
+    system: bool = False
     answer_form: tuple[str, ...] = ()
 
 
@@ -59,14 +60,15 @@ class Example:
 class Wording:
     """One way to ask for a task.
 
-    A `prefix` comes before the input. A `template` renders the whole prompt from the named groups of `fields_regex`
+    A `prefix` comes before the input. So does a `system` text, as a system message where the chat template has one. A
+    `template` renders the whole prompt from the named groups of `fields_regex`
     (`re.match` on the input); `answers` maps a gold answer to the word that this template asks for.
     """
 
     id: str
     task: str
     text: str
-    kind: Literal["prefix", "template"] = "prefix"
+    kind: Literal["prefix", "template", "system"] = "prefix"
     fields_regex: str | None = None
     answers: dict[str, str] | None = None
     source: str = "original"
@@ -263,50 +265,21 @@ def whole_text(text: str, what: str) -> str:
     return text
 
 
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object (as `object_pairs_hook`). Raises RepeatedKeyError, since the last one would win unseen."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        repeated = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-        raise RepeatedKeyError(f"the key {repeated!r} stands twice in one object; keep one of them")
-    return found
-
-
-class RepeatedKeyError(ValueError):
-    """A JSON object that has the same key twice."""
-
-
-parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=distinct_keys).decode
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSONL file, without blank lines.
 
-    Raises UserError with file and line for a missing file, bytes that are not UTF-8, a line without a JSON object, or
-    a key that an object has twice.
+    `key` names the setting that names the file. Raises UserError with file and line for a file that can't be opened,
+    bytes that are not UTF-8, a line without a JSON object, or a key that an object has twice.
     """
-    try:
-        stream = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    with stream:
+    with open_file(path, key) as stream:
         for number, raw in enumerate(stream, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {error.start} is not UTF-8; is this a text file in UTF-8?"
-                ) from error
+            place = f"{path}, line {number}"
+            text = decode(raw, place, start=number == 1)
             if not text.strip():
                 continue
-            try:
-                row = parse_json(text)
-            except RepeatedKeyError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno})") from error
+            row = parse_json(text, place, distinct=True)
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a JSON object was expected, not {type(row).__name__}")
+                raise UserError(f"{place}: a JSON object was expected, not {type(row).__name__}")
             yield number, row
 
 

@@ -23,6 +23,7 @@ UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _EMOJI = "\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001f3fa\U0001f400-\U0001faff"
+_SPACELESS = re.compile(f"[{UNSPACED}]")
 _ASCII_WORD, _ASCII_TOKEN = re.compile(r"\w+(?:'\w+)*"), re.compile(r"[^\W_]+")
 
 
@@ -48,6 +49,11 @@ def words(text: str) -> list[str]:
     """Return the words of a text, case folded, without punctuation; a character each of an unspaced script; emoji."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return (_ASCII_WORD if folded.isascii() else _patterns()[0]).findall(folded)
+
+
+def num_unspaced(text: str) -> int:
+    """Return how many characters are of a script that writes no spaces, each with its marks as one."""
+    return 0 if text.isascii() else len(_SPACELESS.findall(text))
 
 
 def tokens(text: str) -> list[str]:

@@ -150,3 +150,49 @@ def test_answers_of_one_input_and_of_a_task_with_very_many_tell_nothing() -> Non
     assert form([("mW",), ("MW",), *((str(i),) for i in range(MAX_SPELLINGS + 1))]) == ()
     table = {"*": AnswerFormTable(case=True)}
     assert with_answer_forms({"t": Task("t", "Do.")}, [], table)["t"].answer_form == ("case",)
+
+
+LONG = "Read the whole review below with care, then say in no more than one short word whether its author liked the"
+WORDINGS = {
+    "english": [
+        ("a", "test", f"{LONG} film."),
+        ("b", "train", f"{LONG} movie."),
+        ("c", "train", "Thumbs up or thumbs down for this one?"),
+    ],
+    "chinese": [
+        ("a", "test", "请读完这条评论，用一个词说出作者喜不喜欢这部电影。"),
+        ("b", "train", "请读完这篇评论，用一个词说出作者喜不喜欢这部电影。"),
+        ("c", "train", "这部电影在作者看来怎么样？"),
+    ],
+    "japanese": [
+        ("a", "test", "このレビューを読んで、気持ちを一言で答えてください。"),
+        ("b", "train", "このレビュを読んで、気持ちを一言で答えてください。"),
+        ("c", "train", "書いた人は満足していますか。"),
+    ],
+    "thai": [
+        ("a", "test", "อ่านรีวิวนี้แล้วบอกว่าผู้เขียนชอบหนังเรื่องนี้ไหม"),
+        ("b", "train", "อ่านรีวิวนี้แล้วบอกว่าผู้เขียนชอบหนังเรื่องนี้ไหน"),
+        ("c", "train", "ความรู้สึกของผู้เขียนเป็นอย่างไร"),
+    ],
+}
+
+
+def test_wordings_like_a_held_out_one_are_dropped_in_every_script(tmp_path: Path) -> None:
+    """Through paraphrase, from files; the English twin differs by its last word."""
+    rows = [(task, f"{task} {i}", [("yes", "no")[i % 2]]) for task in WORDINGS for i in range(20)]
+    files = tmp_path / "wordings.jsonl"
+    lines = [
+        json.dumps({"task": task, "id": name, "text": text, "split": split})
+        for task, found in WORDINGS.items()
+        for name, split, text in found
+    ]
+    files.write_text("\n".join(lines), encoding="utf-8")
+    settings = (f'paraphrase.files=["{files}"]', "paraphrase.num_wordings=0")
+    prepare(tmp_path, rows, *settings)
+    words = (f"data.path={tmp_path / 'rows.jsonl'}", f"run.folder={tmp_path}", "run.name=r", *settings)
+    outcome = run_recipe("paraphrase", str(tmp_path / "empty.toml"), *words)
+    assert outcome.code == 0, outcome.stderr
+    read = (tmp_path / "r" / "paraphrase" / "dropped.jsonl").read_text("utf-8").splitlines()
+    assert [(row["task"], row["id"], row["reason"]) for row in map(json.loads, read)] == [
+        (task, "b", "held_out") for task in WORDINGS
+    ]

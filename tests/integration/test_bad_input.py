@@ -111,7 +111,7 @@ EARLY = [
     ),
     Case("shares over 1", "prepare", ("leaves nothing for test", "less than 1"), ("data.sft_share=0.9",)),
     Case("malformed TOML", "eval", ("config.toml: malformed TOML", "line 2"), files={"config.toml": "[run]\nname =\n"}),
-    Case("binary config", "eval", ("config.toml: not a UTF-8 text file",), files={"config.toml": b"\xff\xfe\x00"}),
+    Case("binary config", "eval", ("config.toml: byte 0 is not UTF-8",), files={"config.toml": b"\xff\xfe\x00"}),
     Case(
         "missing config",
         "rank",
@@ -301,6 +301,25 @@ def cut(name: str) -> Callable[[Path], Any]:
 
 
 NO_TURN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+TURN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+BAD_TEMPLATES = [
+    ("loses the question", ("drops the user's message",), TURN.replace("in messages", "in messages[1:]")),
+    ("alters the question", ("alters", "model.chat_template"), TURN.replace("m['content']", "m['content'] | upper")),
+    ("doubles the question", ("repeats",), TURN.replace("m['content']", "m['content'] + m['content']")),
+    ("divides by zero", ("ZeroDivisionError",), "{{ 1/0 }}"),
+    ("counts too far", ("OverflowError",), "{% for i in range(999999999) %}{% endfor %}"),
+    ("calls itself", ("RecursionError",), "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    ("wants memory", ("memory", "model.chat_template"), TURN + "{{ 'x' * 10**10 }}"),
+    (
+        "opens a thought",
+        ("always opens a thought", '"strip"'),
+        TURN.replace("'<|assistant|>'", "'<|assistant|><think>'"),
+    ),
+    ("has another turn", ("otherwise than it asks for one",), TURN.replace("'<|assistant|>'", "'<|assistant|>Sure: '")),
+]
 EATS = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 
 
@@ -494,11 +513,16 @@ CASES = [
         ("model.chat_template=t.jinja",),
         {"t.jinja": EATS},
     ),
-    Case("template missing", "sft", ("model.chat_template='t.jinja' can't be read",), ("model.chat_template=t.jinja",)),
+    Case(
+        "template missing",
+        "sft",
+        ("t.jinja: no such file; check model.chat_template",),
+        ("model.chat_template=t.jinja",),
+    ),
     Case(
         "template not UTF-8",
         "sft",
-        ("model.chat_template='t.jinja' can't be read",),
+        ("t.jinja: byte 0 is not UTF-8",),
         ("model.chat_template=t.jinja",),
         {"t.jinja": b"\xff"},
     ),
@@ -515,6 +539,24 @@ CASES = [
         ("chat template", "no users here", "model.chat_template"),
         ("model.chat_template=t.jinja",),
         {"t.jinja": "{{ raise_exception('no users here') }}"},
+    ),
+    *(
+        Case(f"template {name}", "sft", says, ("model.chat_template=t.jinja",), {"t.jinja": text})
+        for name, says, text in BAD_TEMPLATES
+    ),
+    Case(
+        "generation config is no object",
+        "sft",
+        ("my-model", "generation_config.json"),
+        PRETRAINED,
+        change=with_model(write("generation_config.json", "[]")),
+    ),
+    Case(
+        "thoughts kept where the template has none of them",
+        "sft",
+        ("does not keep the thought", 'model.thinking="keep" can\'t be'),
+        ("model.chat_template=t.jinja", "model.thinking=keep"),
+        {"t.jinja": TURN.replace("m['content']", "m['content'].split('</think>')[-1]")},
     ),
     Case(
         "LoRA on no layer",
@@ -638,7 +680,7 @@ CASES = [
     Case(
         "replay missing",
         "sft",
-        ("sft.replay='none.jsonl': no such file",),
+        ("none.jsonl: no such file; check sft.replay",),
         ("sft.replay=none.jsonl", "sft.replay_share=0.5"),
     ),
     Case(

@@ -82,7 +82,7 @@ def test_eval_says_the_same_with_either_engine(python: str, tmp_path: Path) -> N
     settings += ['generation.mode="fast"', "generation.workers=0", "generation.dtype=float32"]
     for step in ("prepare", "paraphrase"):
         run.step(step, *settings)
-    settings += ['eval.models=["base"]', f"eval.agreement={another_model(tmp_path / 'judge')}"]
+    settings += ['eval.models=["base"]', f"eval.agreement={another_model(tmp_path / 'judge')}", "eval.allow_weak=true"]
     run.step("eval", *settings)
     settings += ["generation.engine=vllm", "model.max_tokens=192", f"eval.folder={tmp_path / 'vllm'}"]
     command = step_command("eval", *run.place, *settings)

@@ -125,7 +125,7 @@ def test_missing_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         load(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a UTF-8 text file"):
+    with pytest.raises(UserError, match="byte 0 is not UTF-8"):
         load(tmp_path / "binary.toml")
 
 
@@ -242,3 +242,13 @@ def test_cores_are_workers_times_threads() -> None:
     """No workers means this process, no threads torch's own choice: one each."""
     assert cores_used(GenerationTable(workers=3), RunTable(threads=2)) == 6
     assert cores_used(GenerationTable(workers=0), RunTable(threads=0)) == 1
+
+
+def test_a_later_key_at_its_default_is_in_no_manifest() -> None:
+    """Runs from before the key resume; another value is another setting."""
+    values = table_values(Config(), ("model",), with_neutral=False)
+    assert not {"model.thinking", "model.thought_tokens"} & values.keys() and "model.too_long" in values
+    strip = Config.model_validate({"model": {"thinking": "strip"}})
+    assert table_values(strip, ("model",), with_neutral=False)["model.thinking"] == "strip"
+    assert "model.thinking" in table_values(Config(), ("model",))
+    assert strip.model.answer_tokens(8) == 8 + 1024 and Config().model.answer_tokens(8) == 8

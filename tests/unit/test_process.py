@@ -11,10 +11,12 @@ import sys
 
 import pytest
 
+from coalign.clusters.ray_connection import _require_listener
 from coalign.config import Config
 from coalign.config_values import table_values
-from coalign.process import free_port
-from coalign.recipe import out_of_memory
+from coalign.errors import UserError
+from coalign.failures import out_of_memory
+from coalign.process import check_launcher, free_port, seconds_of, start_seconds
 
 SCRIPT = """
 import sys
@@ -76,3 +78,44 @@ def test_the_advice_for_a_full_memory_separates_what_may_change_while_a_step_res
     keys = re.compile(r"(?:train|generation|model)(?:\.[a-z_]+)+")
     assert set(keys.findall(before)) == {"train.micro_batch_tokens"} <= neutral
     assert len(keys.findall(after)) == 4 and set(keys.findall(after)) <= deciding
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            for value in ("abc", "", "1.5", "-1", "9" * 30)
+        ),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "1"),  # of one rank
+        ("COALIGN_START_SECONDS", "abc"),
+        ("COALIGN_LOCK_WAIT_SECONDS", "nan"),
+        ("COALIGN_LOCK_WAIT_SECONDS", "-1"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}="):
+        check_launcher()
+        start_seconds()
+        seconds_of("COALIGN_LOCK_WAIT_SECONDS", 1.0)
+
+
+def test_such_a_variable_is_one_line_of_a_command() -> None:
+    command = [sys.executable, "-c", "from coalign.recipe import run_step; run_step(print)"]
+    done = subprocess.run(command, env=os.environ | {"RANK": "abc"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: RANK='abc'") and done.stderr.count("\n") == 1
+
+
+def test_a_ray_cluster_that_is_gone_is_known_at_once() -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", f"localhost:{port}"):
+            with pytest.raises(OSError, match="refused"):
+                _require_listener(address)
+        bound.listen()
+        _require_listener(f"127.0.0.1:{port}")
+    _require_listener("auto")

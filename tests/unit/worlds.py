@@ -54,7 +54,7 @@ class WordCodec:
     def encode_prompt(self, user_text: str) -> list[int]:
         return list(range(len(user_text.split())))
 
-    encode_plain = encode_prompt
+    encode_request = encode_plain = encode_prompt
 
 
 def by_rule(pairs: list[Pair], answer: Any) -> ModelOutput:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from coalign.errors import UserError
 from coalign.process import node_names, start_seconds
 
 ANSWER_SECONDS = 120.0  # a node may take this long to start a process and read a file
+CONNECT_SECONDS = 5.0
+MIN_WORKERS_ALLOWED, WORKERS_PER_CORE = 64, 4  # processes of a private cluster that can't be meant
 LOOK_SECONDS = 2.0  # between two looks at which nodes are alive
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks a job's working folder, which it removes with the job
 
@@ -39,6 +42,12 @@ class Cluster:
     """
 
     def __init__(self, address: str, workers: int) -> None:
+        cores = os.cpu_count() or 1
+        if not address and workers > max(MIN_WORKERS_ALLOWED, WORKERS_PER_CORE * cores):
+            raise UserError(
+                f"generation.workers={workers:,} on this machine of {cores} cores: each is a process with a model"
+                f" of its own; use {cores} at most, or generation.ray_address of a cluster"
+            )
         self.is_private = not address
         self._shared: set[Path] = set()  # folders that every node sees
         self._holder = None if address else start_holder(workers)
@@ -55,14 +64,12 @@ class Cluster:
     def _connect(self, patience: float) -> None:
         """Connect. A cluster that is still starting may take `patience` seconds. Raises UserError."""
         deadline = time.monotonic() + patience
-        host, _, port = self.address.rpartition(":")
         while True:
             try:
-                if patience:  # ray.init copes badly when nobody listens yet
-                    socket.create_connection((host, int(port)), timeout=5.0).close()
+                _require_listener(self.address)
                 self.ray.init(address=self.address, **QUIET)
                 return
-            except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
+            except (OSError, ValueError, OverflowError, RuntimeError, self.ray.exceptions.RayError) as error:
                 if time.monotonic() > deadline or type(error).__name__ == "AuthenticationError":
                     raise UserError(f"Ray can't be reached at {self.address}: {_first_sentences(error)}") from error
             self.ray.shutdown()
@@ -168,6 +175,13 @@ class Cluster:
                 self._holder.wait(2 * END_SECONDS)
 
 
+def _require_listener(address: str) -> None:
+    """Raise OSError when nobody listens at host:port, where ray.init would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([\w.:-]+?)\]?:([0-9]{1,5})", address)
+    if found:  # anything else, such as auto, is Ray's to read
+        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
+
+
 def node_resource(name: str) -> str:
     """Return the name of the Ray resource that marks a node of a Slurm job."""
     return f"coalign:{name}"
@@ -193,6 +207,11 @@ def one_line(error: BaseException) -> str:
 
 def _first_sentences(error: BaseException) -> str:
     """Return what Ray says, and what a refused token would need: Ray may report it like a missing cluster."""
+    if isinstance(error, OSError | OverflowError):
+        return (
+            f"nobody listens there ({one_line(error)}); start the cluster, or unset RAY_ADDRESS and"
+            " generation.ray_address for a private one"
+        )
     token = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what the cluster was started with"
     if type(error).__name__ == "AuthenticationError":
         return f"it refuses this token; {token}"

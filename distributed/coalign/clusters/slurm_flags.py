@@ -25,6 +25,13 @@ REFUSED = {
 }
 
 
+# Flags of sbatch with a value, which must follow in the same word.
+WITH_VALUE = (
+    *("partition", "account", "time", "nodes", "qos", "reservation", "constraint", "mem", "gres", "gpus-per-node"),
+    *("dependency", "gpus", "cpus-per-task", "nodelist", "exclude", "mail-user", "mail-type", "licenses", "chdir"),
+)
+
+
 def ranks_per_node(table: SlurmTable) -> int:
     """Return the training ranks per node."""
     return table.ranks_per_node or table.gpus_per_node or 1
@@ -78,8 +85,14 @@ def check_flags(flags: Sequence[str]) -> None:
     """Raise UserError for the first flag of sbatch that a pipeline refuses."""
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
-        if name in REFUSED:
-            raise UserError(f"{flag} can't be given to a pipeline: {REFUSED[name]}")
+        # sbatch would take any other word for the job script, and the next for the value of a short flag.
+        if not flag.startswith("--") or not name or flag.removeprefix("--") in WITH_VALUE:
+            raise UserError(
+                f"{flag!r}: write sbatch's flags (also in slurm.options) as one word, in the long form, such as"
+                " --partition=long"
+            )
+        if refused := [other for other in REFUSED if other.startswith(name)]:  # sbatch takes the beginning of a name
+            raise UserError(f"{flag} can't be given to a pipeline: {REFUSED[refused[0]]}")
 
 
 def check_time(table: SlurmTable, flags: Sequence[str]) -> None:

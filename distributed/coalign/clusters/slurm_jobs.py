@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from coalign.clusters.slurm_flags import last_flags
+from coalign.clusters.slurm_flags import check_flags, last_flags
 from coalign.errors import UserError
 from coalign.steps import GENERATING_STEPS, TRAINING_STEPS
 from coalign.tables import SlurmTable
@@ -21,20 +21,6 @@ from coalign.tables import SlurmTable
 MARK = "coalign "  # begins the comment of our jobs; the step's folder follows
 # Reasons in squeue's output for which a job can never start.
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "PartitionConfig", "BadConstraints")
-# Flags of sbatch with a value, which must follow in the same word.
-WITH_VALUE = (
-    "partition",
-    "account",
-    "time",
-    "nodes",
-    "qos",
-    "reservation",
-    "constraint",
-    "mem",
-    "gres",
-    "gpus-per-node",
-    "dependency",
-)
 GONE = "DependencyNeverSatisfied"  # squeue's reason for a job whose dependency has failed
 # Words in sbatch's message, and the keys that they are about.
 CAUSES = (
@@ -178,10 +164,9 @@ def read_words(argv: Sequence[str], steps: Sequence[str]) -> SubmitRequest:
             settings = True
         elif not word.startswith("-"):
             words.append(word)
-        elif word.startswith("--") and not any(word == f"--{name}" for name in WITH_VALUE):
-            flags.append(word)
         else:
-            raise UserError(f"{word}: write sbatch's flags as one word, in the long form, such as --partition=long")
+            check_flags([word])
+            flags.append(word)
     return SubmitRequest(only, dry_run, settings, tuple(flags), tuple(words))
 
 

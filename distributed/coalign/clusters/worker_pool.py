@@ -23,7 +23,7 @@ from coalign.clusters.postmortem import ProcessPlace, explain_death, here, say_d
 from coalign.clusters.ray_connection import Cluster, ray_address
 from coalign.config import GenerationTable
 from coalign.errors import UserError
-from coalign.recipe import out_of_memory
+from coalign.failures import out_of_memory
 from coalign.records import Row, Worker
 
 logger = logging.getLogger("coalign")

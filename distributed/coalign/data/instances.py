@@ -6,6 +6,8 @@ error begins with file and line.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,14 +15,20 @@ from typing import Any, Literal, NamedTuple
 
 from coalign.answer_form import COUNTED, normalise_answer
 from coalign.errors import UserError
-from coalign.records import RepeatedKeyError, parse_json, whole_text
+from coalign.files import list_folder, read_json, read_text
+from coalign.records import whole_text
 
 Layout = Literal["auto", "columns", "messages"]
+COLUMNS = ("instruction", "input", "output", "outputs", "task", "id")
+NEAR_MISS = 0.75  # similarity from which a key is taken for a mistyped one: inputs, inpt, Input; not index
 ROLES = ("system", "user", "assistant")
 
 
 class Instance(NamedTuple):
-    """One row of a source. `place` is its file and line; `task` and `id` are "" when the source names none."""
+    """One row of a source. `place` is its file and line; `task` and `id` are "" when the source names none.
+
+    `system` is True where the instruction was a system message.
+    """
 
     place: str
     task: str
@@ -29,6 +37,7 @@ class Instance(NamedTuple):
     outputs: tuple[str, ...]
     id: str = ""
     seen: bool = True
+    system: bool = False
 
 
 class DroppedInstance(NamedTuple):
@@ -83,6 +92,8 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
         key = next((key for key in ("output", "outputs") if key in row), "")
         if not key:
             raise UserError(f"{place}: no 'output' or 'outputs' (keys: {_keys(row)}); every instance needs a reference")
+        if wrong := _near_miss(tuple(row)):
+            raise UserError(f"{place}: the key {wrong[0]!r} is unknown; did you mean {wrong[1]!r}? Rename or remove it")
         context = row.get("input")
         text = "" if context is None else _text(context, f"{place}: input")
         return Instance(place, task, instruction, text, _references(row[key], f"{place}: {key}"), name)
@@ -104,7 +115,8 @@ def parse_row(row: dict[str, Any], place: str, layout: Layout = "auto") -> Insta
     if not texts[0].strip():
         raise UserError(f"{place}: the {roles[0]} message is empty; it is the instruction, write it or remove the row")
     context = texts[1] if len(texts) == 2 else ""
-    return Instance(place, task, texts[0].strip(), context, _references(answer, f"{place}: the assistant's text"), name)
+    outputs = _references(answer, f"{place}: the assistant's text")
+    return Instance(place, task, texts[0].strip(), context, outputs, name, system=len(texts) == 2)
 
 
 def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[DroppedInstance]]:
@@ -113,19 +125,20 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
     Train tasks are seen, test tasks unseen, tasks in neither list are left out. Without lists every task is seen.
     Raises UserError for a folder or a list that is wrong.
     """
-    files = sorted((folder / "tasks").glob("*.json"))
+    tasks = folder / "tasks"
+    files = [path for path in list_folder(tasks, "data.path") if path.match("*.json")] if tasks.is_dir() else []
     if not files:
         raise UserError(
             f"{folder}: no task files; a Super-NaturalInstructions folder holds tasks/*.json, check the path"
         )
     splits = folder / "splits" / "default"
     lists = [(splits / "train_tasks.txt", True), (splits / "test_tasks.txt", False)]
-    lists = [(path, seen) for path, seen in lists if path.exists()]
+    lists = [(path, seen) for path, seen in lists if path.exists() or path.is_symlink()]
     if not lists:
         return dict.fromkeys(files, True), [], []
     chosen: dict[Path, bool] = {}
     for path, seen in lists:
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path, "data.path").splitlines(), start=1):
             name = line.strip()
             file = folder / "tasks" / f"{name}.json"
             if not name:
@@ -143,12 +156,7 @@ def list_task_files(folder: Path) -> tuple[dict[Path, bool], list[Path], list[Dr
 
 def read_task_file(path: Path, seen: bool) -> Iterator[Instance | DroppedInstance]:
     """Yield the instances of one Super-NaturalInstructions task file; the task has its name. Raises UserError."""
-    try:
-        task = parse_json(_read_text(path))
-    except RepeatedKeyError as error:
-        raise UserError(f"{path}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}, column {error.colno})") from error
+    task = read_json(path, "data.path", distinct=True)
     if not isinstance(task, dict):
         raise UserError(f"{path}: a JSON object was expected, not {type(task).__name__}")
     for key in ("Definition", "Instances"):
@@ -191,13 +199,6 @@ def distinct_references(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(distinct.values())
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
-
-
 def _turns(messages: Any, what: str) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
         raise UserError(f"{what}={_shown(messages)}; expected a list of objects with role and content")
@@ -210,11 +211,21 @@ def _turns(messages: Any, what: str) -> list[tuple[str, str]]:
     return turns
 
 
+@functools.lru_cache(maxsize=1000)
+def _near_miss(keys: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return a key that is nearly that of an optional column which the row lacks, and that column."""
+    for column in ("input", "task"):
+        for key in () if column in keys else keys:
+            if key not in COLUMNS and difflib.SequenceMatcher(None, key.lower().strip(), column).ratio() > NEAR_MISS:
+                return key, column
+    return None
+
+
 def _required(row: dict[str, Any], key: str, place: str) -> str:
     if key not in row:
-        raise UserError(
-            f"{place}: no {key!r} (keys: {_keys(row)}); expected instruction, input and output, or messages"
-        )
+        near = difflib.get_close_matches(key, map(str, row), n=1, cutoff=NEAR_MISS)
+        hint = f"rename {near[0]!r}" if near else "expected instruction, input and output, or messages"
+        raise UserError(f"{place}: no {key!r} (keys: {_keys(row)}); {hint}")
     text = _text(row[key], f"{place}: {key}").strip()
     if not text:
         raise UserError(f"{place}: {key} is empty; write it or remove the row")

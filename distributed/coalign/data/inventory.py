@@ -13,6 +13,7 @@ from typing import Any
 from coalign.data.instances import DroppedInstance
 from coalign.data.splits import SPLITS, Prepared
 from coalign.records import Example
+from coalign.text import num_unspaced, words
 
 # Upper ends of the buckets of lengths in words; one more bucket is open.
 BUCKETS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -32,16 +33,34 @@ class Inventory:
         self._inputs: Counter[int] = Counter()
         self._outputs: Counter[int] = Counter()
         self._num_unseen = 0
+        self._of_task: Counter[str] = Counter()
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples and count them."""
         unseen = {task.id for task in self.prepared.tasks if not task.seen}
         for example in self.prepared.examples():
             self._splits[example.split] += 1
+            self._of_task[example.task] += 1
             self._num_unseen += example.task in unseen
             self._inputs[_bucket(example.input)] += 1
             self._outputs.update(map(_bucket, example.outputs))
             yield example
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what makes the method unlikely to work with these data. The examples must have been read to the end."""
+        single = sum(number == 1 for number in self._of_task.values())
+        if 2 * single > len(self._of_task) > 1:
+            yield (
+                f"{single} of {len(self._of_task)} tasks have a single input: the method needs many inputs under one"
+                " instruction, and rows whose instructions all differ (as in Alpaca) can't teach or show consistency;"
+                " put what differs into the input"
+            )
+        repeated = self.prepared.reasons()["merged_duplicate"]
+        if 2 * repeated > len(self.prepared.instances):
+            yield (
+                f"{repeated} of {len(self.prepared.instances)} rows repeat the instruction and input of another"
+                " (merged_duplicate); if their inputs differ, they must be under the key input"
+            )
 
     def counts(self, left_out: Iterable[DroppedInstance] = ()) -> dict[str, Any]:
         """Return the numbers of tasks, inputs by split and rows dropped by reason, and histograms of words.
@@ -85,7 +104,7 @@ def describe_inventory(counts: Mapping[str, Any]) -> str:
 
 
 def _bucket(text: str) -> int:
-    return bisect.bisect_left(BUCKETS, len(text.split()))
+    return bisect.bisect_left(BUCKETS, len(words(text) if num_unspaced(text) else text.split()))
 
 
 def _histogram(counts: Mapping[int, int]) -> dict[str, int]:

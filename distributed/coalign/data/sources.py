@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ from coalign.data.instances import (
 )
 from coalign.data.spool import Spool, equal_places
 from coalign.errors import UserError
+from coalign.files import COMPRESSED, list_folder, open_file, path_errors, shown
 from coalign.records import Task, read_rows
 from coalign.runs.digests import digest_file, digest_value
-from coalign.text import loose_key, unit_hash, words
+from coalign.text import loose_key, unit_hash
 
+OTHER_SUFFIXES = (".txt", ".toml", ".xlsx", ".xml", ".yaml", ".yml", ".md", ".ndjson", ".jsonlines", ".bak")
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 LAYOUTS: dict[str, Layout] = {"auto": "auto", "jsonl": "columns", "messages": "messages"}
+_SLUG_WORD = re.compile(r"\w+(?:['’]\w+)*")  # not text.words: a task keeps its name from version to version
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -56,11 +61,23 @@ def read_sources(table: DataTable, folder: Path | None = None) -> Collection:
     sources = list_sources(table)
     ids = FreeNames() if len(sources) > 1 else None
     for source in sources:
-        before = len(collection.instances)
+        before, left_out = len(collection.instances), len(collection.dropped)
         _add_source(collection, _take_rows(source, collection.dropped, folder), source, ids)
         if len(collection.instances) == before:
-            raise UserError(f"{source.path}: it holds no instances; check the path and data.format")
+            raise UserError(_explain_nothing(source, collection.dropped[left_out:]))
     return collection
+
+
+def _explain_nothing(source: SourceTable, dropped: Sequence[DroppedInstance]) -> str:
+    """Return why a source without a single instance has none, given what was left out of it."""
+    reasons = Counter(row.reason for row in dropped)
+    found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    if reasons.keys() == {"multi_turn"}:
+        return (
+            f"{source.path}: all {len(dropped)} rows were left out as multi_turn: only conversations of one user's and"
+            " one assistant's message can be used; cut them to one turn"
+        )
+    return f"{source.path}: it holds no instances{f' ({found})' if found else ''}; check the path and data.format"
 
 
 def digest_sources(table: DataTable) -> str:
@@ -70,7 +87,7 @@ def digest_sources(table: DataTable) -> str:
     """
     parts: list[Any] = []
     for source in list_sources(table):
-        kind, root = find_format(source), Path(source.path).expanduser()
+        kind, root = find_format(source), Path(source.path)
         if kind == "hub":
             parts.append([source.path, source.name, source.split])
         elif kind == "sni":
@@ -95,40 +112,57 @@ def find_format(source: SourceTable) -> str:
 
     Raises UserError for a path that is neither there nor a hub name, or that holds no data.
     """
-    path = Path(source.path).expanduser()
-    if not path.exists():
-        # A file suffix, a leading dot or slash, or a first part that exists here mean a path, not a hub name.
-        looks_local = path.suffix in (*BUILDERS, ".zst", ".gz", ".txt") or (
-            len(path.parts) > 1 and Path(path.parts[0]).exists()
-        )
-        if source.format not in ("auto", "hf") or looks_local or not _HUB_NAME.fullmatch(source.path):
-            raise UserError(f"{source.path}: no such file or folder; check data.path (relative to {Path.cwd()})")
-        return "hub"
-    if path.is_file():
-        if source.format == "sni":
-            raise UserError(f"{path} is a file; data.format=sni needs the folder that holds tasks/*.json")
-        if source.format == "hf" or (source.format == "auto" and path.suffix != ".jsonl"):
-            if path.suffix not in BUILDERS:
-                raise UserError(
-                    f"{path}: unknown kind of file; expected {', '.join(BUILDERS)}, or set data.format=jsonl"
-                )
-            return "hf"
-        return "rows"
+    path = Path(source.path)
+    with path_errors(path, "data.path"):
+        exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
+    if not exists:
+        return _find_hub_name(source, path)
+    if is_file:
+        return _find_kind_of_file(source, path)
+    if not is_folder:
+        with open_file(path, "data.path"):  # says what else it is
+            pass
+    names = list_folder(path, "data.path")
     if source.format == "sni" or (source.format == "auto" and (path / "tasks").is_dir()):
         return "sni"
-    if source.format in ("jsonl", "messages") or (source.format == "auto" and any(path.glob("*.jsonl"))):
+    if source.format in ("jsonl", "messages") or (source.format == "auto" and any(p.match("*.jsonl") for p in names)):
         return "rows"
     if any((path / marker).exists() for marker in SAVED_MARKERS):
         return "saved"
     if not any(file.suffix in BUILDERS for file in path.rglob("*")):
+        packed = next((file for file in names if file.suffix in COMPRESSED), None)
         raise UserError(
-            f"{path}: the folder holds no data; expected tasks/*.json, *.jsonl, or files of {', '.join(BUILDERS)}"
+            f"{packed}: the file is compressed; unpack it first"
+            if packed
+            else f"{path}: the folder holds no data; expected tasks/*.json, *.jsonl, or files of {', '.join(BUILDERS)}"
         )
     return "hf"
 
 
+def _find_hub_name(source: SourceTable, path: Path) -> str:
+    # A file suffix, a leading dot or slash, or a first part that exists here mean a path, not a hub name.
+    looks_local = path.suffix in (*BUILDERS, *COMPRESSED, *OTHER_SUFFIXES) or (
+        len(path.parts) > 1 and Path(path.parts[0]).exists()
+    )
+    if path.is_symlink() or source.format not in ("auto", "hf") or looks_local or not _HUB_NAME.fullmatch(source.path):
+        raise UserError(f"{shown(source.path)}: no such file or folder; check data.path (relative to {Path.cwd()})")
+    return "hub"
+
+
+def _find_kind_of_file(source: SourceTable, path: Path) -> str:
+    if source.format == "sni":
+        raise UserError(f"{path} is a file; data.format=sni needs the folder that holds tasks/*.json")
+    if path.suffix in COMPRESSED:
+        raise UserError(f"{path}: the file is compressed; unpack it first")
+    if source.format == "hf" or (source.format == "auto" and path.suffix != ".jsonl"):
+        if path.suffix not in BUILDERS:
+            raise UserError(f"{path}: unknown kind of file; expected {', '.join(BUILDERS)}, or set data.format=jsonl")
+        return "hf"
+    return "rows"
+
+
 def _read_source(source: SourceTable) -> Iterator[Instance | DroppedInstance]:
-    kind, root = find_format(source), Path(source.path).expanduser()
+    kind, root = find_format(source), Path(source.path)
     if kind == "sni":
         tasks, _, left_out = list_task_files(root)
         yield from left_out
@@ -136,7 +170,7 @@ def _read_source(source: SourceTable) -> Iterator[Instance | DroppedInstance]:
             yield from read_task_file(path, seen)
     elif kind == "rows":
         for path in _list_files(root, kind):
-            for number, row in read_rows(path):
+            for number, row in read_rows(path, "data.path"):
                 yield parse_row(row, f"{path}, line {number}", LAYOUTS.get(source.format, "auto"))
     else:
         yield from read_data_set(source, kind, root)
@@ -146,7 +180,7 @@ def _list_files(root: Path, kind: str) -> list[Path]:
     if root.is_file():
         return [root]
     if kind == "rows":
-        files = sorted(root.glob("*.jsonl"))
+        files = [path for path in list_folder(root, "data.path") if path.match("*.jsonl")]
         if not files:
             raise UserError(f"{root}: no *.jsonl files in this folder; check data.path and data.format")
         return files
@@ -155,7 +189,8 @@ def _list_files(root: Path, kind: str) -> list[Path]:
 
 def _describe_file(path: Path, root: Path) -> list[Any]:
     name = path.name if path == root else path.relative_to(root).as_posix()
-    return [name, path.stat().st_size, digest_file(path)]
+    digest = digest_file(path)  # first: it says what is wrong with a file
+    return [name, path.stat().st_size, digest]
 
 
 def _take_rows(source: SourceTable, dropped: Spool[DroppedInstance], folder: Path | None) -> Iterator[Instance]:
@@ -236,11 +271,14 @@ def _add_task(tasks: dict[str, Task], earlier: dict[str, Task], names: FreeNames
         tasks[name] = dataclasses.replace(tasks[name], seen=tasks[name].seen and row.seen)
         return name
     identity = names.take(f"{source}/{name}" if known is not None else name)
-    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source)
+    tasks[identity] = Task(identity, row.instruction, seen=row.seen, source=source, system=row.system)
     return identity
 
 
 def instruction_slug(instruction: str) -> str:
     """Return an id for a task that has no name: the instruction's first words and a short hash of the whole."""
-    start = "-".join(words(instruction)[:6])[:40].strip("-") or "task"
+    start = (
+        "-".join(_SLUG_WORD.findall(unicodedata.normalize("NFKC", instruction).casefold())[:6])[:40].strip("-")
+        or "task"
+    )
     return f"{start}-{sha256(loose_key(instruction).encode()).hexdigest()[:8]}"

@@ -24,7 +24,7 @@ from coalign.data.instances import DroppedInstance, FreeNames, Instance
 from coalign.data.spool import equal_places
 from coalign.data.task_names import find_named, mark_unseen
 from coalign.records import Example, Split, Task
-from coalign.text import loose_key, normalise_answer, normalise_input, unit_hash
+from coalign.text import loose_key, normalise_answer, normalise_input, num_unspaced, unit_hash
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 REASONS = ("merged_duplicate", "merged_duplicate", "other_task", "unseen_task_not_test", "over_limit", "over_limit")
@@ -32,6 +32,7 @@ MERGED_SAME, MERGED_OTHER, OTHER_TASK, UNSEEN, OVER_LIMIT, OVER_MAX_TASKS = rang
 MERGED = (MERGED_SAME, MERGED_OTHER)
 MIN_INSTANCES_PER_LABEL = 4
 MAX_LABEL_WORDS = 5
+MAX_LABEL_CHARACTERS = 15  # of a script that writes no spaces
 
 
 @dataclasses.dataclass(slots=True)
@@ -209,8 +210,9 @@ def find_labels(
 ) -> dict[str, Task]:
     """Return the tasks, classification tasks with their labels; `answers` are (task, references), one per input.
 
-    A classification task has at most `max_labels` distinct normalised answers, each of MAX_LABEL_WORDS words at most,
-    and MIN_INSTANCES_PER_LABEL instances per label or more on average. A label has its most frequent spelling.
+    A classification task has at most `max_labels` distinct normalised answers, each of MAX_LABEL_WORDS words at most
+    (or MAX_LABEL_CHARACTERS where no spaces are written), and MIN_INSTANCES_PER_LABEL instances per label or more on
+    average. A label has its most frequent spelling.
     """
     spellings: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
     num_inputs: Counter[str] = Counter()
@@ -222,7 +224,7 @@ def find_labels(
         written = spellings[task]
         for output in outputs:
             written.setdefault(normalise_answer(output, tasks[task].answer_form), Counter())[output] += 1
-            if len(output.split()) > MAX_LABEL_WORDS:
+            if len(output.split()) > MAX_LABEL_WORDS or num_unspaced(output) > MAX_LABEL_CHARACTERS:
                 free.add(task)
         if len(written) > max_labels:
             free.add(task)

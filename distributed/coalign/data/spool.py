@@ -6,6 +6,7 @@ Knows neither layouts nor splits.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import marshal
 import tempfile
 from array import array
@@ -28,6 +29,7 @@ class Spool(Sequence[Element]):
 
     def __init__(self, kind: type[Element], folder: Path | None = None) -> None:
         self._kind = kind
+        self._folder = folder or Path(tempfile.gettempdir())
         self._stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         self._ends = array("Q", [0])
         self._at_end = True
@@ -35,11 +37,22 @@ class Spool(Sequence[Element]):
     def append(self, row: Element) -> None:
         """Add a row at the end."""
         if not self._at_end:
-            self._stream.seek(self._ends[-1])
+            with self._named_errors():
+                self._stream.seek(self._ends[-1])
             self._at_end = True
         data = marshal.dumps(tuple(row))
-        self._stream.write(data)
+        with self._named_errors():
+            self._stream.write(data)
         self._ends.append(self._ends[-1] + len(data))
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Say in an OSError, such as a full disk, where the file without a name lies."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self._folder)
+            raise
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -65,8 +78,9 @@ class Spool(Sequence[Element]):
     def _read(self, start: int, end: int) -> Iterator[Element]:
         first = self._ends[start]
         self._at_end = False
-        self._stream.seek(first)
-        data = memoryview(self._stream.read(self._ends[end] - first))
+        with self._named_errors():
+            self._stream.seek(first)  # writes what is still in memory
+            data = memoryview(self._stream.read(self._ends[end] - first))
         for index in range(start, end):
             values: Any = marshal.loads(data[self._ends[index] - first : self._ends[index + 1] - first])
             yield tuple.__new__(self._kind, values)

@@ -58,14 +58,14 @@ def known_pairs(tasks: Iterable[Task], examples: Sequence[Example], split: str, 
     known: list[KnownPair] = []
     for index, example in enumerate(chosen):
         part: Literal["fit", "check"] = "check" if index % 2 else "fit"
-        first = example.outputs[0]
-        others = [gold for gold in example.outputs if normalise_answer(gold) != normalise_answer(first)]
+        first, form = example.outputs[0], known_tasks[example.task].answer_form
+        others = [gold for gold in example.outputs if normalise_answer(gold, form) != normalise_answer(first, form)]
         wrong = wrong_answer(known_tasks[example.task], example, golds[example.task], seed)
         found = [(others[0] if others else _sentence(first), True)]
         if wrong is not None:
             found.append((wrong if others else _sentence(wrong), False))
         for second, same in found:
-            answers = normalise_answer(first), normalise_answer(second)
+            answers = normalise_answer(first, form), normalise_answer(second, form)
             if all(answers) and answers[0] != answers[1]:
                 known.append(KnownPair(answers, same, part))
     return known

@@ -154,7 +154,7 @@ def held_out_wordings(
         found = read_records(Wording, step_output(paraphrased, "wordings.jsonl"))
         return [wording for wording in found if wording.split == table.split], [], {}
     wordings, dropped = load_wordings([table.wordings_file], {task.id: task for task in tasks})
-    return wordings, dropped, {"wordings_file": digest_file(Path(table.wordings_file))}
+    return wordings, dropped, {"wordings_file": digest_file(Path(table.wordings_file), "eval.wordings_file")}
 
 
 def collect_answers(

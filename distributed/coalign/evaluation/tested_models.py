@@ -5,11 +5,11 @@ Knows folders and manifests, no answers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from coalign.config import ModelTable, table_for_other_model
 from coalign.errors import UserError
+from coalign.files import read_json
 from coalign.runs.digests import digest_folder
 from coalign.runs.manifest import MANIFEST
 from coalign.runs.outputs import MODEL, step_model
@@ -67,15 +67,17 @@ def model_table(value: str, model: ModelTable) -> ModelTable:
     settings = manifest["config"] if manifest else {}
     if not all(f"model.{key}" in settings for key in kept):
         return table_for_other_model(model)
-    return table_for_other_model(model).model_copy(update={key: settings[f"model.{key}"] for key in kept})
+    own = {key: settings[f"model.{key}"] for key in kept}
+    later = {key: settings[f"model.{key}"] for key in ("thinking", "thought_tokens") if f"model.{key}" in settings}
+    return table_for_other_model(model).model_copy(update=own | later)
 
 
 def _is_step(folder: Path) -> bool:
     if (folder / MANIFEST).exists():
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
+        config = read_json(folder / "config.json")
+    except UserError:
         return False
     return isinstance(config, dict) and set(config) == {"config", "inputs"}
 

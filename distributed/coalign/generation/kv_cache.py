@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from coalign.generation.cascade_attention import SharedPrompts
 
@@ -218,9 +218,3 @@ class SlotCache(Cache):
     def _moved_left(self, columns: int) -> None:
         self.extent.high -= columns
         self._set_rows([start - columns for start in self._starts])
-
-
-def has_plain_cache(model: Any) -> bool:
-    """Return whether a model's cache holds every token's keys and values, and nothing else."""
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

@@ -24,8 +24,9 @@ from coalign.models.sizes import PASS_TOKENS_CPU, ROW_TOKENS_CPU, ROW_TOKENS_GPU
 
 logger = logging.getLogger("coalign")
 
-# Whether a model computes shared rows exactly as separate ones; tested once.
+# Whether a model computes shared rows exactly as separate ones; tested once, and again for longer ones.
 _shares_exactly: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+_exact_up_to: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # tokens
 
 
 @dataclasses.dataclass
@@ -61,9 +62,7 @@ def score(
             row = rows[places[ids]]
             row.logps |= dict.fromkeys(_wanted(request["prompt_ids"], continuation), 0.0)
     with torch.inference_mode():
-        if share and shares_exactly(model, codec):
-            _score_shared(model, rows, codec, max_tokens)
-        else:
+        if not (share and shares_exactly(model, codec) and _score_shared(model, rows, codec, max_tokens)):
             for batch in batches([len(row.ids) for row in rows], max_tokens):
                 _score_plain(model, [rows[i] for i in batch], codec)
     return [
@@ -102,8 +101,11 @@ def _score_plain(model: Any, rows: Sequence[_Sequence], codec: TokenIds) -> None
     _read(logits_RKV, rows, [len(row.ids) - kept for row in rows])
 
 
-def _score_shared(model: Any, rows: Sequence[_Sequence], codec: TokenIds, max_tokens: int) -> None:
-    """Fill in the log-probs, computed in shared rows: a group's beginning, then rests that see it and themselves."""
+def _score_shared(model: Any, rows: Sequence[_Sequence], codec: TokenIds, max_tokens: int) -> bool:
+    """Fill in the log-probs, computed in shared rows: a group's beginning, then rests that see it and themselves.
+
+    Returns False when rows of this length are not exact.
+    """
     on_cpu = model.device.type == "cpu"
     width = min(max_tokens, ROW_TOKENS_CPU if on_cpu else ROW_TOKENS_GPU)
     if on_cpu:
@@ -114,9 +116,13 @@ def _score_shared(model: Any, rows: Sequence[_Sequence], codec: TokenIds, max_to
         for part in _parts(group, rows, width)
     ]
     sizes = [group.prefix + sum(len(rows[r].ids) - group.prefix for r in group.rows) for group in groups]
+    longest = max(range(len(groups)), key=sizes.__getitem__, default=None)
+    if longest is not None and not _shares_exactly_up_to(sizes[longest], model, rows, groups[longest], codec):
+        return False
     packs = best_fit(sizes, width)
     for batch in batches([sum(sizes[g] for g in pack) for pack in packs], max_tokens):
         _score_packs(model, rows, [[groups[g] for g in packs[p]] for p in batch], codec)
+    return True
 
 
 def _parts(group: PrefixGroup, rows: Sequence[_Sequence], width: int) -> Iterator[PrefixGroup]:
@@ -159,31 +165,51 @@ def shares_exactly(model: Any, codec: TokenIds) -> bool:
     fails.
     """
     if model not in _shares_exactly:
-        complaint = _complaint_of_sharing(model, codec)
-        if complaint:
-            logger.info("common beginnings are computed for each prompt: %s", complaint)
-        _shares_exactly[model] = not complaint
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = [(7919 * k + 13) % vocabulary for k in range(1, 40)]
+        beginnings = [tuple(ids[:9]), tuple(ids[9:14])]
+        rests = [(0, ids[20:23]), (0, ids[23:25]), (1, ids[25:29]), (1, ids[29:30])]
+        rows = [_Sequence((*beginnings[b], *rest)) for b, rest in rests]
+        for row in rows:
+            row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
+        groups = [PrefixGroup(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
+        _remember(model, _complaint_of_sharing(model, rows, groups, codec))
     return _shares_exactly[model]
 
 
-def _complaint_of_sharing(model: Any, codec: TokenIds) -> str:
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [(7919 * k + 13) % vocabulary for k in range(1, 40)]
-    beginnings = [tuple(ids[:9]), tuple(ids[9:14])]
-    rests = [(0, ids[20:23]), (0, ids[23:25]), (1, ids[25:29]), (1, ids[29:30])]
-    separate, shared = ([_Sequence((*beginnings[b], *rest)) for b, rest in rests] for _ in range(2))
-    for row in (*separate, *shared):
-        row.logps = {(len(row.ids) - 1, ids[30]): 0.0}
-    groups = [PrefixGroup(len(beginnings[b]), [i for i, (of, _) in enumerate(rests) if of == b]) for b in (0, 1)]
-    _score_plain(model, separate, codec)
+def _shares_exactly_up_to(
+    tokens: int, model: Any, rows: Sequence[_Sequence], group: PrefixGroup, codec: TokenIds
+) -> bool:
+    """Return whether the longest group of this call, of so many tokens, is exact too.
+
+    A window that counts places in the row instead of positions shows in long rows alone.
+    """
+    if tokens > _exact_up_to.get(model, 0):
+        _remember(model, _complaint_of_sharing(model, rows, [group], codec))
+        _exact_up_to[model] = tokens
+    return _shares_exactly[model]
+
+
+def _remember(model: Any, complaint: str) -> None:
+    if complaint:
+        logger.info("common beginnings are computed for each prompt: %s", complaint)
+    _shares_exactly[model] = not complaint
+
+
+def _complaint_of_sharing(model: Any, rows: Sequence[_Sequence], groups: Sequence[PrefixGroup], codec: TokenIds) -> str:
+    """Return how groups go wrong in one row, "" when the first and last of each equal those of rows of their own."""
+    separate, shared = ([_Sequence(row.ids, dict(row.logps)) for row in rows] for _ in range(2))
+    asked = sorted({row for group in groups for row in (group.rows[0], group.rows[-1])})
+    for row in asked:
+        _score_plain(model, [separate[row]], codec)
     try:
         _score_packs(model, shared, [groups], codec)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        return f"the model rejects their attention mask ({str(error).partition(chr(10))[0]})"
-    pairs = zip(separate, shared, strict=True)
-    found = torch.tensor([(b.logps[place], a.logps[place]) for a, b in pairs for place in a.logps], dtype=torch.float64)
+    except Exception as error:  # from transformers' code of one of hundreds of families
+        return f"the model rejects their attention mask ({str(error).strip().partition(chr(10))[0]})"
+    pairs = [(shared[i].logps[place], separate[i].logps[place]) for i in asked for place in rows[i].logps]
+    found = torch.tensor(pairs, dtype=torch.float64)
     return complaint_of(found[:, 0], found[:, 1], model.dtype)
 
 

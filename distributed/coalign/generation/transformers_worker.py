@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from coalign.config import GenerationTable, ModelTable
-from coalign.errors import UserError
 from coalign.generation.cuda_graphs import FixedSteps
 from coalign.generation.decoding import decode
-from coalign.generation.kv_cache import has_plain_cache
 from coalign.generation.sampling import Sampling
 from coalign.generation.scoring import score
+from coalign.models.model_checks import check_model
 from coalign.models.model_folder import load_codec, load_model, pick_device, pick_dtype
 from coalign.models.shape import shape_of
 from coalign.models.worker_memory import TOKENS_ON_CPU, tokens_in_flight
@@ -28,6 +27,8 @@ __all__ = ["GenerateWorker", "Sampling", "ScoreWorker"]
 class _Worker:
     """Holds one model; each call processes one shard."""
 
+    samples = False
+
     def __init__(self, folder: str, model: ModelTable, generation: GenerationTable, threads: int) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -38,6 +39,7 @@ class _Worker:
             self.model = load_model(folder, model, dtype, gpus).eval()
         else:
             self.model = load_model(folder, model, dtype).to(device).eval()
+        check_model(self.model, self.codec.pad_id, folder, self.samples)
         self.max_tokens = generation.batch_tokens or _tokens_in_flight(self.model, generation)
         self.exact = generation.mode == "exact"
 
@@ -58,6 +60,8 @@ class GenerateWorker(_Worker):
     values.
     """
 
+    samples = True
+
     def __init__(
         self, folder: str, model: ModelTable, generation: GenerationTable, sampling: Sampling, threads: int
     ) -> None:
@@ -65,11 +69,6 @@ class GenerateWorker(_Worker):
         self.sampling = dataclasses.replace(sampling, repetition_penalty=generation.repetition_penalty)
         # In exact mode results may not depend on earlier requests, and recording does: it starts after a few steps.
         self.fixed = FixedSteps(self.model) if self.model.device.type == "cuda" and not self.exact else None
-        if not has_plain_cache(self.model):
-            raise UserError(
-                f"{folder}: a {self.model.config.model_type} model keeps more than keys and values of its tokens, which"
-                " sampling can't move between rows; use a model with attention in every layer"
-            )
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with "answers": [{"text", "finish", "num_tokens"}], in their order."""

@@ -1,7 +1,7 @@
 """A causal LM from its files, with every one of its weights taken from there.
 
 A weight that a file lacks is drawn at random, and one that the model has no place for is left out. Either makes another
-model than the folder's. Knows names and shapes, no texts and no training.
+model than the folder's. The only import of safetensors. Knows no texts and no training.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ import re
 import warnings
 from collections.abc import Iterator
 from logging.handlers import BufferingHandler
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.models.architecture import opening_options
 
 # Buffers that older versions saved, and layers that predict further tokens: a causal LM computes the same without.
 _WITHOUT_EFFECT = re.compile(r"(inv_freq|masked_bias|position_ids|_extra_state)$|(^|\.)mtp[._]")
 # The parts of a model for images or sound, which its text part leaves out.
-_OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|vit|image|img|audio|speech|multi_?modal|mm)(_\w+)?\.")
+_OTHER_SENSES = re.compile(
+    r"(^|[._])(vision|visual|vit|image|img|audio|speech|multi_?modal|mm|projector|connector|aligner)([._]|$)"
+)
 
 
 def open_causal_lm(folder: str, table: ModelTable, dtype: torch.dtype, **placement: Any) -> tuple[Any, dict[str, Any]]:
@@ -35,11 +40,11 @@ def open_causal_lm(folder: str, table: ModelTable, dtype: torch.dtype, **placeme
         folder,
         revision=table.revision,
         dtype=dtype,
-        attn_implementation=table.attention,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the report
+        **opening_options(folder, table),
         **placement,
     )
     model, report = opened
@@ -54,8 +59,8 @@ def open_checked(folder: str, table: ModelTable, dtype: torch.dtype, **placement
     try:
         with held_messages():
             model, report = open_causal_lm(folder, table, dtype, **placement)
-            complaint = complaint_of_weights(model, report)
-    except (MemoryError, torch.OutOfMemoryError):
+            complaint = complaint_of_weights(model, report) or complaint_of_head(model, folder)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers and its parts raise any kind for a folder that is malformed
         raise UserError(f"{folder}: the model can't be loaded: {reason_of(error, table)}") from error
@@ -134,6 +139,30 @@ def complaint_of_weights(model: Any, report: dict[str, Any]) -> str:
             " config.json must describe the whole model, and a head for rewards or classes can't be trained here"
         )
     return ""
+
+
+def complaint_of_head(model: Any, folder: str) -> str:
+    """Return a message when a folder's config ties the head to the embeddings and its files hold another head, else "".
+
+    transformers then ties them under ZeRO-3, and leaves them apart otherwise. A model without values (on the meta
+    device) is compared by the files of a local folder.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight or not getattr(model.config, "tie_word_embeddings", False):
+        return ""
+    if head.weight.is_meta:
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        ends = tuple(".".join(names[id(module.weight)].split(".")[-2:]) for module in (head, embedding))
+        found = []
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                found += [tensors.get_tensor(name) for name in tensors.keys() if name.endswith(ends)]  # noqa: SIM118
+        if all(torch.equal(tensor, found[0]) for tensor in found):
+            return ""
+    return (
+        "config.json ties the output head to the embeddings, and its files hold another head; set tie_word_embeddings"
+        " to false in config.json, or take the head out of the files"
+    )
 
 
 def _advice(missing: str, unknown: list[str]) -> str:

@@ -9,6 +9,7 @@ import collections
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coalign.config import LoraTable, ModelTable
 from coalign.errors import UserError
+from coalign.models.export_checks import complaint_of_merge
 from coalign.models.loaded_weights import first_line
 from coalign.models.model_folder import load_model, on_cpu
 from coalign.process import derive_seed
@@ -56,6 +58,10 @@ def _adapt(model: Any, table: LoraTable, seed: int) -> Any:
             torch.manual_seed(derive_seed(seed, "lora"))
             adapted = get_peft_model(model, config)
     except Exception as error:  # peft raises many kinds for layers that it can't adapt
+        if "lora_dropout" in str(error):
+            raise UserError(
+                f"model.lora.dropout={table.dropout}: peft has no dropout for experts in one tensor; set it to 0"
+            ) from error
         raise UserError(f"{key}: {first_line(error).rstrip('(. ')}; {here}") from error
     tuner: Any = adapted.base_model
     names = tuner.targeted_module_names
@@ -90,7 +96,7 @@ def _log_shares(adapted: Any) -> None:
         total,
         100 * trained / max(1, total),
         len(names),
-        ", ".join(sorted({name.rpartition(".")[2] for name in names})),
+        ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})),
     )
     outside: collections.Counter[str] = collections.Counter()
     for place, module in base.named_modules():
@@ -111,15 +117,29 @@ def _log_shares(adapted: Any) -> None:
         )
 
 
-def merge_lora(source: str, table: ModelTable, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_lora(
+    source: str,
+    table: ModelTable,
+    adapters: dict[str, torch.Tensor],
+    measure: Callable[[Any], torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Return merged weights W + alpha / rank * B A (arXiv 2106.09685, section 4.1) in the adapters' dtype.
 
     peft adds in float32, on a fresh copy of the model that training started from. `adapters` holds the trained
-    parameters under their names in the model that `attach_lora` returned.
+    parameters under their names in the model that `attach_lora` returned. Raises RuntimeError when what `measure`
+    returns of a model, its log-probs of some tokens, isn't that of the adapters beside the weights.
     """
     dtype = next(iter(adapters.values())).dtype
-    model = _adapt(load_model(source, on_cpu(table), torch.float32), table.lora, 0)
+    model = _adapt(load_model(source, on_cpu(table), torch.float32), table.lora, 0).eval()
     unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
     assert not unknown, f"adapters of another model: {unknown[:3]}"
+    before = []
+    if measure is not None:
+        before.append(measure(model))
+        with model.disable_adapter():
+            before.append(measure(model))
     merged: torch.nn.Module = model.merge_and_unload(safe_merge=True)
-    return {name: tensor.detach().to(dtype) for name, tensor in merged.state_dict().items()}
+    complaint = complaint_of_merge(measure(merged), *before) if measure is not None else None
+    if complaint:
+        raise RuntimeError(f"the LoRA adapters were not merged rightly: {complaint}")
+    return {n: t.detach().to(dtype if t.is_floating_point() else t.dtype) for n, t in merged.state_dict().items()}

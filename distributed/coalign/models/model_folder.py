@@ -1,7 +1,6 @@
 """Models in and out: tokenizer, causal LM, and the verified model folder.
 
-The only import of safetensors. Loads safetensors weights only, since pickled ones can run code. Knows no texts
-and no training settings.
+Loads safetensors weights only, since pickled ones can run code. Knows no texts and no training settings.
 """
 
 from __future__ import annotations
@@ -9,20 +8,24 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from coalign.config import ModelTable
 from coalign.errors import UserError
+from coalign.files import is_plain, list_folder, read_text
+from coalign.models.architecture import read_config
+from coalign.models.chat_template import ChatTemplate, today
 from coalign.models.codec import Codec
+from coalign.models.export_checks import complaint_of_reopened, main_dtype
 from coalign.models.loaded_weights import held_messages, open_causal_lm, open_checked, reason_of
+from coalign.models.stop_tokens import end_with, load_generation_config, stops_of
 from coalign.runs.atomic_files import replace_folder, require_free_space
 
 logger = logging.getLogger("coalign")
@@ -53,7 +56,7 @@ def check_model_folder(folder: str) -> None:
         return  # a hub name
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
-    names = {item.name for item in path.iterdir()}
+    names = {item.name for item in list_folder(path, "model.path") if is_plain(item)}
     if "adapter_config.json" in names:
         raise UserError(
             f"{folder} holds adapters (adapter_config.json); merge them into their model first, with peft's"
@@ -90,10 +93,7 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     except Exception as error:  # transformers and tokenizers raise any kind for a file that is malformed
         raise UserError(f"{folder}: the tokenizer or config can't be loaded: {reason_of(error, table)}") from error
     if table.chat_template:
-        try:
-            tokenizer.chat_template = Path(table.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={table.chat_template!r} can't be read: {error}") from error
+        tokenizer.chat_template = read_text(Path(table.chat_template), "model.chat_template")
     _check_vocabulary(folder, tokenizer, config, table)
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:
@@ -106,9 +106,12 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
     return tokenizer
 
 
-def load_codec(folder: str, table: ModelTable) -> Codec:
-    """Return the codec of a model folder: its tokenizer with the chat template and special tokens of [model]."""
-    return Codec(load_tokenizer(folder, table), table)
+def load_codec(folder: str, table: ModelTable, date: str = "") -> Codec:
+    """Return the codec of a model folder: its tokenizer with the chat template and special tokens of [model].
+
+    `date` (YYYY-MM-DD, empty: today) is for a template that writes one. Raises UserError, see Codec.
+    """
+    return Codec(load_tokenizer(folder, table), table, stops_of(load_generation_config(folder, table)), date)
 
 
 def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTable) -> None:
@@ -127,9 +130,9 @@ def _check_vocabulary(folder: str, tokenizer: Any, config: Any, table: ModelTabl
     named |= {table.end_of_turn, table.pad_token}
     template = f"{tokenizer.chat_template}"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    with contextlib.suppress(Exception):  # the codec tells what is wrong with a template
-        template += tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        template += tokenizer.apply_chat_template(turns, tokenize=False)
+    with contextlib.suppress(UserError):  # the codec tells what is wrong with a template
+        conversations = [(turns[:1], {"add_generation_prompt": True}), (turns, {})]
+        template += "".join(map(str, ChatTemplate(tokenizer, "", today()).render_first(conversations)))
     used = {token: i for token, i in beyond.items() if token not in special or token in named or token in template}
     if used:
         token = max(used, key=lambda token: used[token])
@@ -200,7 +203,7 @@ def switch_off_dropout(model: Any) -> None:
             module.p = 0.0
         # Families keep the rate of functional dropout in the module or read it from the config.
         for holder in (module, getattr(module, "config", None)):
-            for name, value in list(vars(holder).items()) if holder is not None else []:
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
 
@@ -217,25 +220,24 @@ def export_model(
     table: ModelTable,
     tokenizer: Any,
     check: Callable[[Any], str | None],
+    stops: Sequence[int] = (),
 ) -> None:
     """Write a model folder that appears only when it is whole and verified.
 
     `state` holds weights on the CPU under the model's own names; config and generation config come from `source`, the
-    model that training started from. The folder is reopened as a user would open it: keys, shapes, values and tied
-    weights are compared, then `check(model)` returns a complaint or None. Raises UserError when the disk is full and
-    RuntimeError when a check fails.
+    model that training started from, with `stops` as the tokens that end a text. The folder is reopened as a user would
+    open it: keys, shapes, values and tied weights are compared, then `check(model)` returns a complaint or None. Raises
+    UserError when the disk is full and RuntimeError when a check fails.
     """
     num_bytes = sum(t.numel() * t.element_size() for t in state.values())
     require_free_space(folder, int(num_bytes * 1.05) + 2**20, "the exported model")
-    config = AutoConfig.from_pretrained(source, revision=table.revision, trust_remote_code=False)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shell = shell.to(next(iter(state.values())).dtype)  # config.json names this dtype
-    if Path(source, "generation_config.json").exists() or not Path(source).exists():
-        try:
-            shell.generation_config = type(shell.generation_config).from_pretrained(source)
-        except OSError:
-            logger.debug("%s has no generation config", source)
+        shell = AutoModelForCausalLM.from_config(read_config(source, table), trust_remote_code=False)
+    shell = shell.to(main_dtype(state))  # config.json names this dtype
+    generation = load_generation_config(source, table)
+    if generation is not None:
+        shell.generation_config = generation
+    end_with(shell, stops)
 
     def write(target: Path) -> None:
         shell.save_pretrained(target, state_dict=dict(state))  # a copy, since save_pretrained empties it
@@ -253,20 +255,10 @@ def _compare_folder(
     bad = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if bad:
         return f"{bad} holds NaN or infinity"
-    written: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            written.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    model = load_model(str(folder), on_cpu(table), next(iter(state.values())).dtype)
-    reopened = model.state_dict()
-    missing = [name for name in state if name not in reopened]
-    if missing or len(reopened) != len(state):
-        return f"reopened with other keys (first missing: {missing[:1] or sorted(set(reopened) - set(state))[:1]})"
-    different = [n for n, t in reopened.items() if t.shape != state[n].shape or not torch.equal(t, state[n])]
-    if different:
-        return f"{different[0]} was reopened with other values"
-    if not set(written) <= set(state):
-        return f"the file holds unknown weights, first {sorted(set(written) - set(state))[0]}"
+    model = load_model(str(folder), on_cpu(table), main_dtype(state))
+    complaint = complaint_of_reopened(model.state_dict(), state)
+    if complaint:
+        return complaint
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if config.get("tie_word_embeddings") and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():

@@ -6,12 +6,12 @@ Counts parameters from published layer layouts. Knows no weights, and imports ne
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from coalign.config import LoraTable, RandomTable
 from coalign.errors import UserError
+from coalign.files import read_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 NUMBERS = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary", "context", "parameters")
@@ -107,10 +107,7 @@ def read_shape(folder: Path) -> Shape:
     Raises UserError for an unreadable file and for a family whose layers are unknown to coalign.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no table; a Hugging Face config was expected")
     family = values.get("model_type")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from coalign.config import DataTable
+from coalign.files import open_file
 from coalign.records import Split, read_rows
 from coalign.runs.outputs import step_output
 from coalign.runs.step_folder import read_manifest
@@ -94,7 +95,7 @@ def _spread_rows(path: Path, count: int) -> list[dict[str, Any]]:
     if size < count * ROW_BYTES:
         return [row for _, row in read_rows(path)]
     found: dict[int, dict[str, Any]] = {}
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         for number in range(count):
             stream.seek(number * size // count)
             if number:

@@ -86,7 +86,7 @@ def training_memories(plan: Plan) -> dict[str, Memory]:
 def worker_memory(plan: Plan) -> Memory:
     """Return the memory of one generation worker, for the longest prompts and answers."""
     config, counts = plan.config, plan.counts
-    new_tokens = max(config.sample.max_new_tokens, config.eval.max_new_tokens)
+    new_tokens = config.model.answer_tokens(max(config.sample.max_new_tokens, config.eval.max_new_tokens))
     prompt = max(1, counts.longest_tokens - counts.answer_tokens)
     share = plan.worker_gpus * plan.gpu_bytes
     return generation_memory(plan.shape, config.generation, share, prompt, new_tokens)

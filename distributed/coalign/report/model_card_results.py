@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from coalign.config import EvalTable
+from coalign.display import from_markdown, markdown
 from coalign.evaluation.metrics_schema import Estimate, Metrics
 from coalign.report.formatting import SET_NAMES, names_of, paired_rows, shown_sets, with_interval
 from coalign.report.model_cards import BEGIN, END, STEPS_TO, assemble, placeless
@@ -71,7 +72,7 @@ def with_results(text: str, metrics: Metrics, name: str) -> str:
         "dataset_split": metrics.split,
     }
     estimates = {metric: metrics.models[name].all.of(metric) for metric in COLUMNS}
-    card.data.model_name = card.text.strip().partition("\n")[0].removeprefix("# ")
+    card.data.model_name = from_markdown(card.text.strip().partition("\n")[0].removeprefix("# "))
     card.data.eval_results = [
         EvalResult(
             **options,
@@ -92,7 +93,7 @@ def with_results(text: str, metrics: Metrics, name: str) -> str:
 
 def results_lines(metrics: Metrics, name: str) -> list[str]:
     """Return the tables of results: every model, and how the one of this card differs from those before it."""
-    labels = {key: placeless(metrics.label(key)) for key in metrics.models}
+    labels = {key: markdown(placeless(metrics.label(key))) for key in metrics.models}
     lines = []
     for which in shown_sets(metrics):
         lines += ["", f"| {CARD_SETS[which]} | {' | '.join(COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
@@ -111,14 +112,14 @@ def results_lines(metrics: Metrics, name: str) -> list[str]:
         *lines,
         "",
         f"Greedy answers to {metrics.num_inputs} {metrics.split} inputs of {metrics.num_tasks} tasks"
-        f" ({metrics.num_tasks_in_cr} of them in CR){_given_wordings(metrics) or UNSEEN}. Means over the inputs of a"
-        " task, then over tasks; "
+        f" ({metrics.num_tasks_in_cr} of them in CR){markdown(_given_wordings(metrics)) or UNSEEN}. Means over the"
+        " inputs of a task, then over tasks; "
         + (f"in brackets 95 % intervals by {kind}." if kind else "too few tasks for intervals.")
         + " A difference whose interval contains 0 shows nothing.",
         "",
-        f"CR is the share of pairs of wordings whose answers agree ({placeless(metrics.agreement)}), corrected CR"
-        " takes off what independent answers with the task's own frequencies would reach, MCR is the share of wordings"
-        " in the largest agreeing group, accuracy is exact match after normalising."
+        f"CR is the share of pairs of wordings whose answers agree ({markdown(placeless(metrics.agreement))}),"
+        " corrected CR takes off what independent answers with the task's own frequencies would reach, MCR is the share"
+        " of wordings in the largest agreeing group, accuracy is exact match after normalising."
         + (f" {judge_sentence(metrics)}" if metrics.agreement_judge else ""),
     ]
 

@@ -1,7 +1,6 @@
 """Model cards: the README.md in an exported model folder, with the Hub's metadata; see model_card_results for results.
 
-Knows manifests, no model. A card holds no path of this
-machine.
+Knows manifests, no model. A card holds no path of this machine, and takes no markup from names and settings.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import jinja2
 
 from coalign.commandline import toml_value
 from coalign.config_values import differing_values
+from coalign.display import code_span, markdown, on_one_line, shell_line
 from coalign.experiment.arms import ARMS
 from coalign.process import world_size
 from coalign.runs.atomic_files import write_atomic
@@ -42,10 +41,11 @@ def placeless(text: str) -> str:
     return _ABSOLUTE.sub(r"\1", text)
 
 
-def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> str:
+def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str, thinking: str = "") -> str:
     """Return the card of a training step's model, as it is exported: nothing is measured yet.
 
-    `counts` are the step's own; `end_of_turn` is the token that ends an answer.
+    `counts` are the step's own; `end_of_turn` is the token that ends an answer, `thinking` says what became
+    of thoughts.
     """
     stage = step.path.name
     manifests = {name: read_manifest(run.step(name)) or {} for name in STEPS_TO[stage][:-1]}
@@ -58,7 +58,7 @@ def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_t
     is_random = step.config["model.init"] == "random"
     versions = installed_versions()
     body = _template().render(
-        title=f"{run.run.name}, {'stage 2' if stage == 'align' else 'stage 1'}",
+        title=f"{markdown(run.run.name)}, {'stage 2' if stage == 'align' else 'stage 1'}",
         what=_what(stage, step.config, settings),
         base=_base(step.config),
         stage=stage_label(stage, configs["sft"]) + (f", round {run.run.round}" if run.run.round > 1 else ""),
@@ -69,11 +69,13 @@ def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_t
         sources=[source | {"name": _code(source["name"])} for source in sources],
         digests=digests,
         end_of_turn=json.dumps(end_of_turn, ensure_ascii=False),
+        thinking=thinking,
+        thinks=json.dumps(step.config.get("model.thinking", "off") != "off").capitalize(),
         begin=BEGIN,
         end=END,
         is_random=is_random,
-        settings={key: placeless(toml_value(value)) for key, value in settings.items()},
-        command=placeless(shlex.join(["bash", "launch/local.sh", *run.arguments])),
+        settings={key: on_one_line(placeless(toml_value(value))) for key, value in settings.items()},
+        command=placeless(shell_line(["bash", "launch/local.sh", *run.arguments])),
         versions=versions,
         versions_words=", ".join(f"{name} {version}" for name, version in versions.items()),
         ranks=f"Trained by {world_size()} process{'es' if world_size() > 1 else ''}.",
@@ -81,9 +83,9 @@ def card_text(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_t
     return _with_metadata(body, stage, step.config, sources)
 
 
-def write_card(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str) -> None:
+def write_card(step: StepFolder, run: RunFolder, counts: dict[str, Any], end_of_turn: str, thinking: str = "") -> None:
     """Write the card into the model folder that a training step has just exported, see `card_text`."""
-    write_atomic(step.path / "model" / CARD, card_text(step, run, counts, end_of_turn))
+    write_atomic(step.path / "model" / CARD, card_text(step, run, counts, end_of_turn, thinking))
 
 
 def stage_label(stage: str, sft: dict[str, Any]) -> str:
@@ -160,7 +162,7 @@ def _license(path: str) -> str | None:
 
 
 def _code(text: str) -> str:
-    return f"`{placeless(text)}`"
+    return code_span(placeless(text))
 
 
 def _base(config: dict[str, Any]) -> str:
@@ -169,7 +171,7 @@ def _base(config: dict[str, Any]) -> str:
     path = config["model.path"]
     if not _is_hub_name(path):
         return f"{_code(path)}, a folder"
-    return f"[{path}](https://huggingface.co/{path}), revision `{config['model.revision']}`"
+    return f"[{path}](https://huggingface.co/{path}), revision {code_span(config['model.revision'])}"
 
 
 def _sources(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,7 +198,7 @@ def _data_words(manifests: dict[str, dict[str, Any]]) -> str:
 
 
 def _listed(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "none"
+    return ", ".join(f"{number} {markdown(name)}" for name, number in counts.items()) or "none"
 
 
 def _what(stage: str, config: dict[str, Any], settings: dict[str, Any]) -> str:

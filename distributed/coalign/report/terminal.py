@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from coalign.display import on_one_line
 from coalign.evaluation.metrics_schema import Metrics
 from coalign.report.formatting import (
     HEADLINE,
@@ -119,7 +120,8 @@ def inconsistent_lines(metrics: Metrics, limit: int = NUM_PRINTED) -> list[str]:
 
 def text_report(metrics: Metrics) -> list[str]:
     """Return everything that eval prints."""
-    return [*headline_lines(metrics), *more_lines(metrics), *cost_lines(metrics), *inconsistent_lines(metrics)]
+    lines = [*headline_lines(metrics), *more_lines(metrics), *cost_lines(metrics), *inconsistent_lines(metrics)]
+    return [on_one_line(line) for line in lines]
 
 
 def compare_lines(runs: Mapping[str, Metrics]) -> list[str]:
@@ -128,4 +130,4 @@ def compare_lines(runs: Mapping[str, Metrics]) -> list[str]:
     for run, metrics in runs.items():
         for name, model in metrics.models.items():
             rows.append([run, metrics.label(name), *(with_interval(model.all.of(key)) for key in HEADLINE)])
-    return aligned(rows)
+    return [on_one_line(line) for line in aligned(rows)]

@@ -50,7 +50,7 @@ def _complete_file(path: Path) -> Iterator[TextIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)  # on a full disk it would occupy the last of the space
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
 

@@ -12,15 +12,16 @@ from typing import Any
 
 from coalign.config import JudgeTable, ModelTable, SftTable
 from coalign.errors import UserError
+from coalign.files import open_file
 
 CARD = "README.md"  # of a model folder: text about the model, which may change while the model stays the same
 _BLOCK, _MAX_BLOCKS = 1 << 16, 256  # bytes per block, blocks per file that a quick digest reads
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def digest_file(path: Path, key: str = "") -> str:
+    """Return the SHA-256 of a file, which the setting `key` names. Raises UserError when it can't be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_file(path, key) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -69,7 +70,7 @@ def digest_weights(folder: str) -> str:
     for path in _model_files(Path(folder)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             for place in range(0, size, max(_BLOCK, size // _MAX_BLOCKS)):
                 stream.seek(place)
                 digest.update(stream.read(_BLOCK))
@@ -90,9 +91,7 @@ def digest_replay(table: SftTable) -> dict[str, str]:
     """Return {"sft.replay": digest} of the file that it names, {} without one. Raises UserError for a missing file."""
     if not table.replay:
         return {}
-    if not Path(table.replay).is_file():
-        raise UserError(f"sft.replay={table.replay!r}: no such file")
-    return {"sft.replay": digest_file(Path(table.replay))}
+    return {"sft.replay": digest_file(Path(table.replay), "sft.replay")}
 
 
 def digest_judge(table: JudgeTable, model: ModelTable) -> dict[str, str]:

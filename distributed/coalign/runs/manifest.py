@@ -16,7 +16,8 @@ from coalign.runs.digests import digest_value
 MANIFEST = "manifest.json"
 SEAL = "seal"
 _REQUIRED: dict[str, Any] = {"config": dict, "inputs": dict, "outputs": dict, "counts": dict, "digest": str}
-_OPTIONAL: dict[str, Any] = {"lineage": dict, "versions": dict, "stamps": dict, "wall_seconds": (int, float), SEAL: str}
+_OPTIONAL: dict[str, Any] = {"lineage": dict, "versions": dict, "stamps": dict, "date": str, "finished": str}
+_OPTIONAL |= {"wall_seconds": (int, float), SEAL: str}
 _OF_TEXTS = ("inputs", "outputs", "lineage", "versions")
 
 

@@ -16,11 +16,13 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import coalign
 from coalign.errors import UserError
-from coalign.files import read_json
+from coalign.failures import writes_to
+from coalign.files import read_json, reason_of, shown
+from coalign.process import seconds_of
 from coalign.runs.atomic_files import write_json, write_rows
 from coalign.runs.digests import digest_folder, digest_outputs, digest_value, stamps_of
 from coalign.runs.manifest import MANIFEST, read_checked, sealed
@@ -84,7 +86,8 @@ class StepFolder:
 
     A step is complete exactly when manifest.json exists, which is written last. `config` holds the flat keys that
     decide the result. `inputs` maps a name to the folder of a complete step, which is recorded by its digest. `files`
-    maps a name to a digest of anything else that was read.
+    maps a name to a digest of anything else that was read. `date` (YYYY-MM-DD, UTC) is what a chat template writes as
+    today's: the earliest date of the inputs, so that all steps of a run have one.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class StepFolder:
         self.inputs = {name: _input_digest(folder) for name, folder in inputs.items()}
         self.lineage = lineage_of(inputs.values())
         self.inputs.update(files or {})
+        self.date = min(map(_date_of, inputs.values()), default=time.strftime("%Y-%m-%d", time.gmtime()))
         self.started = time.time()
         self.spent = 0.0  # seconds of earlier attempts
         self._lock_stream: Any = None
@@ -115,14 +119,8 @@ class StepFolder:
             return True
         begun = self.path / "config.json"
         self._read_begun(begun)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"{self.path} can't be created ({error.strerror}: {error.filename}); set run.folder and run.name to a"
-                " folder that you may write to"
-            ) from error
-        self._lock()
+        writes_to(self.path)
+        self._make_and_lock()
         if read_manifest(self.path) is not None:
             return self.open()
         settings = {"config": self.config, "inputs": self.inputs}
@@ -173,9 +171,20 @@ class StepFolder:
             any(self.path.glob(name)) for name in ("shards/*.jsonl", "checkpoints/step_*", "model", "reference.jsonl")
         )
 
-    def _lock(self) -> None:
-        stream = (self.path / ".lock").open("a+")
-        deadline = time.monotonic() + float(os.environ.get(LOCK_WAIT) or LOCK_WAIT_SECONDS)
+    def _make_and_lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / ".lock").open("a+")
+        except (OSError, ValueError) as error:
+            place = (error.filename if isinstance(error, OSError) else None) or self.path
+            raise UserError(
+                f"{shown(self.path)} can't be written to ({shown(place)}: {reason_of(error)}); set run.folder and"
+                " run.name to a folder that you may write to"
+            ) from error
+        self._lock(stream)
+
+    def _lock(self, stream: TextIO) -> None:
+        deadline = time.monotonic() + seconds_of(LOCK_WAIT, LOCK_WAIT_SECONDS)
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,7 +209,7 @@ class StepFolder:
         for what, mine in (("config", self.config), ("inputs", self.inputs)):
             other = theirs[what]
             for key in sorted({*mine, *other}):
-                if mine.get(key) != other.get(key):
+                if mine.get(key) != other.get(key) and mine.get(key) != _expanded(other.get(key)):
                     if what == "config":
                         change = f"{key} was {json.dumps(other.get(key))} and is now {json.dumps(mine.get(key))}"
                     else:
@@ -228,6 +237,7 @@ class StepFolder:
             "counts": counts,
             "digest": digest_value({"config": self.config, "inputs": self.inputs, "outputs": outputs}),
             "versions": installed_versions(),
+            "date": self.date,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "wall_seconds": round(self.spent + time.time() - self.started, 1),
             **({"stamps": stamps} if stamps else {}),
@@ -256,11 +266,24 @@ def _read_attempts(path: Path) -> tuple[float, float] | None:
     return (spent, started) if 0 <= spent < math.inf and 0 <= started < math.inf else None
 
 
+def _expanded(value: Any) -> Any:
+    """Return a setting of an older manifest as it is read now: with the home folder in the place of ~."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value  # noqa: PTH111
+
+
 def _input_digest(folder: Path) -> str:
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} must be complete; the recipe calls require_complete first"
     digest: str = manifest["digest"]
     return digest
+
+
+def _date_of(folder: Path) -> str:
+    """Return the date of a complete step; before manifests had one, the day on which it finished."""
+    manifest = read_manifest(folder) or {}
+    return str(manifest.get("date") or manifest.get("finished") or time.strftime("%Y-%m-%d", time.gmtime()))[
+        : len("2026-12-01")
+    ]
 
 
 def installed_versions() -> dict[str, str]:

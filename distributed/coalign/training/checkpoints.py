@@ -44,6 +44,11 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:06d}"
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a training step's folder holds a checkpoint, whole or damaged."""
+    return any((folder / "checkpoints").glob("step_*"))
+
+
 def write_checkpoint_meta(folder: Path, state: dict[str, Any], zero_stage: int) -> None:
     """Describe a checkpoint whose other files are all written; called by rank 0 alone."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -25,7 +25,7 @@ from coalign.errors import UserError
 from coalign.models.attention import use_blocks
 from coalign.models.lora import attach_lora
 from coalign.models.model_folder import check_weights, load_model, pick_device, pick_dtype
-from coalign.process import free_port, local_rank, rank, world_size
+from coalign.process import local_rank, rank, ranks_here, world_size
 from coalign.runs.atomic_files import write_json
 from coalign.training.checkpoints import read_checkpoint_meta, remove, write_checkpoint_meta
 from coalign.training.rendezvous import meet
@@ -45,7 +45,7 @@ def init_ranks() -> torch.device:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # All ranks of a node compare the same numbers, so its first rank is always among those that report the error.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or local_rank() + 1)
+    here = ranks_here()
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise UserError(
             f"{here} ranks were started on this node, which shows {torch.cuda.device_count()} GPUs; start fewer ranks"
@@ -57,14 +57,11 @@ def init_ranks() -> torch.device:
     else:
         # Building this op takes a minute and a compiler, and gloo is as fast on one node.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(hours=RANK_ZERO_HOURS)
-    if world_size() > 1:
-        meet(backend, device, timeout)
+    meet(backend, device, timeout)
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(key, value)  # DeepSpeed reads them
     deepspeed.init_distributed(backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return device
 

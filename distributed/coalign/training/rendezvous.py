@@ -7,27 +7,32 @@ DeepSpeed.
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import logging
 import os
 import platform
+import socket
 import statistics
 import time
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import (
+    HashStore,
     PrefixStore,
     TCPStore,
-)  # torch.distributed has both, but mypy does not see them there
+)  # torch.distributed has them, but mypy does not see them there
 
 from coalign.errors import UserError
-from coalign.process import node_names, rank, start_seconds, world_size
+from coalign.process import master_address, node_names, rank, ranks_here, start_seconds, world_size
 
 logger = logging.getLogger("coalign")
 
 PROBE_NUMBERS = 1 << 18  # floats of a probe: 1 MiB
 PROBE_SECONDS = 60.0
 SLOW_FACTOR, SLOW_SECONDS = 5.0, 0.5  # a link is slow above this multiple of the median and this time
+RESOLVE_SECONDS = 10.0  # a name service may learn of new nodes late
+LOOPBACK, LOOPBACK_ADDRESS = "lo", "127.0.0.1"
 OPEN = "open"  # rank 0 sets it once all ranks are present
 
 
@@ -36,6 +41,11 @@ def meet(backend: str, device: torch.device, timeout: datetime.timedelta) -> Non
 
     Raises UserError naming the hosts of ranks that are missing after `process.start_seconds`, or whose links fail.
     """
+    if world_size() == 1:
+        _stay_on_this_machine()
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
     store = _open_store()
     hosts = _gather(store)
     dist.init_process_group(
@@ -44,17 +54,61 @@ def meet(backend: str, device: torch.device, timeout: datetime.timedelta) -> Non
     _try_links(hosts, device)
 
 
+def _stay_on_this_machine() -> None:
+    """Keep the backends' ports from other machines: they ask for no password."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, LOOPBACK)
+
+
 def _open_store() -> TCPStore:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = master_address()
     patience = datetime.timedelta(seconds=start_seconds())
+    is_local = _is_loopback(address)
+    if is_local:
+        _stay_on_this_machine()
+        address = LOOPBACK_ADDRESS
+    else:
+        _require_host(address)
     try:
+        if is_local and rank() == 0:  # torch itself would listen at every address
+            with socket.create_server((LOOPBACK_ADDRESS, port)) as server:
+                return TCPStore(
+                    *(address, port, world_size(), True, patience),
+                    wait_for_workers=False,
+                    master_listen_fd=server.detach(),
+                )
         return TCPStore(address, port, world_size(), rank() == 0, patience, wait_for_workers=False)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"rank {rank()} on {platform.node()} can't meet the others at {address}:{port} within"
             f" {start_seconds():.0f} s: {reason}"
         ) from error
+
+
+def _require_host(host: str) -> None:
+    """Raise UserError when a host stays unknown for RESOLVE_SECONDS; torch would only warn, for minutes."""
+    deadline = time.monotonic() + min(RESOLVE_SECONDS, start_seconds())
+    while True:
+        try:
+            socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError) as error:  # a name that is too long for the name service is a UnicodeError
+            if time.monotonic() > deadline:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise UserError(
+                    f"MASTER_ADDR={host!r}: rank {rank()} on {platform.node()} knows no such host ({reason}); give the"
+                    " launcher a name or an address of the first node"
+                ) from error
+            time.sleep(0.5)
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether a host is written as this machine; a node's own name may mean so here, and not elsewhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _gather(store: TCPStore) -> list[str]:
@@ -83,9 +137,13 @@ def _gather(store: TCPStore) -> list[str]:
 
 def _host_of(other: int) -> str:
     """Return a missing rank's name with its node: ranks fill one node after another."""
-    names, ranks = node_names(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    names, ranks = node_names(), _ranks_per_node()
     node = other // ranks
     return f"rank {other} of node {names[node]}" if node < len(names) else f"rank {other}"
+
+
+def _ranks_per_node() -> int:
+    return ranks_here() if os.environ.get("LOCAL_WORLD_SIZE") else 1
 
 
 def _try_links(hosts: list[str], device: torch.device) -> None:

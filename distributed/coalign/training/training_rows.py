@@ -108,6 +108,7 @@ def write_sft(
     inputs = [e for e in examples if e.split == table.split]
     if not inputs:
         raise UserError(f'no inputs in the split "{table.split}"; check data.*_share and data.max_*_inputs')
+    table.require_end(len(inputs), table.batch_rows)
     held_out = {loose_key(e.input) for e in examples if e.split != table.split} if table.replay else set()
     replayed = _write_replay(writer, table, encoder, held_out)
     total = table.num_drawn(len(inputs), table.batch_rows)
@@ -212,7 +213,9 @@ def _write_replay(writer: TokenWriter, table: SftTable, encoder: Encoder, held_o
         return columns_of([item for item in found if item]), mine.dropped
 
     first = writer.num_rows
-    for columns, dropped in forked_map(encode, chunks_of(list(read_rows(Path(table.replay)))), "encoding"):
+    for columns, dropped in forked_map(
+        encode, chunks_of(list(read_rows(Path(table.replay), "sft.replay"))), "encoding"
+    ):
         writer.add(columns)
         encoder.add(dropped)
     if writer.num_rows == first:
@@ -230,8 +233,9 @@ def _replay_item(number: int, row: dict[str, Any], path: str, encoder: Encoder, 
         encoder.drop(name, "replay_held_out")
         return None
     task = instance.instruction
+    wording = Wording("replay", task, task, kind="system" if instance.system else "prefix")
     example = Example(f"{path}:{number}", task, instance.input, instance.outputs, "sft")
-    return encoder.encode(example, Wording(id="replay", task=task, text=task), example.outputs[0])
+    return encoder.encode(example, wording, example.outputs[0])
 
 
 def write_groups(
@@ -272,6 +276,7 @@ def _group_item(group: Group, example: Example, wording: Wording, codec: Codec) 
 
 def group_stream(items: TokenRows, table: AlignTable, seed: int) -> TokenRows:
     """Return stage 2's groups in the order they are trained on: seeded permutations, one per pass over them."""
+    table.require_end(len(items), table.batch_groups)
     wanted = table.num_drawn(len(items), table.batch_groups)
     order = itertools.islice(permutations(len(items), derive_seed(seed, "align")), wanted)
     return items.take(np.fromiter(order, np.int64))

@@ -2,7 +2,7 @@
 
 wordings        rendering prompts, mapping answers there and back, splits into train, dev and test
 wording_files   wordings written by people, read from JSONL and checked
-extraction      the rewrite in a model's answer, without what it writes around it
+extraction      the rewrite in a model's answer, without what is around it: tags, fences and tokens by wrappings
 rewrites        a model's rewrites of an instruction: requests, checks
 languages       whether two texts are in the same script and language
 patterns        regular expressions of wordings files, within limits of size and time

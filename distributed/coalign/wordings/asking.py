@@ -19,6 +19,8 @@ from coalign.wordings.wordings import canonical_answer, misfit, render_prompt
 
 logger = logging.getLogger("coalign")
 
+MAX_ANSWERS = 20_000_000  # of a step: at 1,000 a second six hours, at about a kilobyte each the memory of a large node
+
 
 class PromptCodec(Protocol):
     """The part of models.codec.Codec that builds requests."""
@@ -27,6 +29,9 @@ class PromptCodec(Protocol):
 
     def encode_prompt(self, user_text: str) -> list[int]:
         """Return the token ids of a user message in the chat template."""
+
+    def encode_request(self, user_text: str) -> list[int]:
+        """Return the token ids of a user message that sampling continues, where a thought may come first."""
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text without any template."""
@@ -86,8 +91,16 @@ def draw_pairs(
         dropped += [{"reason": reasons[w.id], **where, "wording": w.id} for w in order if reasons[w.id]]
         fitting = [wording for wording in order if not reasons[wording.id]]
         for wording in fitting[:wordings_per_input]:
-            pairs.append(Pair(example, wording, str(render_prompt(wording, example.input))))
+            pairs.append(Pair(example, wording, render_prompt(wording, example.input) or ""))
     return pairs, dropped
+
+
+def require_end(num_answers: int, keys: str) -> None:
+    """Raise UserError for so many answers that generating them would not end; `keys` are the settings that ask."""
+    if num_answers > MAX_ANSWERS:
+        raise UserError(
+            f"{keys} ask for {num_answers:,} answers, which would not end; at most {MAX_ANSWERS:,} are made"
+        )
 
 
 def build_requests(
@@ -101,7 +114,7 @@ def build_requests(
 
     Raises UserError when one does not fit and `too_long` is "error".
     """
-    requests = [Request(pair, codec.encode_prompt(pair.prompt), seeds_of(pair)) for pair in pairs]
+    requests = [Request(pair, codec.encode_request(pair.prompt), seeds_of(pair)) for pair in pairs]
     names = ["input {1} of {0} under wording {2}".format(*request.pair.key) for request in requests]
     lengths = [(name, len(r.prompt_ids) + max_new_tokens) for name, r in zip(names, requests, strict=True)]
     left_out = check_lengths(lengths, codec.max_tokens, too_long)

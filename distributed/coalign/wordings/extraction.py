@@ -6,10 +6,10 @@ remarks. Pure functions of texts. Knows no checks: `rewrites` says which rewrite
 
 from __future__ import annotations
 
-import json
 import re
 
 from coalign.prompts import strip_thought
+from coalign.wordings.wrappings import unwrapped, without_special_tokens
 
 # Words about a rewrite itself, as opposed to words of an instruction.
 ABOUT_REWRITES = (
@@ -47,35 +47,28 @@ _INTRODUCTION = re.compile(
     rf"^{_POLITENESS}?{_HERE_WORDS}[^\n]{{0,60}}?(?:{ABOUT_REWRITES})[^\n]{{0,60}}[.!]$", re.IGNORECASE
 )
 _POLITE = re.compile(rf"^{_POLITENESS}$", re.IGNORECASE)
-_EXCLAIMED = re.compile(r"^(?:sure|certainly|of course|absolutely|okay)\b[^.:?!\n]{0,40}!\s+(?=\S)", re.IGNORECASE)
+_EXCLAIMED = re.compile(
+    r"^(?:sure|certainly|of course|absolutely|okay|no problem|great|gladly|got it)\b[^.:?!\n]{0,40}!\s+(?=\S)",
+    re.IGNORECASE,
+)
 _ANY_FORM = re.compile(r"\b(?:its|the|in|by|which\w*) (?:version|wording|phrasing)s?\b", re.IGNORECASE)  # of an input
 _BEFORE_COLON = re.compile(r"^([^\n:：.,;!?]{1,80})[:：]\s*(?=\S)")
+_LABEL = re.compile(r"^(\*\*|__)(?:final )?(?:answer|response|output|result)[:：]?\1\s*[:：]?\s*(?=\S)", re.IGNORECASE)
+_HOPES = re.compile(
+    r"(?<=[.!?。！？])\s*(?:(?:i )?hope (?:this|that|it)|let me know|feel free|ich hoffe|j['’]espère|espero que"
+    r"|spero che|希望)[^.!?。！？\n]*[.!?。！？]?$",
+    re.IGNORECASE,
+)
 _EMPHASISED = re.compile(r"^\*\*([^*\n]{1,60})\*\*\s*[:：]?\s+(?=\S)")
 _IN_BRACKETS = re.compile(r"\s*(\([^()\n]*\))$")
 _HEADING = re.compile(rf"^(?:#{{1,6}}\s+[^\n]*|(\*\*|__)(?:{_CAPTION})[:：]?\1[:：]?)$", re.IGNORECASE)
-_ORIGINAL = re.compile(r"^\W{0,3}original\b[^\n:：]{0,30}[:：]", re.IGNORECASE)
-_LISTED = re.compile(r"^\s{0,3}(?:\(?\d{1,2}[.):]|\(?[a-h]\)|[-*•])\s+")
+_ORIGINAL = re.compile(
+    r"^\W{0,3}(?:original\b[^\n:：]{0,30}|(?:my )?(?:thinking|thoughts?|reasoning|analysis))\W{0,3}[:：]", re.IGNORECASE
+)
+_LISTED = re.compile(r"^\s{0,3}(?:\(?\d{1,2}[.):]\s|\(?[a-h]\)\s|[-*•]\s|\d\ufe0f?\u20e3)\s*")
 _SECOND = re.compile(r"\s+\(?2[.):]\s")
 _EMPHASIS = re.compile(r"^(\*\*|__)(?P<inner>(?:(?!\1).)+)\1$", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "‘": "’", "«": "»", "「": "」", "『": "』", "`": "`"}
-_FENCE = re.compile(r"^\s*(?:```|~~~)")
-
-_SPECIAL = re.compile(
-    r"</?s>|<(?:eos|bos|pad|unk|end_of_turn|start_of_turn|end_of_utterance|turn\|)>|<[|｜][^<>\s]{1,40}[|｜]>"
-    r"|\[/?INST\]|\[(?:EOS|BOS|PAD|SEP|CLS)\]|<</?SYS>>",
-    re.IGNORECASE,
-)
-_ROLE = re.compile(r"^\s*(?:assistant|model|final)?\s*(?:\n+|(?=<[|｜]))", re.IGNORECASE)
-# Tags that models put around a rewrite; others, such as <sep>, may be about the inputs.
-_WRAPPER = (
-    r"(?:new[_-]|rewritten[_-]|final[_-])?(?:instructions?|rewrite|rewritten|rephrased|rewording|paraphrased?|answer"
-    r"|output|response|result|version|text|prompt)\d{0,2}"
-)
-_WRAPPED = re.compile(rf"<({_WRAPPER})>\s*(.*?)\s*</\1\s*>", re.DOTALL | re.IGNORECASE)
-_LONE = re.compile(
-    rf"</?(?P<name>{_WRAPPER})\s*>|^<(?P<first>[A-Za-z][\w-]*)>|</(?P<last>[A-Za-z][\w-]*)>$", re.IGNORECASE
-)
-_ENCLOSED = re.compile(r"^<(\w[\w-]*)>\s*(?P<inner>(?:(?!<\1>).)*?)\s*</\1\s*>$", re.DOTALL)
 
 # What follows a rewrite: another one, a remark about it, or a friendly end.
 _NEXT = re.compile(
@@ -109,10 +102,10 @@ def parse_paraphrase(text: str, original: str = "") -> str:
     Of several rewrites it is the first. `original` is the instruction that was to be rewritten: what belongs to it
     (a list, a line that ends in a colon, a tag, a special token) is not taken off.
     """
-    text = _without_special_tokens(strip_thought(text), original)
+    text = without_special_tokens(strip_thought(text), original)
     while True:
         before = text
-        text = _bare(_without_surroundings(_unwrapped(text, original), original), original)
+        text = _bare(_without_surroundings(unwrapped(text, original), original), original)
         if text == before:
             return text
 
@@ -125,43 +118,6 @@ def parse_cut_off(text: str, original: str = "") -> str:
     if len(original.strip().splitlines()) > 1:
         return ""
     return parse_paraphrase(strip_thought(text).rpartition("\n")[0], original).partition("\n")[0].strip()
-
-
-def _without_special_tokens(text: str, original: str) -> str:
-    """Return what stands before the first special token that is written as text; those at the beginning go."""
-    text = text.strip()
-    while match := _SPECIAL.search(text):
-        if match[0] in original:
-            return text
-        if text[: match.start()].strip():
-            return text[: match.start()].strip()
-        text = _ROLE.sub("", text[match.end() :], count=1).strip()
-    return text
-
-
-def _unwrapped(text: str, original: str) -> str:
-    """Return what a tag or a code fence encloses, when the original has no such tag or fence."""
-    for match in _WRAPPED.finditer(text):
-        if f"<{match[1]}>".casefold() not in original.casefold():
-            return match[2]
-    enclosed = _ENCLOSED.match(text)
-    if enclosed and f"<{enclosed[1]}>" not in original:
-        text = enclosed["inner"]
-    if text.startswith("{") and not original.lstrip().startswith("{"):
-        text = _only_value(text)
-    if any(_FENCE.match(line) for line in original.splitlines()):
-        return text
-    return "\n".join(line for line in text.splitlines() if not _FENCE.match(line))
-
-
-def _only_value(text: str) -> str:
-    """Return the text in a JSON object that holds one text, such as {"instruction": "..."}; else the text as it is."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    values = list(content.values()) if isinstance(content, dict) else []
-    return values[0] if len(values) == 1 and isinstance(values[0], str) else text
 
 
 def _without_surroundings(text: str, original: str) -> str:
@@ -196,7 +152,7 @@ def _opens(lines: list[str], original: str) -> bool:
     own = [other for other in original.splitlines() if other.strip()]
     introduces = any(other.rstrip().endswith((":", "：")) for other in own[:-1])
     short = all(_LISTED.match(other) and len(other.split()) < len(original.split()) / 2 for other in rest)
-    return not short if not introduces else len(rest) >= len(own)
+    return not short and (not introduces or len(rest) >= len(own))
 
 
 def _until(lines: list[str], ends: tuple[re.Pattern[str], ...], original: str) -> list[str]:
@@ -210,16 +166,31 @@ def _until(lines: list[str], ends: tuple[re.Pattern[str], ...], original: str) -
     return lines
 
 
+def _has_list(original: str) -> bool:
+    """Return whether an instruction is a list from its first line on."""
+    lines = [line for line in original.splitlines() if line.strip()]
+    return len(lines) > 1 and all(_LISTED.match(line) for line in lines[:2])
+
+
 def _first_item(lines: list[str], original: str) -> list[str]:
-    """Return the first of several listed rewrites; a list stays whole when the original has one as well."""
-    if sum(bool(_LISTED.match(line)) for line in original.splitlines()) > 1:
+    """Return the first of several listed rewrites, with its lines; where the original is a list, the list stays."""
+    if _has_list(original) or not lines:
         return lines
-    if not lines or not _LISTED.match(lines[0]):
+    if all(line.strip()[0] in _QUOTES and line.strip()[-1] in _QUOTES.values() for line in lines if line.strip()):
+        return lines[:1]
+    if not _LISTED.match(lines[0]):
         return lines
-    if lines[0].strip(" (").startswith("1") and (second_inside := _SECOND.search(lines[0])):
+    kind = _kind_of_item(lines[0])
+    if kind == "1" and (second_inside := _SECOND.search(lines[0])):
         return [lines[0][: second_inside.start()]]
-    second = next((place for place, line in enumerate(lines[1:], start=1) if _LISTED.match(line)), len(lines))
-    return lines[:second]
+    later = (place for place, line in enumerate(lines) if place and _LISTED.match(line) and _kind_of_item(line) == kind)
+    return lines[: next(later, len(lines))]
+
+
+def _kind_of_item(line: str) -> str:
+    """Return the mark of a list item, 1 for any number and a for any letter."""
+    mark = line.strip(" (")[0]
+    return "1" if mark.isdigit() else "a" if mark.isalpha() else mark
 
 
 def _remarks(line: str, original: str) -> bool:
@@ -236,12 +207,12 @@ def _about_rewrites(text: str, original: str) -> bool:
 
 def _bare(text: str, original: str) -> str:
     """Strip numbering, openings, emphasis and quotation marks around a rewrite until nothing changes."""
-    has_list = sum(bool(_LISTED.match(line)) for line in original.splitlines()) > 1
+    has_list = _has_list(original)
     while True:
         before = text
         if not has_list:
             text = _LISTED.sub("", text, count=1).strip()
-        text = OPENING.sub("", text, count=1).strip()
+        text = _LABEL.sub("", OPENING.sub("", text, count=1).strip(), count=1)
         text = _EXCLAIMED.sub("", text, count=1)
         text = _without_remarks_inside(text, original)
         if emphasis := _EMPHASIS.match(text):
@@ -259,8 +230,10 @@ def _bare(text: str, original: str) -> str:
 
 def _without_remarks_inside(text: str, original: str) -> str:
     """Strip from a line what is said of the rewrite itself: before a colon, or in brackets at the end."""
+    if (hope := _HOPES.search(text)) and not _HOPES.search(original):
+        text = text[: hope.start()]
     if not original:
-        return text
+        return text.strip()
     if (caption := _EMPHASISED.match(text)) and _about_rewrites(caption[1], original):
         text = text[caption.end() :].lstrip()
     opening = _BEFORE_COLON.match(text)
@@ -269,14 +242,3 @@ def _without_remarks_inside(text: str, original: str) -> str:
     if (remark := _IN_BRACKETS.search(text)) and _about_rewrites(remark[1], original):
         text = text[: remark.start()]
     return text.strip()
-
-
-def unclosed_tags(text: str) -> set[str]:
-    """Return the tags around a rewrite, or a part of it, that only open or only close; and tokens of chat formats."""
-    found = {token[0] for token in _SPECIAL.finditer(text)}
-    for match in _LONE.finditer(text):
-        name = str(match[match.lastgroup or 0]).casefold()
-        folded = text.casefold()
-        if folded.count(f"<{name}>") != folded.count(f"</{name}"):
-            found.add(name)
-    return found

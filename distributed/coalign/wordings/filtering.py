@@ -15,6 +15,7 @@ from coalign.config import ParaphraseTable
 from coalign.errors import UserError
 from coalign.records import Row, Task, Wording
 from coalign.text import loose_key
+from coalign.wordings.asking import require_end
 from coalign.wordings.extraction import parse_cut_off, parse_paraphrase
 from coalign.wordings.near_repeats import NearRepeats, repeats, similarity
 from coalign.wordings.rewrites import Reason, check_rewrite
@@ -25,6 +26,7 @@ from coalign.wordings.wordings import (
     ORIGINAL,
     assign_splits,
     bare_text,
+    kind_for,
     num_short,
     original_wording,
     without_cr,
@@ -135,6 +137,7 @@ def settle(
     check_files(tasks, files, table)
     by_task, dropped = _merge_files(tasks, files, table, seed)
     wanted = {task.id: _num_wanted(task, by_task[task.id], table) for task in tasks}
+    require_end(sum(wanted.values()), "paraphrase.num_wordings and paraphrase.max_attempts")
     answers, too_long = ask(wanted)
     dropped += [
         {"task": t.id, "text": t.instruction, "reason": "longer_than_context"} for t in tasks if t.id in too_long
@@ -208,7 +211,8 @@ def choose_rewrites(
         reason = check_rewrite(task.instruction, rewrite, task.labels, kept, held_out, table)
         if reason is None:
             kept.append(rewrite)
-            accepted.append(Wording(id=f"{GENERATED}:{next(numbers)}", task=task.id, text=rewrite, source=GENERATED))
+            name = f"{GENERATED}:{next(numbers)}"
+            accepted.append(Wording(name, task.id, rewrite, kind=kind_for(task), source=GENERATED))
         else:
             why = "cut_off" if cut_off and reason == "empty" else reason
             dropped.append({"task": task.id, "text": rewrite or answer["text"], "reason": why})

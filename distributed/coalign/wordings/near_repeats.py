@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from coalign.text import UNSPACED, loose_key, words
+from coalign.text import loose_key, num_unspaced, words
 
 # A text of fewer distinct words has too few 3-grams, so its set of words is compared.
 _SHORT_WORDS = 6
-
-_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class _Shingles(NamedTuple):
@@ -32,11 +29,10 @@ class _Shingles(NamedTuple):
 @functools.lru_cache(maxsize=8192)
 def _shingles(text: str) -> _Shingles:
     sequence = words(text)
-    num_unspaced = 0 if text.isascii() else sum(_IS_UNSPACED.match(word) is not None for word in sequence)
     return _Shingles(
         frozenset(sequence),
         frozenset(zip(sequence, sequence[1:], sequence[2:], strict=False)),
-        tuple(sequence) if 2 * num_unspaced > len(sequence) else (),
+        tuple(sequence) if 2 * num_unspaced(text) > len(sequence) else (),
     )
 
 

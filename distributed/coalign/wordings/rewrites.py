@@ -19,10 +19,11 @@ from coalign.prompts import NUM_VARIANTS, REQUESTS, paraphrase_prompt
 from coalign.records import Row, Task
 from coalign.text import UNSPACED, combining_marks, loose_key, words
 from coalign.wordings.asking import PromptCodec
-from coalign.wordings.extraction import OPENING, unclosed_tags
+from coalign.wordings.extraction import OPENING
 from coalign.wordings.extraction import parse_paraphrase as parse_paraphrase
 from coalign.wordings.languages import in_other_language, in_other_script
 from coalign.wordings.near_repeats import NearRepeats, repeats
+from coalign.wordings.wrappings import unclosed_tags
 
 # Why a rewrite is dropped. filtering.py adds "longer_than_context", and files of wordings "unknown_task".
 Reason = Literal[
@@ -47,8 +48,9 @@ Reason = Literal[
 REASONS: tuple[str, ...] = get_args(Reason)
 
 _EDGES = ".,;:!?\"'`()[]{}<>*_ "  # punctuation that a rewrite may leave out of what was quoted
-_UNSPACED_EDGE = re.compile(f"^[{UNSPACED}]|[{UNSPACED}]$")
-_OPEN_END = re.compile(f"[{UNSPACED}\uac00-\ud7a3]$")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_ARABIC = re.compile("[\u0620-\u064a]")
+_HANGUL = re.compile("[\uac00-\ud7a3]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{1,40}\}|<[^<>\s]{1,40}>|\[[A-Z][^\[\]\n]{0,40}\]")
 _QUOTED = re.compile(r"\"([^\"\n]{1,60})\"|“([^”\n]{1,60})”|`([^`\n]{1,60})`|(?<!\w)['‘]([^'’\n]{1,60})['’](?!\w)")
@@ -60,7 +62,9 @@ _REQUEST_SENTENCES = [
     frozenset(found) for text in REQUESTS for s in _SENTENCE.findall(text) if len(found := words(s)) > 3
 ]
 _ASKS_TO_REWRITE = re.compile(
-    r"\b(?:rewrit|rephras|paraphras|reword|restat)\w*\b[^.!?\n]{0,40}\binstructions?\b|^keep these words:",
+    r"\b(?:rewrit|rephras|paraphras|reword|restat|reformul|réécri|parafras|reescrib|umformul|umschreib|formulier)\w*\b"
+    r"[^.!?\n]{0,40}\b(?:instructions?|instrucci\w+|instru[çc]\w+|istruzion\w+|anweisung\w*|instruktion\w*|consignes?)\b"
+    r"|(?:改写|改寫|重写|重寫|言い換え)[^。！？\n]{0,8}(?:指令|指示|说明|說明)|^keep these words:",
     re.IGNORECASE | re.MULTILINE,
 )
 # How a model begins that declines, asks back or thinks aloud instead of rewriting.
@@ -69,7 +73,8 @@ _NO_REWRITE = (
     r"(?:i|we) (?:can(?:not|['’]?t)|could(?: not|n['’]?t)|won['’]?t|will not|do(?: not|n['’]?t)) (?:help|assist|rewrite"
     r"|rephrase|paraphrase|do (?:that|this)|fulfil\w*|comply|provide|answer|create|generate|determine"
     r"|understand|process|access|complete|engage|discuss|have|see)",
-    r"(?:i['’]?m|i am) (?:not able|unable) to|unfortunately|it (?:seems|looks|appears)(?: like| that)? you",
+    r"(?:i['’]?m|i am) (?:not able to|unable to|(?:just |only )?an? (?:ai|artificial|(?:large )?language model))",
+    r"unfortunately|it (?:seems|looks|appears)(?: like| that)? you",
     r"as an? (?:ai|artificial intelligence|(?:large )?language model)(?: \w+){0,3},? (?:i|my|we)",
     r"(?:please|could you|can you) (?:provide|share|give me|send)(?: me)?(?: with)? (?:the|your) (?:\w+ )?instruction",
     r"(?:what|which) instruction (?:would|do|should)|the user (?:wants|is asking|asked|has|asks)|let me think",
@@ -214,7 +219,7 @@ def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
         pattern = _label_pattern(label)
         if pattern and pattern.search(text):
             named.add(label)
-            if _UNSPACED_EDGE.search(label):
+            if _UNSPACED.search(label) or _HANGUL.search(label):
                 text = pattern.sub(" ", text)
     return [label for label in labels if label in named]
 
@@ -223,15 +228,19 @@ def labels_in(instruction: str, labels: Iterable[str]) -> list[str]:
 def _label_pattern(label: str) -> re.Pattern[str] | None:
     """Return what finds a label as whole words; case counts for a single letter ("A", not the article).
 
-    Words end anywhere in a script without spaces, and Korean ones before a particle.
+    Words end anywhere in a script without spaces, and Korean ones before a particle. Arabic ones may have an article, a
+    particle and an ending.
     """
     words_of_label = plain_text(label).split()
     if not words_of_label:
         return None
     pattern = r"\s+".join(map(re.escape, words_of_label))
-    inside = rf"[\w{combining_marks()}]"
-    before = "" if _UNSPACED_EDGE.match(pattern) else f"(?<!{inside})"
-    after = "" if _OPEN_END.search(words_of_label[-1]) else f"(?!{inside})"
+    marks = combining_marks()
+    first, last = pattern[0], re.sub(f"[{marks}]+$", "", words_of_label[-1])[-1:]
+    before = "" if _UNSPACED.match(first) else rf"(?<![\w{marks}])"
+    after = f"(?![{marks}])" if _UNSPACED.match(last) or _HANGUL.match(last) else rf"(?![\w{marks}])"
+    if _ARABIC.match(pattern):
+        before, after = f"{before}(?:[وفبكل]?(?:ال|ل)?)", f"[\u064b-\u0652]*[ةا]?[\u064b-\u0652]*{after}"
     return re.compile(f"{before}{pattern}{after}", 0 if len(label.strip()) == 1 else re.IGNORECASE)
 
 
@@ -249,7 +258,7 @@ def rewrite_requests(
         for variant in range(min(NUM_VARIANTS, attempts)):
             numbers = range(len(range(variant, attempts, NUM_VARIANTS)))
             seeds = [derive_seed(seed, "paraphrase", task.id, str(variant), i) for i in numbers]
-            prompt_ids = codec.encode_prompt(paraphrase_prompt(task.instruction, labels, variant))
+            prompt_ids = codec.encode_request(paraphrase_prompt(task.instruction, labels, variant))
             requests.append({"task": task.id, "variant": variant, "prompt_ids": prompt_ids, "seeds": seeds})
     return requests
 

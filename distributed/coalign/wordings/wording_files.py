@@ -17,7 +17,7 @@ from coalign.answer_form import counted_in, normalise_answer
 from coalign.errors import UserError
 from coalign.records import Task, Wording, WordingSplit, read_rows, whole_text
 from coalign.wordings.patterns import PatternError, compile_pattern
-from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in
+from coalign.wordings.wordings import FIELD, FILE_PREFIX, PAIR_SUFFIXES, fields_in, kind_for
 
 _FLAT_KEYS = ("task", "id", "text", "kind", "fields_regex", "answers", "source", "split")
 _NESTED_KEYS = ("instructions", "templates")
@@ -74,7 +74,8 @@ def read_wordings(paths: Iterable[str | Path], tasks: Mapping[str, Task], exampl
                     dropped.append(lost)
                     continue
                 _check_labels(wording, tasks[wording.task], where)
-                wordings.append(wording)
+                plain = wording.kind == "template"
+                wordings.append(wording if plain else dataclasses.replace(wording, kind=kind_for(tasks[wording.task])))
                 if not nested and row.get("split") is not None:
                     with_split.add(key)
         _check_overlap(path, in_file, tasks)
@@ -100,20 +101,25 @@ def _try_on_examples(wordings: Iterable[Wording], examples: Path) -> None:
         for wording in patterns[row["task"]].values():
             fields_in(wording, row["input"])
         if row["task"] in maps:
-            golds[row["task"]].update(map(normalise_answer, row["outputs"]))
+            golds[row["task"]].update(row["outputs"])
     for task, found in golds.items():
         for wording in maps[task]:
             assert wording.answers is not None
-            if found.isdisjoint(map(normalise_answer, wording.answers)):
+            if not _knows_any(wording.answers, found):
                 where = f"{wording.source.removeprefix(FILE_PREFIX)}: wording {wording.id!r}"
                 raise UserError(_knows_no_answer(where, wording.answers, task, found))
 
 
 def _check_labels(wording: Wording, task: Task, where: str) -> None:
     """Raise UserError when a wording's answer map has none of its task's labels: nothing could be asked with it."""
-    labels = set(map(normalise_answer, task.labels))
-    if wording.answers is not None and labels and labels.isdisjoint(map(normalise_answer, wording.answers)):
+    if wording.answers is not None and task.labels and not _knows_any(wording.answers, task.labels):
         raise UserError(_knows_no_answer(where, wording.answers, task.id, task.labels))
+
+
+def _knows_any(answers: Mapping[str, str], golds: Iterable[str]) -> bool:
+    form = counted_in(answers)
+    known = {normalise_answer(label, form) for label in answers}
+    return any(normalise_answer(gold, form) in known for gold in golds)
 
 
 def _knows_no_answer(where: str, answers: Mapping[str, str], task: str, golds: Iterable[str]) -> str:
@@ -145,7 +151,7 @@ def _flat_row(row: dict[str, Any], path: Path, where: str) -> Wording:
             raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     kind: Any = row.get("kind") or "prefix"
     split: Any = row.get("split") or "train"
-    if kind not in ("prefix", "template"):
+    if kind not in ("prefix", "template", "system"):
         raise UserError(f"{where}: kind={kind!r}; it must be 'prefix' or 'template'")
     if split not in get_args(WordingSplit):
         raise UserError(f"{where}: split={split!r}; it must be one of {', '.join(get_args(WordingSplit))}")

@@ -10,9 +10,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 from coalign.answer_form import AnswerMap, read_answer_map
 from coalign.errors import UserError
+from coalign.prompts import SystemPrompt
 from coalign.records import Task, Wording, WordingSplit
 from coalign.text import unit_hash
 from coalign.wordings.patterns import PatternError, match_fields
@@ -28,7 +30,12 @@ FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}|[{}]")
 
 def original_wording(task: Task) -> Wording:
     """Return the task's own instruction as its first training wording."""
-    return Wording(id=ORIGINAL, task=task.id, text=task.instruction)
+    return Wording(id=ORIGINAL, task=task.id, text=task.instruction, kind=kind_for(task))
+
+
+def kind_for(task: Task) -> Literal["prefix", "system"]:
+    """Return the kind of a task's wordings that are no templates."""
+    return "system" if task.system else "prefix"
 
 
 # Rendering and answer maps
@@ -39,8 +46,10 @@ def render_prompt(wording: Wording, input_text: str) -> str | None:
 
     None when the wording is a template and its regex does not fit the input.
     """
-    if wording.kind == "prefix":
-        return f"{wording.text}\n\n{input_text}" if input_text else wording.text
+    if wording.kind != "template":
+        if not input_text:
+            return wording.text
+        return SystemPrompt(wording.text, input_text) if wording.kind == "system" else f"{wording.text}\n\n{input_text}"
     fields = fields_in(wording, input_text)
     return None if fields is None else _fill(wording.text, fields)
 
@@ -119,7 +128,7 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 def bare_text(wording: Wording) -> str:
     """Return the wording's own words: a template without its fields."""
-    if wording.kind == "prefix":
+    if wording.kind != "template":
         return wording.text
     return " ".join(FIELD.sub(lambda match: " " if match[1] else match[0][0], wording.text).split())
 

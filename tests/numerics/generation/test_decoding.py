@@ -20,11 +20,12 @@ from coalign.generation.cascade_attention import SharedPrompts, attending_in_cas
 from coalign.generation.cuda_graphs import FixedSteps
 from coalign.generation.decoding import decode
 from coalign.generation.forward import cascades_exactly, next_logits
-from coalign.generation.kv_cache import SlotCache, has_plain_cache
+from coalign.generation.kv_cache import SlotCache
 from coalign.generation.sampling import Sampling, pick_tokens
 from coalign.generation.transformers_worker import GenerateWorker, ScoreWorker
 from coalign.models import worker_memory
 from coalign.models.codec import GeneratedIds
+from coalign.models.model_checks import has_plain_cache
 from coalign.models.random_model import make_random_model
 from coalign.models.rows import left_pad
 from coalign.models.shape import shape_of
@@ -86,7 +87,7 @@ def test_greedy_equals_transformers(family: str, max_tokens: int, monkeypatch: p
         "coalign.generation.decoding.PREFILL_TOKENS", 24
     )  # several passes where many prompts enter together
     model = network(family, torch.float32)
-    assert has_plain_cache(model)
+    assert has_plain_cache(model.config)
     prompts = prompts_of(7)
     # a token that some answers contain, so that rows leave the batch at different times
     stop = greedy_by_transformers(model, prompts[0], 12, 2)[3]

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from coalign.generation.prefix_groups import group_by_prefix
 from coalign.generation.scoring import score, shares_exactly
+from numerics.families import tiny_config
 from numerics.tiny import FAMILIES, VOCABULARY, network, random_ids
 
 
@@ -78,6 +80,24 @@ def test_who_can_share() -> None:
     assert not shares_exactly(network("bloom", torch.float32), CODEC)
 
 
+def test_a_window_of_places_is_seen_in_long_rows() -> None:
+    """GPT-Neo's window counts places in the row: short groups are exact, and longer ones are computed one by one."""
+    config = tiny_config("gpt_neo", VOCABULARY)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert config.window_size == 64
+    source = random.Random(3)
+    for length in (10, 50):
+        beginning = random_ids(source, length)
+        prompts = [[*beginning, *random_ids(source, 3)] for _ in range(12)]
+        requests = [{"prompt_ids": p, "continuations": [[9], [8]]} for p in prompts]
+        found = score(model, requests, CODEC, 8192)
+        for r, scores in zip(requests, found, strict=True):
+            expected = [slow_score(model, r["prompt_ids"], c) for c in r["continuations"]]
+            assert scores == pytest.approx(expected, abs=1e-4)
+        assert shares_exactly(model, CODEC) == (length == 10)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_changes_float32_by_rounding_alone(family: str) -> None:
     """Shared and plain agree to 1e-5."""
@@ -94,7 +114,7 @@ def test_beginnings_and_equal_requests_are_computed_once() -> None:
     inputs = [random_ids(source, 30) for _ in range(3)]
     prompts = [[*asked, *random_ids(source, 4)] for asked in inputs for _ in range(8)]
     requests = [{"prompt_ids": p, "continuations": [[9], [8]]} for p in prompts]
-    assert shares_exactly(model, CODEC)  # asked before anything is counted
+    score(model, requests, CODEC, 8192)  # whether sharing is exact is asked before anything is counted
     counted: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _module, arguments, _output: counted.append(arguments[0].numel())

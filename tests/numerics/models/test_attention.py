@@ -18,7 +18,7 @@ from coalign.models import attention
 from coalign.models.attention import BLOCK, RowLayout, block_mask, dense_mask, use_blocks, uses_blocks
 from coalign.models.logprobs import to_device, token_logps, widen
 from coalign.models.sizes import padded_size
-from coalign.training.layout_checks import check_packing, check_shared_prefix
+from coalign.training.layout_checks import complaint_of_sharing
 from coalign.training.micro_batches import Item, collate
 from numerics.engine import TorchEngine
 from numerics.tiny import FAMILIES, network, random_items
@@ -189,13 +189,13 @@ def test_blocks_that_are_not_exact_give_way_to_dense_masks(
 
     monkeypatch.setattr(attention, "flex_attention", broken)
     items = random_items(5, seed=3)
-    for check in (check_shared_prefix, check_packing):
+    for shared in (True, False):
         model = network("llama", torch.float32)
         assert use_blocks(model)
         single = [dataclasses.replace(item, responses=item.responses[:1]) for item in items]
         monkeypatch.setattr(logging.getLogger("coalign"), "propagate", True)
         caplog.clear()
-        check(TorchEngine(model, TrainTable()), items if check is check_shared_prefix else single, 0)
+        assert not complaint_of_sharing(TorchEngine(model, TrainTable()), items if shared else single, 0, shared)
         assert not uses_blocks(model) and "without FlexAttention" in caplog.text
 
 
@@ -243,5 +243,5 @@ def test_the_check_accepts_blocks_on_a_gpu(caplog: pytest.LogCaptureFixture) -> 
         engine = TorchEngine(model, TrainTable())
         engine.device = torch.device("cuda")
         assert use_blocks(model)
-        check_shared_prefix(engine, long_items(6), 0)
+        assert not complaint_of_sharing(engine, long_items(6), 0, True)
         assert uses_blocks(model), caplog.text

@@ -95,6 +95,7 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights] | None, dict[str, Any], st
     "head for rewards": (added("score.weight"), {}, "no place for: score.weight; "),
     "value head": (added("v_head.summary.weight"), {}, "no place for: v_head.summary.weight"),
     "adapters in the file": (added("model.layers.0.mlp.up_proj.lora_A.weight"), {}, "up_proj.lora_A.weight"),
+    "another head": (lambda w: w | {"lm_head.weight": 2 * w["model.embed_tokens.weight"]}, {}, "hold another head"),
     "larger embedding": (None, {"vocab_size": 290}, "model.embed_tokens.weight has the shape [275, 32], and"),
     "narrower layers": (None, {"intermediate_size": 40}, "down_proj.weight has the shape [32, 48]"),
     "fewer key heads": (None, {"num_key_value_heads": 2}, "asks for [16, 32] (and 3 more)"),
@@ -102,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights] | None, dict[str, Any], st
     "unknown activation": (None, {"hidden_act": "nosuch"}, "the model can't be loaded: KeyError 'nosuch'; check"),
     "negative width": (None, {"hidden_size": -8}, "the model can't be loaded: Trying to create tensor with negative"),
     "padding beyond": (None, {"pad_token_id": 9999}, "the model can't be loaded: Padding_idx must be within"),
-    "no causal LM": (None, {"model_type": "t5"}, "the model can't be loaded: Unrecognized configuration class"),
+    "no causal LM": (None, {"model_type": "t5"}, "transformers has no causal language model for model_type 't5'"),
 }  # fmt: skip
 
 
@@ -191,14 +192,20 @@ def test_experts_that_the_library_fuses(
         assert said in found and bool(found) == bool(said)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "bloom", "mpt"])
-def test_a_missing_attention_names_the_key(family: str, source: Path, tmp_path: Path) -> None:
+def test_a_missing_kernel_names_the_key(source: Path) -> None:
     """The message is ours, and its advice works."""
+    for found in both(str(source), ModelTable(attention="flash_attention_2")):
+        assert found.endswith('model.attention="flash_attention_2" can\'t be used with it; set model.attention="sdpa"')
+    assert both(str(source), ModelTable(attention="sdpa")) == ["", ""]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "mpt"])
+def test_a_missing_attention_is_replaced(family: str, source: Path, tmp_path: Path) -> None:
+    """A family without SDPA gets eager attention, and nobody has to set a key for it."""
     shutil.copytree(source, tmp_path / "model")
     network(family, torch.float32).save_pretrained(tmp_path / "model")
-    for found in both(str(tmp_path / "model")):
-        assert found.endswith('model.attention="sdpa" can\'t be used with it; set model.attention="eager"')
-    assert both(str(tmp_path / "model"), ModelTable(attention="eager")) == ["", ""]
+    assert both(str(tmp_path / "model")) == ["", ""]
+    assert load_model(str(tmp_path / "model"), ModelTable(), torch.float32).config._attn_implementation == "eager"
 
 
 CONFIG, TOKENIZER, ITS_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"

@@ -139,6 +139,12 @@ def test_fused_experts_with_adapters_are_merged_exactly(
     assert_merged_exactly(folder, table, model)
 
 
+def test_dropout_that_peft_lacks_is_refused() -> None:
+    """The error names the key, not the targets."""
+    with pytest.raises(UserError, match=r"model\.lora\.dropout=0\.1: .*; set it to 0"):
+        attach_lora(experts("qwen3_moe"), lora(dropout=0.1))
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]])
 def test_an_untied_head_or_embedding_is_adapted_exactly(targets: list[str], tmp_path: Path) -> None:
     """Merged weights give the live model's logits, and only the named layers change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from coalign.config import LoraTable, ModelTable, RandomTable
 from coalign.errors import UserError
 from coalign.models.lora import attach_lora, merge_lora
-from coalign.models.model_folder import export_model, load_model, load_tokenizer
+from coalign.models.model_folder import export_model, load_codec, load_model, load_tokenizer
 from coalign.models.random_model import make_random_model
 from coalign.runs.digests import digest_file
 
@@ -247,3 +248,35 @@ def test_the_log_tells_what_was_made(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "coalign"):
         make_random_model(tmp_path / "a", TEXTS, SHAPE, 7)
     assert "random weights" in caplog.text
+
+
+def test_an_exported_model_ends_where_it_was_trained_to(source: str, tmp_path: Path) -> None:
+    """The trained end of turn is in both configs, beside the source's own stops, and generate ends there."""
+    state = trained_state(source)
+    tokenizer = load_tokenizer(source, ModelTable())
+    export_model(tmp_path / "out", state, source, ModelTable(), tokenizer, lambda model: None, [9, 2])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [9, 2, 4] and model.config.eos_token_id == [9, 2, 4]
+    assert model.generation_config.temperature == 0.3
+
+    def always_nine(head: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([9]), 1e4)
+
+    model.lm_head.register_forward_hook(always_nine)
+    assert model.generate(IDS, do_sample=False, max_new_tokens=8)[0].tolist() == [*IDS[0].tolist(), 9]
+
+
+def test_a_codec_stops_at_the_sources_list(source: str, tmp_path: Path) -> None:
+    """Of the generation config alone; a damaged one is an error in one line."""
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    assert load_codec(str(folder), ModelTable()).stop_ids == [4]
+    GenerationConfig(eos_token_id=[7, 4, 9]).save_pretrained(folder)
+    codec = load_codec(str(folder), ModelTable())
+    assert codec.stop_ids == [4, 7, 9] and codec.ends == [4, 7, 9]
+    (folder / "generation_config.json").unlink()
+    assert load_codec(str(folder), ModelTable()).stop_ids == [4]
+    for damaged in ("[]", "{", "null", "3", ""):
+        (folder / "generation_config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"generation_config\.json"):
+            load_codec(str(folder), ModelTable())

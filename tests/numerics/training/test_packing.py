@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +13,9 @@ import pytest
 import torch
 
 from coalign.config import TrainTable
-from coalign.errors import UserError
 from coalign.models.logprobs import token_logps
 from coalign.models.rows import best_fit
-from coalign.training.layout_checks import check_packing
+from coalign.training.layout_checks import complaint_of_sharing, settle_layout
 from coalign.training.micro_batches import Item, MicroBatch, collate, micro_batches
 from coalign.training.objectives import sft_objective
 from numerics.engine import TorchEngine
@@ -120,19 +120,45 @@ def engine_of(model: Any) -> TorchEngine:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_computes_packs_exactly_is_accepted(family: str) -> None:
-    check_packing(engine_of(network(family, torch.float32)), sft_items(5, seed=3), 0)
+    assert not complaint_of_sharing(engine_of(network(family, torch.float32)), sft_items(5, seed=3), 0, False)
 
 
-def test_a_model_that_does_not_is_refused() -> None:
-    """A model that reads positions from the mask is refused with the way out."""
-    with pytest.raises(UserError, match=r"set train\.pack_tokens=0"):
-        check_packing(engine_of(network("bloom", torch.float32)), sft_items(5, seed=3), 0)
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError, None])
+def test_a_model_that_does_not_is_trained_unpacked(
+    error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that reads positions from the mask, or fails at it with whatever error, gets one item per row."""
+    model = network("bloom" if error is None else "llama", torch.float32)
+    forward = model.forward
+
+    def refuse(attention_mask: Any, **inputs: Any) -> Any:
+        if error is not None and attention_mask.ndim == 4:
+            raise error("of the model's own\nand its details")
+        return forward(attention_mask=attention_mask, **inputs)
+
+    monkeypatch.setattr(model, "forward", refuse)
+    monkeypatch.setattr(logging.getLogger("coalign"), "propagate", True)
+    with caplog.at_level("INFO", logger="coalign"):
+        settled = settle_layout(engine_of(model), sft_items(5, seed=3), 0, TrainTable(), groups=False)
+    assert settled.pack_tokens == 0
+    (record,) = caplog.records
+    assert record.message.startswith("items get rows of their own") and "\n" not in record.message
+
+
+def test_the_settings_stay_where_they_are_exact() -> None:
+    """Whatever the user chose is kept, and unpacked training asks nothing."""
+    engine = engine_of(network("llama", torch.float32))
+    for train in (TrainTable(), TrainTable(pack_tokens=64)):
+        assert settle_layout(engine, sft_items(5, seed=3), 0, train, groups=False) == train
+    unpacked = TrainTable(pack_tokens=0)
+    bloom = engine_of(network("bloom", torch.float32))
+    assert settle_layout(bloom, sft_items(5, seed=3), 0, unpacked, groups=False) == unpacked
 
 
 def test_rows_longer_than_a_sliding_window_are_packed() -> None:
     """The window counts an item's own positions."""
     model, items = network("mistral", sliding_window=4), sft_items(9, seed=3)
-    check_packing(engine_of(model), items, 0)
+    assert not complaint_of_sharing(engine_of(model), items, 0, False)
     alone = [token_logps(model, collate([item], 0, False)) for item in items]
     packed = token_logps(model, collate(items, 0, False, [9]))
     assert torch.allclose(packed, torch.cat(alone), rtol=0, atol=1e-9)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import pytest
 import torch
 
 from coalign.config import LoraTable, TrainTable
-from coalign.errors import UserError
 from coalign.models.attention import layer_windows
 from coalign.models.logprobs import token_logps
 from coalign.models.lora import attach_lora
 from coalign.models.model_folder import switch_off_dropout
-from coalign.training.layout_checks import check_shared_prefix
+from coalign.training.layout_checks import complaint_of_sharing, settle_layout
 from coalign.training.losses import RankingForm
 from coalign.training.micro_batches import Item, collate, micro_batches
 from coalign.training.objectives import align_objective
@@ -94,7 +94,7 @@ def test_groups_longer_than_a_sliding_window_equal_plain_rows(family: str) -> No
     assert_equal(computed(model, items, True), plain, 1e-9)
     assert_equal(computed(model, items, True, per_row=[3, 2]), plain, 1e-9)
     assert not torch.allclose(computed(model, items, False)[0], computed(network(family), items, False)[0], atol=1e-3)
-    check_shared_prefix(engine_of(model), items, 0)
+    assert not complaint_of_sharing(engine_of(model), items, 0, True)
 
 
 def test_gemma2_groups_equal_plain_rows_with_soft_caps() -> None:
@@ -105,7 +105,7 @@ def test_gemma2_groups_equal_plain_rows_with_soft_caps() -> None:
     plain = computed(model, items, False)
     assert_equal(computed(model, items, True), plain, 1e-5)
     assert_equal(computed(model, items, True, per_row=[3, 2]), plain, 1e-5)
-    check_shared_prefix(engine_of(model), items, 0)
+    assert not complaint_of_sharing(engine_of(model), items, 0, True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -149,7 +149,7 @@ def engine_of(model: Any) -> TorchEngine:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_computes_groups_exactly_is_accepted(family: str) -> None:
     """The start-up check passes where the computation is exact."""
-    check_shared_prefix(engine_of(network(family, torch.float32)), random_items(5, seed=3), 0)
+    assert not complaint_of_sharing(engine_of(network(family, torch.float32)), random_items(5, seed=3), 0, True)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,17 @@ def test_a_model_that_computes_groups_exactly_is_accepted(family: str) -> None:
     [IgnoresMask(network("llama", torch.float32)), network("mpt", torch.float32), network("bloom", torch.float32)],
     ids=["ignores the mask", "mpt", "bloom"],
 )
-def test_a_model_that_does_not_is_refused(model: Any) -> None:
-    """A model that ignores the mask, or reads positions from it, is refused with the way out."""
-    with pytest.raises(UserError, match=r"set train\.shared_prefix=false"):
-        check_shared_prefix(engine_of(model), random_items(5, seed=3), 0)
+def test_a_model_that_does_not_gets_rows_of_its_own(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that ignores the mask, or reads positions from it, trains one response per row; the log says why."""
+    monkeypatch.setattr(logging.getLogger("coalign"), "propagate", True)
+    with caplog.at_level("INFO", logger="coalign"):
+        settled = settle_layout(engine_of(model), random_items(5, seed=3), 0, TrainTable(), groups=True)
+    assert (settled.shared_prefix, settled.pack_tokens) == (False, 0)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "a group's responses get rows of their own, since this model can't compute shared ones"
+    ]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])
@@ -173,7 +180,7 @@ def test_layers_with_and_without_a_window_get_a_mask_each(family: str) -> None:
     plain = computed(model, items, False)
     assert_equal(computed(model, items, True), plain, tolerance)
     assert_equal(computed(model, items, True, per_row=[2, 3]), plain, tolerance)
-    check_shared_prefix(engine_of(model), items, 0)
+    assert not complaint_of_sharing(engine_of(model), items, 0, True)
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,15 @@ def test_gpus_and_disk_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_alone_a_node_listens_to_itself_only() -> None:
     assert slurm_node.own_address([socket.gethostname()]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "option", ["gpu", "-p gpu", "-pgpu", "-p", "--", "", "--partition", "--nodelist", " --x", "--comm=x", "--wra=x"]
+)
+def test_an_option_that_sbatch_would_take_for_the_script_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match=r"write sbatch's flags|can't be given to a pipeline"):
+        slurm_flags.check_flags([option])
+
+
+def test_options_of_the_table_that_are_flags_pass() -> None:
+    slurm_flags.check_flags(["--constraint=a100", "--exclusive", "--wait-all-nodes=1", "--mem=0", "--mail-type=END"])

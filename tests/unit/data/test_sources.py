@@ -531,6 +531,9 @@ def test_unseen_task_without_test_inputs_is_left_out() -> None:
         (["Yes", "No"] * 8, 0, ()),
         (["one two three four five six"] * 8, 20, ()),
         (["one two three four five"] * 8, 20, ("one two three four five",)),
+        (["非常不同意这个观点"] * 8, 20, ("非常不同意这个观点",)),
+        (["ไม่เห็นด้วยอย่างยิ่ง"] * 8, 20, ("ไม่เห็นด้วยอย่างยิ่ง",)),
+        (["天气很好，所以我们决定一起去公园散步。"] * 8, 20, ()),
     ],
 )
 def test_label_tasks(answers: list[str], max_labels: int, labels: tuple[str, ...]) -> None:
@@ -543,6 +546,7 @@ def test_word_histogram_has_fixed_buckets() -> None:
     assert list(counts.items())[:4] == [("0", 1), ("1-4", 2), ("5-8", 1), ("9-16", 0)]
     assert counts["1025+"] == 1
     assert count_words([]) == {}
+    assert count_words(["天气很好，我们去公园。"])["9-16"] == 1, "a character of an unspaced script is a word"
 
 
 def test_tokenizer_texts_hold_nothing_held_out() -> None:

@@ -19,7 +19,7 @@ class LetterCodec:
     def encode_prompt(self, user_text: str) -> list[int]:
         return [ord(letter) for letter in user_text.lower()]
 
-    encode_plain = encode_prompt
+    encode_request = encode_plain = encode_prompt
 
 
 class Scores:

@@ -503,7 +503,7 @@ def test_widths_and_counts_are_positive_whole_numbers(tmp_path: Path, key: str, 
 def test_bad_config_files(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     cases = [
-        ("{", "can't be read"),
+        ("{", "malformed JSON"),
         ("[]", "holds no table"),
         (json.dumps({"model_type": "mixtral"}), "'mixtral' is none whose"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "no value for 'num_attention_heads'"),

@@ -301,3 +301,30 @@ def test_arms_are_called_by_their_titles(run: RunFolder) -> None:
     }
     titles = {"sft": "SFT, original wordings", "cat": "+ CAT (self-reward)", "cat_round2": "+ CAT, second round"}
     assert model_cards.model_labels(run, models) == {name: titles.get(name, name) for name in models}
+
+
+def test_names_are_no_markup_in_a_card(tmp_path: Path) -> None:
+    """A run's, a model's and a source's name stay text: in headings, tables, code and commands."""
+    name = "a|b <b>x *y* `z`"
+    run = RunFolder(RunTable(folder=str(tmp_path), name=name), ["c.toml", 'judge.item_separator="\n```\n<i>"'])
+    config = table_values(
+        Config.model_validate({"model": {"path": f"{name}\u202e"}, "data": {"path": f"{name}|"}}),
+        ("data", "model", "sft"),
+        with_neutral=False,
+    )
+    for step in model_cards.STEPS_TO["sft"]:
+        counts = {"sources": {"<u>file</u>\n# h": 3}}
+        run.step(step).mkdir(parents=True)
+        write_json(run.step(step) / "manifest.json", {"config": config, "digest": "0", "counts": counts})
+    path = exported(run, "sft")
+    text = path.read_text("utf-8")
+    assert r"# a\|b &lt;b&gt;x \*y\* \`z\`, stage 1" in text
+    assert "\u202e" not in text, [line for line in text.splitlines() if "\u202e" in line]
+    assert r"\u202e" in text and r"&lt;u&gt;file&lt;/u&gt;\\n" in text
+    outside = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", re.sub(r"```.*?\n```\n", "", text, flags=re.S))
+    assert not re.search(r"<(?!!--)", outside), outside
+    rows_of_table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in rows_of_table) and rows_of_table
+    model_card_results.fill_card(path, replace(metrics_of({name: name}), labels={name: name}), name)
+    assert r"| **a\|b &lt;b&gt;x \*y\* \`z\`** (this model) |" in path.read_text("utf-8")
+    assert metadata(path)["model-index"][0]["name"] == f"{name}, stage 1"

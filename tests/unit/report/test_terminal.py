@@ -44,3 +44,13 @@ def test_inconsistent_inputs_have_their_distinct_answers_counted() -> None:
     output = by_rule(pairs, lambda pair: "aabb"[int(pair.wording.id[1])])
     lines = terminal.inconsistent_lines(summarised({"m": output}, tasks, pairs))
     assert any("a x2 | b x2" in line for line in lines)
+
+
+def test_no_line_has_what_a_terminal_obeys() -> None:
+    tasks, pairs = world(3)
+    output = by_rule(pairs, lambda pair: ("\x1b]0;x\x07", "b\u202e")[int(pair.wording.id[1]) % 2])
+    lines = terminal.text_report(summarised({"m": output}, tasks, pairs))
+    assert all(line.isprintable() for line in lines)
+    assert any(r"\x1b]0;x\x07 x2 | b\u202e x2" in line for line in lines)
+    runs = {"a\nb\x1b": results()}
+    assert r"a\nb\x1b" in "".join(terminal.compare_lines(runs))

@@ -118,12 +118,22 @@ RULES = "Label the review.\nRules:\n1. Say good or bad.\n2. Use at most 3 words.
         ("Add both numbers.<eos><eos>", "Add both numbers."),
         ("Add both numbers.<end_of_turn>\n", "Add both numbers."),
         ("<|im_start|>assistant\nAdd both numbers.<｜end▁of▁sentence｜>", "Add both numbers."),
+        ("<|thinking|>x<|/thinking|>Add both.", "Add both."),
+        ("**Thinking:** they want a rewrite.\n\n**Answer:** Add both.", "Add both."),
+        ('{"instruction": "Add both numbers."}', "Add both numbers."),
+        ("> Add both numbers.\n> Use digits.", "Add both numbers.\nUse digits."),
+        ('"""Add both numbers."""', "Add both numbers."),
         # several rewrites: the first
+        ('"Add both."\n\n"Sum the two."', "Add both."),
+        ("1) Add both.  2) Sum the two.", "Add both."),
+        ("Add both.\n\nor\n\nSum the two.", "Add both."),
         ("Here are three:\n\n1. Add both.\n2. Sum the two.\n\nLet me know if you need more!", "Add both."),
         ("- Add both.\n  Use digits.\n- Sum the two.", "Add both.\n  Use digits."),
         ("Option 1:\nAdd both.\n\nOption 2:\nSum the two.", "Add both."),
         # closing remarks and what else a model goes on with
         ("Add both numbers.\n\nI hope this helps!", "Add both numbers."),
+        ("Add both numbers. I hope this helps!", "Add both numbers."),
+        ("Add both numbers.\n\n---\n\nThe meaning is the same.", "Add both numbers."),
         ("Add both numbers.\nLet me know if you need anything else.", "Add both numbers."),
         ("Add both numbers.\n\n(Note: this version keeps the original meaning.)", "Add both numbers."),
         ("Add both numbers.\n\nInput: 1 2\nOutput: 3", "Add both numbers."),
@@ -143,6 +153,10 @@ def test_what_models_write_around_a_rewrite(answer: str, expected: str) -> None:
         (f"Hier ist eine Umformulierung:\n\n{RULES}\n\nViel Erfolg! Ich hoffe, das hilft.", None),
         ("Judge it.\nRules:\n1. good or bad\n2. 3 words", "Judge it.\nRules:\n1. good or bad\n2. 3 words"),
         ("Rules:\n1. good or bad\n2. 3 words", "Rules:\n1. good or bad\n2. 3 words"),
+        (
+            "Judge it by four rules:\n1. good or bad\n2. 3 words\n3. no\n4. yes",
+            "Judge it by four rules:\n1. good or bad\n2. 3 words\n3. no\n4. yes",
+        ),
     ],
 )
 def test_a_list_of_the_original_stays(answer: str, expected: str | None) -> None:
@@ -201,6 +215,9 @@ FOREIGN = {
     ],
     "other_language": [
         "Nenne die Hauptstadt des Landes, das in dem Text genannt wird.",
+        "Nenne die Hauptstadt von diesem Land hier.",
+        "Qual é a capital do país que está no texto?",
+        "Ülkenin başkenti nedir, metinde adı geçen ülke?",
         "Donnez la capitale du pays qui est nommé dans le texte.",
         "Indica la capital del país que se nombra en el texto.",
         "写出文中提到的国家的首都。",
