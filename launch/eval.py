@@ -100,7 +100,7 @@ def ask_model(
         return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
     rows = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
-    require_requests(requests, rows, f"prompt of the model {name.partition('-')[2]}", "eval.max_new_tokens")
+    require_requests(requests, rows, f"prompt of {name.partition('-')[2]}", "eval.max_new_tokens")
     found = evaluation.collect_answers(requests, table, settings, config.run.seed, generate)
     return found, rows
 

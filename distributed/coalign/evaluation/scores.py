@@ -84,7 +84,7 @@ def _is_score(row: Row, arms: set[str]) -> bool:
     return bool(arms) and all(
         isinstance(right := _object(values).get("right"), list)
         and len(right) == len(wordings)
-        and all(isinstance(one, bool) for one in right)
+        and all(one in (0, 1) for one in right)
         and all(_is_number(values.get(key, "")) for key in (*CR_METRICS, "rouge_l"))
         for values in models.values()
     )

@@ -68,6 +68,6 @@ def _is_same(path: Path, digest: str, stamps: object) -> bool:
             if digest_file(path) != digest:
                 return False
             _compared[path] = now
-    except OSError:
+    except (OSError, UserError):
         return False
     return True
