@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
     config, table, output = step.config, step.config.align, step.output
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    source = str(step.needs["policy"] / "model")
+    source = step.policy_model()
     codec = load_codec(source, config.model, step.output.date)
     wordings, rows = step.read(Wording), output.path / "shards" / "rows"
 

@@ -23,9 +23,10 @@ from coalign.report.model_cards import model_labels
 from coalign.report.page import write_results
 from coalign.runs import costs
 from coalign.runs.open_step import StepCommand
+from coalign.runs.outputs import step_output
 from coalign.runs.step_folder import StepFolder, installed_versions
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
-from coalign.wordings.asking import Pair, Request, build_requests
+from coalign.wordings.asking import Pair, Request, build_requests, require_requests
 
 
 def main(argv: list[str]) -> None:
@@ -36,12 +37,12 @@ def main(argv: list[str]) -> None:
     trained = command.find(TRAINING_STEPS)
     read = ["prepare"] if table.wordings_file else ["prepare", "paraphrase"]
     needs = command.require(dict.fromkeys([*read, *(value for value in table.models.values() if value in trained)]))
-    tasks = read_records(Task, needs["prepare"] / "tasks.jsonl")
+    tasks = read_records(Task, step_output(needs["prepare"], "tasks.jsonl"))
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
     folders = tested_models.find_models(config.model, table.models, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
     judge_folder, digests = tested_models.check_models(folders, own, agreement.folder)
-    examples = read_records(Example, needs["prepare"] / "examples.jsonl")
+    examples = read_records(Example, step_output(needs["prepare"], "examples.jsonl"))
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
     if (opened := command.begin(needs, files | digests, Path(table.folder) if table.folder else None)) is None:
         return
@@ -98,8 +99,10 @@ def ask_model(
         shards, rows = re.sub(r"[^\w.-]", "_", f"{name}-{what}"), [request.to_row() for request in asked]
         return run_shards(step, rows, worker, used, f"eval {name.partition('-')[2]} {what}", shards)
 
+    rows = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
+    require_requests(requests, rows, f"prompt of {name.partition('-')[2]}", "eval.max_new_tokens")
     found = evaluation.collect_answers(requests, table, settings, config.run.seed, generate)
-    return found, [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
+    return found, rows
 
 
 def make_judge(config: Config, step: StepFolder, folder: str, dropped: list[Row]) -> agreeing.JudgeOfAgreement:

@@ -48,6 +48,9 @@ def main(argv: list[str]) -> None:
     decided |= judged
     dropped += too_long
 
+    if not decided:
+        step.output.close()
+        raise UserError(f"no response is left to judge ({len(responses)} responses, {len(too_long)} of them too long)")
     step.output.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
     step.output.write_output("dropped.jsonl", dropped)
     num_asked = judge.num_scored - num_known
@@ -64,7 +67,7 @@ def make_judge(step: OpenStep) -> JudgeModel:
     from coalign.models.model_folder import load_codec
 
     config, chosen = step.config, step.config.judge.model
-    named = {"sft": str(step.needs["policy"] / "model"), "base": base_model_folder(config.model, step.needs["prepare"])}
+    named = {"sft": step.policy_model(), "base": base_model_folder(config.model, step.needs["prepare"])}
     folder = named.get(chosen, chosen)
     model = config.model if chosen in named else table_for_other_model(config.model)
     codec = load_codec(folder, model, step.output.date)

@@ -12,6 +12,7 @@ from coalign.records import Row, Task, read_records, to_row
 from coalign.runs.digests import digest_file, digest_model_files
 from coalign.runs.encode_ahead import encode_ahead
 from coalign.runs.open_step import OpenStep, StepCommand
+from coalign.runs.outputs import step_output
 from coalign.runs.run_folder import base_model_folder
 from coalign.runs.step_folder import read_manifest
 from coalign.wordings import filtering
@@ -25,10 +26,10 @@ def main(argv: list[str]) -> None:
     command = StepCommand("paraphrase", argv)
     config, table = command.config, command.config.paraphrase
     prepared = command.require(["prepare"])["prepare"]
-    tasks = read_records(Task, prepared / "tasks.jsonl")
+    tasks = read_records(Task, step_output(prepared, "tasks.jsonl"))
     # Before the step's folder is made, so that an invalid file leaves nothing behind that holds its digest.
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
-    files = read_wordings(table.files, {task.id: task for task in tasks}, prepared / "examples.jsonl")
+    files = read_wordings(table.files, {task.id: task for task in tasks}, step_output(prepared, "examples.jsonl"))
     filtering.check_files(tasks, files, table)
     step = command.begin(["prepare"], digests | (digest_model_files(config.model) if table.num_wordings else {}))
     if step is None:

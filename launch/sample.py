@@ -14,7 +14,7 @@ from coalign.process import derive_seed
 from coalign.recipe import run_step
 from coalign.records import Example, Wording, to_row
 from coalign.runs.open_step import open_step
-from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses, require_end
+from coalign.wordings.asking import Pair, build_requests, draw_pairs, read_responses, require_end, require_requests
 
 
 def main(argv: list[str]) -> None:
@@ -41,12 +41,13 @@ def main(argv: list[str]) -> None:
         place = ("sample", config.run.round, *pair.key)
         return [derive_seed(config.run.seed, *place, k) for k in range(table.samples)]
 
-    folder = str(step.needs["policy"] / "model")
+    folder = step.policy_model()
     codec = load_codec(folder, config.model, step.output.date)
     room = config.model.answer_tokens(table.max_new_tokens)
     requests, too_long = build_requests(pairs, codec, config.model.too_long, room, seeds_of)
     for task, example, name in sorted((pair.key for pair, _ in too_long), key=lambda key: f"{key[1]} under {key[2]}"):
         dropped.append({"reason": "too_long", "task": task, "example": example, "wording": name})
+    require_requests(requests, dropped, "prompt", "sample.max_new_tokens")
     step.announce(f"{len(examples)} inputs, {len(requests)} prompts, {len(requests) * table.samples} responses")
 
     sampling = Sampling(room, table.temperature, table.top_p, table.top_k)

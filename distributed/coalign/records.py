@@ -6,12 +6,14 @@ Knows no model, no tokenizer and no engine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from coalign.errors import UserError
+from coalign.errors import MalformedError, UserError
 from coalign.files import decode, open_file, parse_json
 
 Split = Literal["sft", "align", "dev", "test"]
@@ -20,6 +22,7 @@ Finish = Literal["stop", "length"]
 Row = dict[str, Any]  # one JSON object: a line of a JSONL file, a request to a worker or its result
 ExampleKey = tuple[str, str]  # (task, example)
 ASTRAY = "astray_wording"  # a reason in rank's dropped.jsonl, about a wording; all its other reasons are about inputs
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps would make one per line
 
 
@@ -140,6 +143,33 @@ class Worker(Protocol):
     def __call__(self, rows: list[Row]) -> list[Row]: ...
 
 
+_CONSUMED = ("prompt_ids", "seeds", "continuations")  # keys of a request that its result does not repeat
+
+
+def is_result(row: Row, request: Row) -> bool:
+    """Return whether a row is a worker's complete result of a request: an answer per seed, a log-prob per continuation.
+
+    A result repeats the other keys of its request.
+    """
+    kept = {key: value for key, value in request.items() if key not in _CONSUMED}
+    if any(key not in row or row[key] != value for key, value in json.loads(json.dumps(kept)).items()):
+        return False
+    if "seeds" in request:
+        answers = row.get("answers")
+        return isinstance(answers, list) and len(answers) == len(request["seeds"]) and all(map(_is_answer, answers))
+    if "continuations" in request:
+        logps = row.get("logps")
+        whole = isinstance(logps, list) and len(logps) == len(request["continuations"])
+        return whole and all(isinstance(one, float | int) for one in row["logps"])
+    return True
+
+
+def _is_answer(answer: object) -> bool:
+    if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+        return False
+    return answer.get("finish") in get_args(Finish) and type(answer.get("num_tokens")) is int
+
+
 Record = TypeVar("Record", Task, Example, Wording, Response, Verdict, Group)
 
 
@@ -149,11 +179,73 @@ def to_row(record: Any) -> dict[str, Any]:
 
 
 def from_row(kind: type[Record], row: dict[str, Any]) -> Record:
-    """Rebuild a record from a dict made by `to_row`; unknown or missing keys raise TypeError."""
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    if kind is Group:
-        values["candidates"] = tuple(Candidate(**{**c, "wordings": tuple(c["wordings"])}) for c in values["candidates"])
-    return kind(**values)
+    """Rebuild a record from a dict made by `to_row`. Raises MalformedError, which names the key that is wrong.
+
+    A key with a default may be missing, as in files of older versions.
+    """
+    made: Record = _from_row(kind, row, "")
+    return made
+
+
+def _from_row(kind: type, row: dict[str, Any], place: str) -> Any:
+    readers, required = _readers_of(kind)
+    if not row.keys() <= readers.keys() or not required <= row.keys():
+        unknown, missing = sorted(row.keys() - readers.keys()), sorted(required - row.keys())
+        what = f"{place}{missing[0]!r} is missing" if missing else f"{place}{unknown[0]!r} is unknown"
+        raise MalformedError(f"the key {what}")
+    return kind(**{key: readers[key](value, f"{place}{key!r}") for key, value in row.items()})
+
+
+@functools.cache
+def _readers_of(kind: type) -> tuple[dict[str, Callable[[Any, str], Any]], frozenset[str]]:
+    """Return {field: what checks and converts its value}, and the fields that have no default."""
+    hints = get_type_hints(kind)
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)
+    required = frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
+    return {field.name: _reader_of(hints[field.name]) for field in fields}, required
+
+
+def _reader_of(hint: Any) -> Callable[[Any, str], Any]:
+    """Return a function (value, place) that returns the value of a field, or raises MalformedError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (_reader_of(one) for one in arguments if one is not types.NoneType)
+        return lambda value, place: None if value is None else inner(value, place)
+    if origin is tuple:
+        each = _reader_of(arguments[0])
+        return lambda value, place: tuple(each(one, place) for one in _expect(list, value, place, "a list"))
+    if origin is dict:
+        each = _reader_of(arguments[1])
+        return lambda value, place: {
+            key: each(one, place) for key, one in _expect(dict, value, place, "an object").items()
+        }
+    if origin is Literal:
+        return lambda value, place: _one_of(arguments, value, place)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return lambda value, place: _from_row(hint, _expect(dict, value, place, "an object"), f"{place}: ")
+    accepted = (int, float) if hint is float else hint
+    return lambda value, place: _expect(accepted, value, place, _NAMES[hint], boolean=hint is bool)
+
+
+def _expect(kind: Any, value: Any, place: str, name: str, boolean: bool = False) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and not boolean):
+        raise MalformedError(f"the key {place}: {name} was expected, not {_short(value)}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MalformedError(f"the key {place}: half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _one_of(allowed: tuple[Any, ...], value: Any, place: str) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise MalformedError(f"the key {place}: one of {', '.join(allowed)} was expected, not {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    return ascii(value) if isinstance(value, str | int | float) and len(str(value)) <= 40 else type(value).__name__
 
 
 def dump_line(row: dict[str, Any]) -> str:
@@ -192,6 +284,15 @@ def read_rows(path: Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def read_records(kind: type[Record], path: Path, **wanted: str) -> list[Record]:
-    """Return the records in a JSONL file of one of our steps; `wanted` are values to select by (split="dev")."""
-    rows = (row for _, row in read_rows(path) if all(row[key] == value for key, value in wanted.items()))
-    return [from_row(kind, row) for row in rows]
+    """Return the records in a JSONL file of one of our steps; `wanted` are values to select by (split="dev").
+
+    Raises UserError, which names file, line and key, for a row that is no such record.
+    """
+    found = []
+    for number, row in read_rows(path):
+        if all(row.get(key, value) == value for key, value in wanted.items()):
+            try:
+                found.append(from_row(kind, row))
+            except MalformedError as error:
+                raise UserError(f"{path}, line {number}: {error}; run the step that wrote it again") from error
+    return found

@@ -22,6 +22,7 @@ from coalign.errors import UserError
 from coalign.evaluation import requests
 from coalign.recipe import run_step
 from coalign.records import Example, Task, dump_line, read_records
+from coalign.runs.outputs import step_output
 from coalign.wordings import asking
 from coalign.wordings.asking import Pair
 from coalign.wordings.wordings import MIN_WORDINGS, expected_answer
@@ -75,8 +76,8 @@ def main(argv: list[str]) -> None:
         max_wordings=options.max_wordings,
         max_new_tokens=options.max_new_tokens,
     )
-    tasks = read_records(Task, run / "prepare" / "tasks.jsonl")
-    examples = read_records(Example, run / "prepare" / "examples.jsonl")
+    tasks = read_records(Task, step_output(run / "prepare", "tasks.jsonl"))
+    examples = read_records(Example, step_output(run / "prepare", "examples.jsonl"))
     wordings, dropped, _ = requests.held_out_wordings(table, run / "paraphrase", tasks)
     pairs, unfit = requests.plan_pairs(tasks, examples, wordings, table)
     generation = read_generation(options, run, pairs, table.max_new_tokens)

@@ -19,11 +19,14 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
+WHOLE: dict[str, object] = {"config": {}, "inputs": {}, "outputs": {}, "counts": {}, "digest": "d"}
+
+
 def complete(*folders: str) -> None:
     """Make steps of a run look complete."""
     for folder in folders:
         Path(folder).mkdir(parents=True)
-        Path(folder, "manifest.json").write_text(json.dumps({}))
+        Path(folder, "manifest.json").write_text(json.dumps(WHOLE))
 
 
 def ask(script: str, *words: str) -> Outcome:

@@ -18,6 +18,7 @@ from coalign.evaluation.metrics_schema import Summary
 from coalign.process import derive_seed
 from coalign.records import Example, Response, Row, Task, Wording, read_records
 from coalign.runs.digests import digest_file
+from coalign.runs.outputs import step_output
 from coalign.text import loose_key, unit_hash
 from coalign.wordings.asking import Pair, Request, read_responses
 from coalign.wordings.wording_files import load_wordings
@@ -150,7 +151,7 @@ def held_out_wordings(
     Without a file: the wordings of the split in the folder of the paraphrase step.
     """
     if not table.wordings_file:
-        found = read_records(Wording, paraphrased / "wordings.jsonl")
+        found = read_records(Wording, step_output(paraphrased, "wordings.jsonl"))
         return [wording for wording in found if wording.split == table.split], [], {}
     wordings, dropped = load_wordings([table.wordings_file], {task.id: task for task in tasks})
     return wordings, dropped, {"wordings_file": digest_file(Path(table.wordings_file), "eval.wordings_file")}

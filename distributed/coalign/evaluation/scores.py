@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.metrics import BoolArray, FloatArray
 from coalign.records import Row, read_rows
+from coalign.runs.outputs import step_output
 
+LARGEST = 1e300  # a number beyond it is none of ours
 CR_METRICS = ("cr", "corrected_cr", "mcr")
 
 
@@ -44,22 +47,56 @@ class TaskScores:
         return some_I
 
 
-def read_scores(folders: Sequence[Path]) -> tuple[list[TaskScores], list[str]]:
+def read_scores(folders: Sequence[Path], models: Sequence[Collection[str]]) -> tuple[list[TaskScores], list[str]]:
     """Return the scores of the tasks that every seed's eval folder has, and the names of the others.
 
-    Raises UserError for a folder whose eval did not write scores.jsonl.
+    `models` are those that each folder must have scores of. Raises UserError for a folder whose eval did not write
+    scores.jsonl, or whose file is damaged or lacks a model.
     """
     found: list[dict[str, list[Row]]] = []
-    for folder in folders:
+    for folder, needed in zip(folders, models, strict=True):
         if not (folder / "scores.jsonl").is_file():
             raise UserError(f"{folder} has no scores.jsonl; remove it and run its eval step again")
         by_task: dict[str, list[Row]] = {}
-        for _, row in read_rows(folder / "scores.jsonl"):
+        arms: set[str] = set()
+        for number, row in read_rows(step_output(folder, "scores.jsonl")):
+            arms = arms or {*_object(row.get("models"))}
+            if not _is_score(row, arms):
+                place = f"{folder / 'scores.jsonl'}, line {number}"
+                raise UserError(f"{place} is not what eval writes; remove {folder} and run eval again")
             by_task.setdefault(row["task"], []).append(row)
+        if not by_task or (missing := sorted({*needed} - arms)):
+            lacks = f"lacks the model {missing[0]!r}" if by_task else "is empty"
+            raise UserError(f"{folder / 'scores.jsonl'} {lacks}; remove {folder} and run eval again")
         found.append(by_task)
     everywhere = [task for task in found[0] if all(task in by_task for by_task in found)]
     left_out = sorted({task for by_task in found for task in by_task} - {*everywhere})
     return [_task_scores(task, [by_task[task] for by_task in found]) for task in everywhere], left_out
+
+
+def _is_score(row: Row, arms: set[str]) -> bool:
+    """Return whether a row has the form of eval's scores, for the same models as the rows before."""
+    wordings, models = row.get("wordings"), _object(row.get("models"))
+    if not isinstance(row.get("task"), str) or not isinstance(row.get("example"), str) or "seen" not in row:
+        return False
+    if not isinstance(wordings, list) or not all(isinstance(name, str) for name in wordings) or models.keys() != arms:
+        return False
+    return bool(arms) and all(
+        isinstance(right := _object(values).get("right"), list)
+        and len(right) == len(wordings)
+        and all(one in (0, 1) for one in right)
+        and all(_is_number(values.get(key, "")) for key in (*CR_METRICS, "rouge_l"))
+        for values in models.values()
+    )
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is null or a number that a float can hold."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST)
 
 
 def _task_scores(task: str, by_seed: Sequence[Sequence[Row]]) -> TaskScores:

@@ -11,8 +11,10 @@ from coalign.config import ModelTable, table_for_other_model
 from coalign.errors import UserError
 from coalign.files import read_json
 from coalign.runs.digests import digest_folder
+from coalign.runs.manifest import MANIFEST
+from coalign.runs.outputs import MODEL, step_model
 from coalign.runs.run_folder import base_model_folder
-from coalign.runs.step_folder import MANIFEST, read_manifest
+from coalign.runs.step_folder import read_manifest
 from coalign.steps import TRAINING_STEPS
 
 NAMED_MODELS = ("base", *TRAINING_STEPS)  # what eval.models can name beside folders and the hub
@@ -26,19 +28,19 @@ def resolve_model(value: str, steps: dict[str, Path], base: str) -> str:
     if value == "base":
         return base
     if value in steps:
-        return str(steps[value] / "model")
+        return step_model(steps[value])
     folder = Path(value)
     if (folder / "model" / "config.json").is_file():
         if (folder / "config.json").is_file() and read_manifest(folder) is None:
             raise UserError(f"eval.models: the step in {value} is not complete; run it to its end first")
-        return str(folder / "model")
+        return step_model(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or _is_step(folder):
             raise UserError(
                 f"eval.models: {value} holds no model (no config.json of one); name a model folder, a training step's"
                 f" folder such as {folder / 'align'}, or one of {', '.join(NAMED_MODELS)}"
             )
-        return value
+        return step_model(folder.parent) if folder.name == MODEL else value
     if value.count("/") == 1 and not value.startswith((".", "/", "~")) and not value.endswith("/"):
         return value
     raise UserError(

@@ -13,17 +13,13 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from coalign.errors import UserError
+from coalign.errors import MalformedError, UserError
 
 VERSION_KEY = "version"
 FLAT = types.MappingProxyType({"flat": True})  # metadata of a field
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 Declared = TypeVar("Declared")
-
-
-class MalformedError(ValueError):
-    """A value that is not what its field declares; the text names the field: models.sft.cr.mean."""
 
 
 def to_json(value: Any) -> Any:

@@ -182,7 +182,7 @@ def make_result(
     ladder: Ladder, steps: Sequence[StepRun], comparisons: Iterable[tuple[str, str, str]], table: EvalTable, seed: int
 ) -> LadderResult:
     """Return everything that the table and the figure show, the content of the ladder's metrics.json."""
-    tasks, left_out = read_scores([ladder.eval_folder(number) for number in ladder.seeds])
+    tasks, left_out = read_scores([ladder.eval_folder(n) for n in ladder.seeds], [ladder.arms] * len(ladder.seeds))
     of_arms, differences = aggregate(tasks, ladder.arms, comparisons, table.num_bootstrap, seed)
     evals = [run.folder for run in steps if run.step == "eval"]
     return LadderResult(

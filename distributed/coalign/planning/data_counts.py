@@ -14,6 +14,7 @@ from typing import Any, get_args
 from coalign.config import DataTable
 from coalign.files import open_file
 from coalign.records import Split, read_rows
+from coalign.runs.outputs import step_output
 from coalign.runs.step_folder import read_manifest
 
 CHARACTERS_PER_TOKEN = 4  # an assumption: English in a vocabulary of 32,000 or more
@@ -80,8 +81,8 @@ def make_counts(prepared: Path, data: DataTable, assumed: Assumed, context: int)
 
 def _lengths(prepared: Path) -> tuple[int, int, int, int]:
     """Return the tokens of an instruction, a prompt and an answer (means, rounded up) and of the longest row."""
-    tasks = {row["id"]: len(row["instruction"]) for _, row in read_rows(prepared / "tasks.jsonl")}
-    rows = _spread_rows(prepared / "examples.jsonl", READ_EXAMPLES)
+    tasks = {row["id"]: len(row["instruction"]) for _, row in read_rows(step_output(prepared, "tasks.jsonl"))}
+    rows = _spread_rows(step_output(prepared, "examples.jsonl"), READ_EXAMPLES)
     prompts = [_tokens(tasks[row["task"]] + len(row["input"])) + TEMPLATE_TOKENS for row in rows]
     answers = [_tokens(len(row["outputs"][0])) + 1 for row in rows]
     longest = max(p + a for p, a in zip(prompts, answers, strict=True))

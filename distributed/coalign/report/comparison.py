@@ -215,7 +215,10 @@ def resampled_differences(
         return {}, by_t
     if not all((run.folder / "scores.jsonl").is_file() for run in (first, second)):
         return {}, f"{by_t}: a bootstrap needs scores.jsonl beside both metrics.json"
-    scores = {task.task: task for task in read_scores([first.folder, second.folder])[0]}
+    scores = {
+        task.task: task
+        for task in read_scores([first.folder, second.folder], [{a for a, _ in names}, {b for _, b in names}])[0]
+    }
     tasks = [scores[x.task] for x, _ in rows if x.task in scores]
     sizes = [x.num_inputs for x, _ in rows]
     if [task.num_inputs for task in tasks] != sizes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from coalign.commandline import toml_value
 from coalign.config_values import default_values
+from coalign.errors import UserError
 from coalign.evaluation.metrics_schema import Metrics
 from coalign.records import Row, read_rows
 from coalign.runs.costs import StepCost
@@ -79,7 +80,7 @@ def find_steps(folder: Path, metrics: Metrics) -> tuple[list[StepRecord], list[s
 def _manifest(folder: Path) -> Row | None:
     try:
         return read_manifest(folder)
-    except ValueError:
+    except UserError:
         return None
 
 

@@ -43,6 +43,18 @@ def digest_folder(folder: Path) -> str:
     return digest_value({path.name: digest_file(path) for path in _model_files(folder)})
 
 
+def stamps_of(folder: Path) -> dict[str, list[int]]:
+    """Return {file name: [size, mtime, ctime, inode]} of a model folder without its card, times in nanoseconds.
+
+    No program can set the ctime of a file, so a file that has kept its stamp has kept its content.
+    """
+    found = {}
+    for path in _model_files(folder):
+        status = path.stat()
+        found[path.name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return found
+
+
 def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (CARD, f".{CARD}.tmp"))
 

@@ -19,6 +19,7 @@ from coalign.config import Config
 from coalign.config_values import changed_values, table_values
 from coalign.recipe import announce, exit_with_launcher, set_up_logging
 from coalign.records import Example, Group, Record, Response, Task, Verdict, Wording, read_records
+from coalign.runs.outputs import step_model, step_output
 from coalign.runs.run_folder import RunFolder
 from coalign.runs.step_folder import StepFolder
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
@@ -96,9 +97,16 @@ class OpenStep:
         self.command.announce(plan, with_model)
 
     def read(self, kind: type[Record], **wanted: str) -> list[Record]:
-        """Return the records of a kind that a needed step has written; `wanted` are values that each must have."""
+        """Return the records of a kind that a needed step has written; `wanted` are values that each must have.
+
+        Raises UserError when the file is not what that step wrote.
+        """
         step, name = FILES[kind]
-        return read_records(kind, self.needs[step] / name, **wanted)
+        return read_records(kind, step_output(self.needs[step], name), **wanted)
+
+    def policy_model(self) -> str:
+        """Return the model folder that this round starts from. Raises UserError when it is not what its step wrote."""
+        return step_model(self.needs["policy"])
 
 
 def open_step(

@@ -13,6 +13,7 @@ from typing import Any
 from coalign.config import ModelTable, RunTable
 from coalign.errors import UserError
 from coalign.process import rank
+from coalign.runs.outputs import step_model
 from coalign.runs.step_folder import StepFolder, read_manifest, require_complete
 from coalign.steps import ROUND_STEPS, STEPS, TRAINING_STEPS
 
@@ -103,7 +104,7 @@ def incomplete(folders: dict[str, Path]) -> list[str]:
 def base_model_folder(model: ModelTable, prepare_folder: Path) -> str:
     """Return the folder or hub name of the model that everything starts from. Raises UserError without one."""
     if model.init == "random":
-        return str(prepare_folder / "model")
+        return step_model(prepare_folder)
     if not model.path:
         raise UserError(
             'model.path is empty; give a model folder or hub name, or set model.init="random" for untrained weights'

@@ -9,6 +9,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -20,15 +21,15 @@ from typing import Any, TextIO
 import coalign
 from coalign.errors import UserError
 from coalign.failures import writes_to
-from coalign.files import reason_of, shown
+from coalign.files import read_json, reason_of, shown
 from coalign.process import seconds_of
 from coalign.runs.atomic_files import write_json, write_rows
-from coalign.runs.digests import digest_folder, digest_outputs, digest_value
+from coalign.runs.digests import digest_folder, digest_outputs, digest_value, stamps_of
+from coalign.runs.manifest import MANIFEST, read_checked, sealed
 from coalign.steps import ROUND_STEPS
 
 logger = logging.getLogger("coalign")
 
-MANIFEST = "manifest.json"
 LOCK_WAIT_SECONDS = 10.0
 LOCK_WAIT = "COALIGN_LOCK_WAIT_SECONDS"  # an environment variable, for a process that takes over from another
 VERSIONED_PACKAGES = (
@@ -37,12 +38,11 @@ VERSIONED_PACKAGES = (
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a step's manifest, or None while the step is incomplete."""
+    """Return a step's manifest, or None while the step is incomplete. Raises UserError for a damaged one."""
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
+    return read_checked(path, label_of(folder))
 
 
 def require_complete(folder: Path, command: str) -> dict[str, Any]:
@@ -118,14 +118,13 @@ class StepFolder:
             self._compare(manifest, "complete")
             return True
         begun = self.path / "config.json"
-        if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")).keys() != {"config", "inputs"}:
-            raise UserError(f"{begun} was not written by coalign; give a folder of its own for the results")
+        self._read_begun(begun)
         writes_to(self.path)
         self._make_and_lock()
         if read_manifest(self.path) is not None:
             return self.open()
         settings = {"config": self.config, "inputs": self.inputs}
-        earlier = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else None
+        earlier = self._read_begun(begun)
         if earlier and self._has_work():
             self._compare(earlier, "begun")
             logger.info("resuming %s", self.path)
@@ -139,15 +138,31 @@ class StepFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return False
 
+    def _read_begun(self, path: Path) -> dict[str, Any] | None:
+        """Return the settings of a begun step, None for a new one. Raises UserError for a file that is not ours."""
+        if not path.exists():
+            return None
+        remedy = f"remove {self.path} and run {label_of(self.path)} again"
+        try:
+            content = read_json(path)
+        except UserError as error:
+            raise UserError(f"{path} is damaged; {remedy}: {error}") from error
+        if not isinstance(content, dict) or content.keys() != {"config", "inputs"}:
+            raise UserError(f"{path} was not written by coalign; give a folder of its own for the results, or {remedy}")
+        if not all(isinstance(value, dict) for value in content.values()):
+            raise UserError(f"{path} is damaged; {remedy}")
+        return content
+
     def _carry_time(self, same_settings: bool) -> None:
         """Add up the time of earlier attempts, each from its start to the last file that it wrote."""
         path = self.path / ".attempts.json"
-        if path.exists() and same_settings:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _read_attempts(path) if same_settings else None
+        if earlier:
+            spent, started = earlier
             written = [
                 p.stat().st_mtime for name in ("shards/*", "checkpoints/*", "*.jsonl") for p in self.path.glob(name)
             ]
-            self.spent = earlier["spent"] + max(0.0, max(written, default=0.0) - earlier["started"])
+            self.spent = spent + max(0.0, max(written, default=0.0) - started)
         write_json(path, {"started": self.started, "spent": self.spent})
 
     def _has_work(self) -> bool:
@@ -210,8 +225,9 @@ class StepFolder:
 
     def commit(self, counts: dict[str, Any]) -> dict[str, Any]:
         """Write and return the manifest, which makes the step complete; remove the shards, now part of the outputs."""
-        outputs = digest_outputs(self.path)
+        outputs, stamps = digest_outputs(self.path), {}
         if (self.path / "model").is_dir():
+            stamps = stamps_of(self.path / "model")  # taken first: what changes while it is digested is digested again
             outputs["model"] = digest_folder(self.path / "model")
         manifest = {
             "config": self.config,
@@ -224,7 +240,9 @@ class StepFolder:
             "date": self.date,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "wall_seconds": round(self.spent + time.time() - self.started, 1),
+            **({"stamps": stamps} if stamps else {}),
         }
+        manifest = sealed(manifest)
         write_json(self.path / MANIFEST, manifest)
         shutil.rmtree(self.path / "shards", ignore_errors=True)
         (self.path / ".attempts.json").unlink(missing_ok=True)
@@ -236,6 +254,16 @@ class StepFolder:
         if self._lock_stream is not None:
             self._lock_stream.close()
             self._lock_stream = None
+
+
+def _read_attempts(path: Path) -> tuple[float, float] | None:
+    """Return the seconds of earlier attempts and when the last one began, None when that is not known."""
+    try:
+        content = read_json(path)
+        spent, started = float(content["spent"]), float(content["started"])
+    except (UserError, LookupError, TypeError, ValueError, OverflowError):
+        return None
+    return (spent, started) if 0 <= spent < math.inf and 0 <= started < math.inf else None
 
 
 def _expanded(value: Any) -> Any:
@@ -253,7 +281,9 @@ def _input_digest(folder: Path) -> str:
 def _date_of(folder: Path) -> str:
     """Return the date of a complete step; before manifests had one, the day on which it finished."""
     manifest = read_manifest(folder) or {}
-    return str(manifest.get("date") or manifest["finished"])[: len("2026-12-01")]
+    return str(manifest.get("date") or manifest.get("finished") or time.strftime("%Y-%m-%d", time.gmtime()))[
+        : len("2026-12-01")
+    ]
 
 
 def installed_versions() -> dict[str, str]:

@@ -8,12 +8,13 @@ Knows the Engine protocol, no DeepSpeed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+from coalign.errors import UserError
+from coalign.files import read_json
 from coalign.process import rank, world_size
 from coalign.runs.atomic_files import write_json
 from coalign.runs.digests import digest_file
@@ -61,8 +62,15 @@ def write_checkpoint_meta(folder: Path, state: dict[str, Any], zero_stage: int) 
 
 
 def read_checkpoint_meta(folder: Path) -> dict[str, Any]:
-    """Return what `write_checkpoint_meta` wrote. Raises OSError or ValueError when it is missing or cut short."""
-    meta: dict[str, Any] = json.loads((folder / CHECKPOINT_META).read_text(encoding="utf-8"))
+    """Return what `write_checkpoint_meta` wrote. Raises UserError when it is missing or damaged."""
+    path = folder / CHECKPOINT_META
+    meta = read_json(path)
+    if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict) or not isinstance(meta.get("files"), dict):
+        raise UserError(f"{path} is damaged")
+    if not all(type(meta.get(key)) is int for key in ("world_size", "zero_stage")):
+        raise UserError(f"{path} is damaged")
+    if not meta["state"].keys() <= {field.name for field in dataclasses.fields(TrainingState)}:
+        raise UserError(f"{path} is damaged")
     return meta
 
 
@@ -86,13 +94,13 @@ def complaint_of_checkpoint(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None. Only rank 0 computes digests."""
     try:
         meta = read_checkpoint_meta(checkpoint)
-    except (OSError, ValueError):
-        return f"{CHECKPOINT_META} is missing or cut short"
+    except UserError:
+        return f"{CHECKPOINT_META} is missing or damaged"
     if rank() != 0:
         return None
     for name, digest in meta["files"].items():
         path = checkpoint / name
-        if not path.exists():
+        if not path.is_file():
             return f"{name} is missing"
         if digest_file(path) != digest:
             return f"{name} is damaged"
@@ -106,6 +114,14 @@ def save(engine: Engine, folder: Path, state: TrainingState, keep_last: int) -> 
     rotate(checkpoint, keep_last)
 
 
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, or whatever lies in its place."""
+    if checkpoint.is_file() or checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def rotate(newest: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints; called after `newest` was written and digested.
 
@@ -116,4 +132,4 @@ def rotate(newest: Path, keep_last: int) -> None:
         kept = [path for path in found if path.name <= newest.name][-keep_last:]
         for old in found:
             if old not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)

@@ -27,7 +27,7 @@ from coalign.models.lora import attach_lora
 from coalign.models.model_folder import check_weights, load_model, pick_device, pick_dtype
 from coalign.process import local_rank, rank, ranks_here, world_size
 from coalign.runs.atomic_files import write_json
-from coalign.training.checkpoints import read_checkpoint_meta, write_checkpoint_meta
+from coalign.training.checkpoints import read_checkpoint_meta, remove, write_checkpoint_meta
 from coalign.training.rendezvous import meet
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -186,7 +186,7 @@ class DeepSpeedEngine:
                 raise OSError(errno.ENOSPC, f"the checkpoint was not written: {error}", str(folder)) from error
             raise
         if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             temporary.rename(folder)
         dist.barrier()
 

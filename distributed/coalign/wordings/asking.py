@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from coalign.errors import UserError
@@ -164,6 +165,18 @@ def fits(
             f' model.too_long="drop" to {otherwise}, or use a {model} with a longer context'
         )
     return False
+
+
+def require_requests(requests: Collection[object], dropped: Iterable[Row], what: str, key: str) -> None:
+    """Raise UserError when nothing is left to ask; it counts the reasons and names the key that takes up room."""
+    if requests:
+        return
+    reasons = Counter(str(row.get("reason")) for row in dropped)
+    counted = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())) or "none was made"
+    advice = (
+        f"lower {key}" if set(reasons) == {"too_long"} else f"check the wordings, and lower {key} if it is too high"
+    )
+    raise UserError(f"no {what} is left to ask (left out: {counted}); {advice}")
 
 
 def check_lengths(lengths: Iterable[tuple[str, int]], max_tokens: int, policy: str) -> set[str]:

@@ -21,7 +21,7 @@ def test_models_are_found_by_step_folder_and_name(tmp_path: Path) -> None:
     plain = model_folder(tmp_path / "plain")
     other = tmp_path / "other" / "align"
     model_folder(other / "model")
-    (other / "manifest.json").write_text("{}")
+    (other / "manifest.json").write_text('{"config": {}, "inputs": {}, "outputs": {}, "counts": {}, "digest": "d"}')
     half = tmp_path / "half" / "align"
     model_folder(half / "model")
     (half / "config.json").write_text('{"config": {}, "inputs": {}}')

@@ -42,7 +42,7 @@ def write(folder: Path, rows: list[Row]) -> Path:
 def aggregate(
     folders: list[Path], names: tuple[str, ...] = ("a", "b")
 ) -> tuple[dict[str, ArmSets], SetDifferences, list[str]]:
-    tasks, left_out = read_scores(folders)
+    tasks, left_out = read_scores(folders, [names] * len(folders))
     return *results.aggregate(tasks, names, [("b", "a", "why")], 300, 0), left_out
 
 
@@ -144,7 +144,7 @@ def test_one_seed_gives_evals_own_numbers(num_tasks: int, tmp_path: Path) -> Non
 
 def test_a_folder_from_before_scores_were_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no scores\.jsonl; remove it"):
-        read_scores([tmp_path])
+        read_scores([tmp_path], [()])
 
 
 def made_ladder(home: Path) -> ladder.Ladder:
@@ -226,7 +226,8 @@ def test_a_trained_step_of_another_run_is_asked_within_its_own_context(tmp_path:
     """A foreign model goes by its own tokens; an arm by those that it was trained with."""
     own = ModelTable(max_tokens=64, end_of_turn="<end>", chat_template="a.jinja")
     kept = {"model.too_long": "drop", "model.max_tokens": 64, "model.end_of_turn": "<end>", "model.pad_token": ""}
-    write_json(tmp_path / "manifest.json", {"config": kept | {"model.attention": "sdpa"}})
+    content = {"config": kept | {"model.attention": "sdpa"}, "inputs": {}, "outputs": {}, "counts": {}, "digest": "d"}
+    write_json(tmp_path / "manifest.json", content)
     assert tested_models.model_table("sft", own) is own
     assert tested_models.model_table("some/model", own) == ModelTable()
     found = tested_models.model_table(str(tmp_path), ModelTable())

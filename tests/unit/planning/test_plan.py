@@ -245,7 +245,9 @@ def test_counts_come_from_prepare_when_it_is_complete(tmp_path: Path) -> None:
     (folder / "tasks.jsonl").write_text(json.dumps({"id": "t", "instruction": "i" * 200}) + "\n")
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {"tasks": {"seen": 1, "unseen": 0}, "inputs": {"sft": 4, "align": 3, "dev": 2, "test": 1}}
-    (folder / "manifest.json").write_text(json.dumps({"counts": counts}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"config": {}, "inputs": {}, "outputs": {}, "counts": counts, "digest": "d"})
+    )
     found = data_counts.make_counts(folder, plan_of(tmp_path).config.data, machine.ASSUMED, 4096)
     assert (found.tasks, found.inputs) == (1, counts["inputs"])
     assert (found.instruction_tokens, found.prompt_tokens, found.answer_tokens) == (50, 65 + 12, 3)

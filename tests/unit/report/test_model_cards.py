@@ -85,7 +85,13 @@ def run(tmp_path: Path) -> RunFolder:
         path = folder.step(name)
         path.mkdir(parents=True)
         values = table_values(config, (name if name != "prepare" else "data", "model"), with_neutral=False)
-        content = {"config": values, "inputs": {"data": "d" * 64}, "digest": "0" * 64, "counts": counts.get(name, {})}
+        content: dict[str, Any] = {
+            "config": values,
+            "inputs": {"data": "d" * 64},
+            "outputs": {},
+            "counts": counts.get(name, {}),
+        }
+        content["digest"] = "0" * 64
         write_json(path / "manifest.json", content)
     return folder
 

@@ -573,7 +573,8 @@ def test_evals_own_cost_and_digests_are_shown(tmp_path: Path) -> None:
         assert re.search(f'<th scope="row">eval</th><td [^>]*>{words}</td><td [^>]*><code>{digest}</code>', text)
     metrics = replace(metrics, eval_counts=None)
     counts = {"tokens_generated": 999, "cores": 8}
-    manifest = {"inputs": {}, "outputs": {}, "counts": counts, "finished": "2026-02-03T04:05:06Z", "digest": "e"}
+    manifest = {"config": {}, "inputs": {}, "outputs": {}, "counts": counts, "digest": "e"}
+    manifest["finished"] = "2026-02-03T04:05:06Z"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     text = page.write_page(folder, metrics).read_text("utf-8")
     assert "<td>999</td><td>0.172</td><td>2026-02-03 04:05:06</td>" in text

@@ -12,7 +12,8 @@ from coalign.steps import STEP_TABLES
 
 def test_cost_is_read_from_the_manifests(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
-    manifest = {"counts": {"updates": 30, "tokens_trained": 12000, "cores": 2}, "wall_seconds": 1800.0}
+    counts = {"updates": 30, "tokens_trained": 12000, "cores": 2}
+    manifest = {"config": {}, "inputs": {}, "outputs": {}, "counts": counts, "digest": "d", "wall_seconds": 1800.0}
     (tmp_path / "sft" / "manifest.json").write_text(json.dumps(manifest))
     rows = costs.cost_rows({"sft": tmp_path / "sft", "align": tmp_path / "align"})
     assert [(row.step, row.updates, row.core_hours) for row in rows] == [("sft", 30, 1.0)]
