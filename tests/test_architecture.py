@@ -271,6 +271,7 @@ ABOVE_THE_AIM = {
     "generation/decoding.py: __init__, parameters": "what decode was given, with the cache and the step that it chose",
     "models/model_folder.py: export_model, parameters": "what goes into a folder, from two callers",
     "models/fused_head.py: forward, parameters": "autograd.Function takes its tensors one by one",
+    "training/deepspeed_engine.py: lines": "the one door to DeepSpeed: what its checkpoints may hold is said here too",
     "training/losses.py: ranking_loss, parameters": "one tensor for each symbol of the equation",
     "launch/eval.py: lines": "it asks several models and a judge, whose workers only a recipe may start",
     "launch/align.py: main, lines": "one story of a step, with a dozen imports that wait until --help has answered",

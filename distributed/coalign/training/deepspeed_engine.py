@@ -5,14 +5,16 @@ The only import of DeepSpeed. Knows tensors and folders, no data and no losses.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,25 @@ from coalign.training.rendezvous import meet
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 logger = logging.getLogger("coalign")
 
 RANK_ZERO_HOURS = 6  # the longest that other ranks wait while rank 0 digests a checkpoint or checks an export
+
+# All classes that DeepSpeed's checkpoints hold beside tensors and plain values. None runs code of the file.
+PICKLED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+_WEIGHTS_ONLY, _NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's names
+_CONVERT = """
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from coalign.training.deepspeed_engine import PICKLED_CLASSES
+
+torch.serialization.add_safe_globals(PICKLED_CLASSES)
+ds_to_universal.main(ds_to_universal.parse_arguments())
+"""
 
 
 def init_ranks() -> torch.device:
@@ -227,7 +244,11 @@ class DeepSpeedEngine:
         return state
 
     def _load(self, parent: Path, tag: str) -> None:
-        path, _ = self._engine.load_checkpoint(str(parent), tag=tag)
+        try:
+            with _weights_only():
+                path, _ = self._engine.load_checkpoint(str(parent), tag=tag)
+        except pickle.UnpicklingError as error:
+            raise UserError(_foreign(parent / tag, str(error))) from error
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint {parent / tag}")
 
@@ -235,10 +256,13 @@ class DeepSpeedEngine:
         """Convert a ZeRO checkpoint so that another number of ranks can load it."""
         target = folder.parent / f".{folder.name}.universal"
         shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder)]
+        command = [sys.executable, "-c", _CONVERT, "--input_folder", str(folder)]
         command += ["--output_folder", str(target / "all"), "--num_extract_workers", "1", "--num_merge_workers", "1"]
         command += ["--inject_missing_state"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with _weights_only():
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "UnpicklingError" in done.stderr:
+            raise UserError(_foreign(folder, done.stderr.partition("UnpicklingError: ")[2]))
         if done.returncode:
             raise RuntimeError(f"{folder} could not be converted for {world_size()} ranks:\n{done.stderr[-2000:]}")
 
@@ -261,6 +285,34 @@ class DeepSpeedEngine:
                 buffers = dict(module.named_buffers())
                 state.update({n: buffers[n].detach().cpu().clone() for n in module.state_dict() if n in buffers})
         return {n: t for n, t in state.items() if ".lora_" in n} if lora else state
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let torch.load read tensors, plain values and PICKLED_CLASSES alone, unless the user's environment forbids that.
+
+    DeepSpeed asks for whole pickles, which can run code, and somebody else may have put them into the run folder.
+    """
+    if os.environ.get(_NOT_WEIGHTS_ONLY):
+        yield
+        return
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(PICKLED_CLASSES):
+            yield
+    finally:
+        os.environ.pop(_WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
+
+
+def _foreign(folder: Path, complaint: str) -> str:
+    why = " ".join(complaint.split())[:200]
+    return (
+        f"{folder} holds a pickle that could run code, as no checkpoint of coalign does ({why}); remove it to resume"
+        f" from the checkpoint before, or set {_NOT_WEIGHTS_ONLY}=1 if you trust everybody who can write there"
+    )
 
 
 def run_on_rank_zero(work: Callable[[], None]) -> None:
