@@ -21,9 +21,8 @@ from coalign.records import Example, Row, Task, read_records, to_row
 from coalign.report import model_card_results
 from coalign.report.model_cards import model_labels
 from coalign.report.page import write_results
-from coalign.runs import costs
+from coalign.runs import costs, outputs
 from coalign.runs.open_step import StepCommand
-from coalign.runs.outputs import step_output
 from coalign.runs.step_folder import StepFolder, installed_versions
 from coalign.steps import STEP_TABLES, TRAINING_STEPS
 from coalign.wordings.asking import Pair, Request, build_requests, require_requests
@@ -37,28 +36,28 @@ def main(argv: list[str]) -> None:
     trained = command.find(TRAINING_STEPS)
     read = ["prepare"] if table.wordings_file else ["prepare", "paraphrase"]
     needs = command.require(dict.fromkeys([*read, *(value for value in table.models.values() if value in trained)]))
-    tasks = read_records(Task, step_output(needs["prepare"], "tasks.jsonl"))
+    tasks = read_records(Task, outputs.step_output(needs["prepare"], "tasks.jsonl"))
     wordings, dropped, files = evaluation.held_out_wordings(table, run.step("paraphrase"), tasks)
     folders = tested_models.find_models(config.model, table.models, trained, needs["prepare"])
     own = {name for name, value in table.models.items() if value in trained}
     judge_folder, digests = tested_models.check_models(folders, own, agreement.folder)
-    examples = read_records(Example, step_output(needs["prepare"], "examples.jsonl"))
+    examples = read_records(Example, outputs.step_output(needs["prepare"], "examples.jsonl"))
     pairs, unfit = evaluation.plan_pairs(tasks, examples, wordings, table)
     if (opened := command.begin(needs, files | digests, Path(table.folder) if table.folder else None)) is None:
         return
     step = opened.output
     command.announce(f"{len(pairs)} answers by each of {', '.join(folders)}")
 
-    outputs, dropped = {}, [*dropped, *unfit]
+    answered, dropped = {}, [*dropped, *unfit]
     judge = make_judge(config, step, judge_folder, dropped) if judge_folder else None
     if judge:  # before the long work: one that is too weak stops the step
         judge.measure(agreeing.known_pairs(tasks, examples, table.split, config.run.seed), table)
     for index, (name, folder) in enumerate(folders.items()):
-        outputs[name], too_long = ask_model(config, step, f"{index}-{name}", folder, pairs)
+        answered[name], too_long = ask_model(config, step, f"{index}-{name}", folder, pairs)
         dropped += [row | {"model": name} for row in too_long]
-    found = summarise(tasks, pairs, outputs, table, config.run.seed, agreement.decider(judge))
+    found = summarise(tasks, pairs, answered, table, config.run.seed, agreement.decider(judge))
     dropped += found.dropped
-    counts = evaluation.count_models(found.summary, outputs, pairs, cores_used(config.generation, config.run))
+    counts = evaluation.count_models(found.summary, answered, pairs, cores_used(config.generation, config.run))
     metrics = complete(
         found.summary,
         **costs.describe_steps(costs.steps_so_far(config.run, argv), step),
@@ -73,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
     step.write_output("scores.jsonl", found.scores)
     step.write_output("dropped.jsonl", dropped)
-    step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in outputs.items() for a in o.answers))
+    step.write_output("answers.jsonl", ({"model": n} | to_row(a) for n, o in answered.items() for a in o.answers))
     print("\n".join(write_results(step.path, metrics)), flush=True)
     step.commit(counts | {"dropped": metrics.dropped})
     model_card_results.add_results(run, table, metrics)
@@ -88,8 +87,7 @@ def ask_model(
 
     table, settings = config.eval, config.generation
     model = tested_models.model_table(table.models[name.partition("-")[2]], config.model)
-    codec = model_folder.load_codec(folder, model, step.date)
-    room = model.answer_tokens(table.max_new_tokens)
+    codec, room = model_folder.load_codec(folder, model, step.date), model.answer_tokens(table.max_new_tokens)
     requests, left_out = build_requests(pairs, codec, model.too_long, room, lambda _: [0])
 
     def generate(what: str, asked: list[Request], mode: str, temperature: float, shard_size: int) -> Iterator[Row]:
@@ -101,8 +99,7 @@ def ask_model(
 
     rows = [evaluation.too_long_row(pair, num_tokens) for pair, num_tokens in left_out]
     require_requests(requests, rows, f"prompt of {name.partition('-')[2]}", "eval.max_new_tokens")
-    found = evaluation.collect_answers(requests, table, settings, config.run.seed, generate)
-    return found, rows
+    return evaluation.collect_answers(requests, table, settings, config.run.seed, generate), rows
 
 
 def make_judge(config: Config, step: StepFolder, folder: str, dropped: list[Row]) -> agreeing.JudgeOfAgreement:

@@ -16,7 +16,7 @@ def complete(folder: Path, inputs: dict[str, Path] | None = None, **changed: Any
     step.open()
     step.commit({})
     manifest = json.loads((folder / "manifest.json").read_text())
-    kept = {key: value for key, value in (manifest | changed).items() if value is not None}
+    kept = {key: value for key, value in (manifest | {"seal": None} | changed).items() if value is not None}
     (folder / "manifest.json").write_text(json.dumps(kept))
     return folder
 
