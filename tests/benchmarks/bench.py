@@ -20,12 +20,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 
-from benchmarks import generation_rows, logprob_rows, peer_rows, process_rows, step_rows, training_rows
+from benchmarks import generation_rows, logprob_rows, output_rows, peer_rows, process_rows, step_rows, training_rows
 from benchmarks.rows import HEADER, Builder, measure_row, table_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [str(ROOT / "distributed"), str(ROOT / "tests")]
-MODULES = (training_rows, logprob_rows, generation_rows, process_rows, step_rows)
+MODULES = (training_rows, logprob_rows, generation_rows, process_rows, step_rows, output_rows)
 BUILDERS: dict[str, Builder] = {name: build for module in MODULES for name, build in module.BUILDERS.items()}
 PEERS: dict[str, Builder] = peer_rows.BUILDERS  # measured only when they are named: they install other projects
 KNOWN = BUILDERS | PEERS

@@ -28,6 +28,7 @@ from coalign.models.model_folder import load_model
 from coalign.models.random_model import make_random_model
 from numerics.engine import TorchEngine
 from numerics.tiny import plain_logps
+from numerics.traps import set_trap
 from numerics.zero_ranks import NUM_STEPS, Case, run_case
 
 pytestmark = pytest.mark.deepspeed
@@ -60,6 +61,15 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 }
 MakeOnce = Callable[[str, Callable[[Path], None]], Path]
 RESUMED = ("zero0", "zero1", "zero2", "zero3", "lora3")
+TRAPS: dict[str, tuple[int, str, str, bool]] = {  # ranks that wrote the checkpoint, case, file, a bare pickle
+    "model": (1, "zero0", "*model_states.pt", False),
+    "bare": (1, "zero2", "*model_states.pt", True),
+    "optimizer": (1, "zero2", "*optim_states.pt", False),
+    "shard": (1, "zero3", "*optim_states.pt", False),
+    "converted": (2, "zero2", "*optim_states.pt", False),
+    "converted shard": (2, "zero3", "*optim_states.pt", False),
+    "converted bare": (2, "zero2", "*model_states.pt", True),
+}
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +240,25 @@ def test_every_stage_resumes_on_another_number_of_ranks(
     for name, case in cases.items():
         assert_same_curve(curve(case), curve(before[name]), 1e-4)
         assert_same_weights(case, torch.load(before[name].path / "state.pt"), 1e-4)
+
+
+@pytest.mark.slow
+def test_no_pickle_of_a_checkpoint_runs_code(
+    one_rank: dict[str, Case], two_ranks: dict[str, Case], tmp_path: Path
+) -> None:
+    """A trap with a digest that fits ends the run in one line and is not sprung; the run beside it resumes."""
+    whole = cut_back(one_rank["zero2"], tmp_path / "whole")
+    trapped = {}
+    for name, (ranks, case, pattern, bare) in TRAPS.items():
+        trapped[name] = cut_back((one_rank, two_ranks)[ranks - 1][case], tmp_path / name)
+        set_trap(trapped[name].path / "checkpoints" / "step_000005", pattern, tmp_path / f"{name} was sprung", bare)
+    printed = launch([whole, *trapped.values()], 1, tmp_path)
+    assert printed.count("resuming after update 5") == 1
+    assert_same_curve(curve(whole), curve(one_rank["zero2"]), 1e-4)
+    assert not list(tmp_path.glob("*sprung"))
+    for name, case in trapped.items():
+        complaint = (case.path / "error.txt").read_text()
+        assert "holds a pickle that could run code" in complaint and "\n" not in complaint, name
 
 
 @pytest.mark.slow
