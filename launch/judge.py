@@ -47,10 +47,7 @@ def main(argv: list[str]) -> None:
     judged, too_long = verdicts.decide_by_judge(questions, judge.log_odds, thresholds)
     decided |= judged
     dropped += too_long
-
-    if not decided:
-        step.output.close()
-        raise UserError(f"no response is left to judge ({len(responses)} responses, {len(too_long)} of them too long)")
+    verdicts.require_decided(decided, responses, too_long)
     step.output.write_output("verdicts.jsonl", [to_row(decided[answer]) for answer in answers if answer in decided])
     step.output.write_output("dropped.jsonl", dropped)
     num_asked = judge.num_scored - num_known

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     digests = {path: digest_file(Path(path)) for path in table.files if Path(path).is_file()}
     files = read_wordings(table.files, {task.id: task for task in tasks}, step_output(prepared, "examples.jsonl"))
     filtering.check_files(tasks, files, table)
-    step = command.begin(["prepare"], digests | (digest_model_files(config.model) if table.num_wordings else {}))
-    if step is None:
+    files_of_model = digest_model_files(config.model) if table.num_wordings else {}
+    if (step := command.begin(["prepare"], digests | files_of_model)) is None:
         return
     answers: dict[str, list[Row]] = {}
 
@@ -49,11 +49,10 @@ def main(argv: list[str]) -> None:
     counts = filtering.count_wordings(tasks, settled, table)
     filtering.log_result(counts, settled)
     counts["tokens_generated"] = sum(answer["num_tokens"] for given in answers.values() for answer in given)
-    cores = cores_used(config.generation, config.run) if any(settled.wanted.values()) else 1
-    step.output.commit(counts | {"cores": cores})
+    step.output.commit(counts | {"cores": cores_used(config.generation, config.run) if answers else 1})
     inputs = (read_manifest(prepared) or {})["counts"]["inputs"][config.sft.split]
-    num_rows = config.sft.num_drawn(inputs, config.sft.batch_rows)
-    encode_ahead(Path(__file__).with_name("sft.py"), step.run, num_rows, close_pools)
+    num_drawn = config.sft.num_drawn(inputs, config.sft.batch_rows)
+    encode_ahead(Path(__file__).with_name("sft.py"), step.run, num_drawn, close_pools)
 
 
 def ask_for_rewrites(
@@ -71,10 +70,10 @@ def ask_for_rewrites(
     sampling = Sampling(config.model.answer_tokens(table.max_new_tokens), table.temperature, table.top_p)
     lengths = ((row["task"], len(row["prompt_ids"]) + sampling.max_new_tokens) for row in requests)
     too_long = check_lengths(lengths, codec.max_tokens, config.model.too_long)
-    fitting = [row for row in requests if row["task"] not in too_long]
+    requests = [row for row in requests if row["task"] not in too_long]
     options = (folder, config.model, config.generation, sampling, config.run.threads)
     worker = functools.partial(make_generate_worker, *options)
-    return answers_in_turn(run_shards(step.output, fitting, worker, config.generation, "paraphrase")), too_long
+    return answers_in_turn(run_shards(step.output, requests, worker, config.generation, "paraphrase")), too_long
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     require_end(len(pairs) * table.samples, "sample.samples and sample.wordings_per_input")
 
     def seeds_of(pair: Pair) -> list[int]:
-        place = ("sample", config.run.round, *pair.key)
-        return [derive_seed(config.run.seed, *place, k) for k in range(table.samples)]
+        return [derive_seed(config.run.seed, "sample", config.run.round, *pair.key, k) for k in range(table.samples)]
 
     folder = step.policy_model()
     codec = load_codec(folder, config.model, step.output.date)

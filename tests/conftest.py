@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import fnmatch
+import logging
 import os
 import re
 import sys
@@ -69,6 +70,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(
                 f"skip outside ALLOWED_SKIPS of tests/conftest.py: {test_id}: {reason}", red=True
             )
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_at_the_start() -> Iterator[None]:
+    """Take away what an earlier test, or a recipe that ran in this process, has set on our logger."""
+    logger = logging.getLogger("coalign")
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+    yield
 
 
 @pytest.fixture(scope="session")

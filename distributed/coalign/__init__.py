@@ -23,4 +23,4 @@ text            when two inputs are equal; words in any script, hashes
 The packages are built on it; the docstring of each lists its modules. docs/architecture.md says which may import which.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -149,10 +149,10 @@ _CONSUMED = ("prompt_ids", "seeds", "continuations")  # keys of a request that i
 def is_result(row: Row, request: Row) -> bool:
     """Return whether a row is a worker's complete result of a request: an answer per seed, a log-prob per continuation.
 
-    A result repeats the other keys of its request.
+    A result repeats the other keys of its request; those of older versions had others.
     """
     kept = {key: value for key, value in request.items() if key not in _CONSUMED}
-    if any(key not in row or row[key] != value for key, value in json.loads(json.dumps(kept)).items()):
+    if any(key in row and row[key] != value for key, value in json.loads(json.dumps(kept)).items()):
         return False
     if "seeds" in request:
         answers = row.get("answers")

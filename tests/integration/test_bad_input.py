@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from coalign.runs.digests import digest_file
 from coalign.runs.step_folder import StepFolder
 from integration.bad_inputs import (
     ROOT,
@@ -340,10 +341,14 @@ def other_wordings(world: World) -> None:
 
 
 def no_align_inputs(world: World) -> None:
-    """Take the align inputs out of the prepared data."""
+    """Take the align inputs out of the prepared data, as if prepare had found none."""
     path = world.run_folder / "prepare" / "examples.jsonl"
     kept = [line for line in path.read_text().splitlines(keepends=True) if '"align"' not in line]
     path.write_text("".join(kept))
+    manifest = world.manifest("prepare")
+    manifest["outputs"][path.name] = digest_file(path)
+    manifest.pop("seal")
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def unlabelled(world: World) -> None:

@@ -5,6 +5,7 @@ The only import of datasets, made when such a data set is read. Knows neither ta
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import logging
@@ -24,6 +25,7 @@ logger = logging.getLogger("coalign")
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 BATCH_ROWS = 1000
+HEAD = 1 << 16  # bytes of a file in which mistakes are looked for that the library names badly
 
 
 def list_data_files(root: Path) -> list[Path]:
@@ -71,6 +73,14 @@ def _batches(dataset: Any, source: SourceTable) -> Iterator[Any]:
         raise _not_readable(source, "not readable", error) from error
 
 
+def _require_text(head: bytes, place: str) -> None:
+    """Raise UserError unless the first bytes of a file are UTF-8; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        decode(head, place, start=True)
+
+
 def _not_readable(source: SourceTable, what: str, error: Exception) -> UserError:
     reason = str(error.__cause__ or error).strip().partition("\n")[0]
     return UserError(f"{source.path}: {what} ({type(error).__name__}: {reason}); check path, name and split")
@@ -99,9 +109,10 @@ def _load_dataset(source: SourceTable, kind: str, root: Path) -> Any:
         tables = [file for file in list_data_files(root) if file.suffix in (".csv", ".tsv")]
         options = _csv_options(datasets, tables[0]) if tables else {}
         for file in list_data_files(root):
-            with open_file(file, "data.path"):  # the library would wait for a pipe
-                pass
+            with open_file(file, "data.path") as stream:  # the library would wait for a pipe
+                head = stream.read(HEAD)
             if BUILDERS.get(file.suffix) == "json":
+                _require_text(head, str(file))
                 require_shallow(file, "data.path")  # the library's parser would end this process
         if root.is_file():
             files = {source.split: str(root)}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coalign.config import JudgeTable
+from coalign.errors import UserError
 from coalign.judging.calibration import ScoreOf, lowest_score
 from coalign.judging.known_answers import KnownAnswer
 from coalign.prompts import correct_question, type_question
@@ -167,6 +168,14 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, Any]:
         "rules": dict(sorted(rules.items())),
         "rewards_by_task": {task: _all_rewards(counts) for task, counts in sorted(by_task.items())},
     }
+
+
+def require_decided(
+    decided: Mapping[DistinctAnswer, Verdict], responses: Sequence[Response], too_long: Sequence[dict[str, Any]]
+) -> None:
+    """Raise UserError when no response has a verdict."""
+    if not decided:
+        raise UserError(f"no response is left to judge ({len(responses)} responses, {len(too_long)} of them too long)")
 
 
 def count_judging(

@@ -315,7 +315,10 @@ def test_names_are_no_markup_in_a_card(tmp_path: Path) -> None:
     for step in model_cards.STEPS_TO["sft"]:
         counts = {"sources": {"<u>file</u>\n# h": 3}}
         run.step(step).mkdir(parents=True)
-        write_json(run.step(step) / "manifest.json", {"config": config, "digest": "0", "counts": counts})
+        write_json(
+            run.step(step) / "manifest.json",
+            {"config": config, "inputs": {}, "outputs": {}, "digest": "0", "counts": counts},
+        )
     path = exported(run, "sft")
     text = path.read_text("utf-8")
     assert r"# a\|b &lt;b&gt;x \*y\* \`z\`, stage 1" in text
