@@ -66,7 +66,10 @@ CAUSES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe"), "UTF-8"),
     "compressed": (lambda path: path.write_bytes(b"\x1f\x8b\x08\x00"), "unpack"),
     "nested too deeply": (lambda path: path.write_text("[" * 100_000), "malformed|too deep"),
-    "number too long": (lambda path: path.write_text('{"instruction": ' + "1" * 5000 + "}"), "malformed|the columns are"),
+    "number too long": (
+        lambda path: path.write_text('{"instruction": ' + "1" * 5000 + "}"),
+        "malformed|the columns are",
+    ),
 }
 TEXT_ALONE = ("nested too deeply", "number too long")  # of files that hold JSON or TOML
 
