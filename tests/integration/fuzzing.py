@@ -115,7 +115,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int, int]]:
             path = Path(place, name)
             inside = path.relative_to(folder)
             passing = name in BEGUN and "model" not in inside.parts
-            if passing or {"shards", "checkpoints"} & {*inside.parts} or "tensorboard" in inside.parts:
+            if passing or {"shards", "checkpoints", "tensorboard", ".cache"} & {*inside.parts}:
                 continue
             stat = path.lstat()
             found[str(inside)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -73,12 +73,17 @@ def _batches(dataset: Any, source: SourceTable) -> Iterator[Any]:
         raise _not_readable(source, "not readable", error) from error
 
 
-def _require_text(head: bytes, place: str) -> None:
-    """Raise UserError unless the first bytes of a file are UTF-8; the last character may be cut."""
+def _require_objects(head: bytes, place: str) -> None:
+    """Raise UserError unless the first bytes of a JSON file are UTF-8, cut anywhere, and begin an object or a list.
+
+    The library's parser ends this process at a null in the place of the first row.
+    """
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
     except UnicodeDecodeError:
-        decode(head, place, start=True)
+        text = decode(head, place, start=True)
+    if text.strip("\0 \t\r\n")[:1] not in ("{", "["):
+        raise UserError(f"{place}: malformed JSON (an object or a list of objects was expected); check data.path")
 
 
 def _not_readable(source: SourceTable, what: str, error: Exception) -> UserError:
@@ -112,7 +117,7 @@ def _load_dataset(source: SourceTable, kind: str, root: Path) -> Any:
             with open_file(file, "data.path") as stream:  # the library would wait for a pipe
                 head = stream.read(HEAD)
             if BUILDERS.get(file.suffix) == "json":
-                _require_text(head, str(file))
+                _require_objects(head, str(file))
                 require_shallow(file, "data.path")  # the library's parser would end this process
         if root.is_file():
             files = {source.split: str(root)}

@@ -33,6 +33,7 @@ disable_progress_bar()
 
 _UNLIMITED = 10**9
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")  # of a model folder that are read
 
 
 def pick_device(index: int = 0) -> torch.device:
@@ -56,7 +57,11 @@ def check_model_folder(folder: str) -> None:
         return  # a hub name
     if not path.is_dir():
         raise UserError(f"{folder} is a file; a model folder was expected")
-    names = {item.name for item in list_folder(path, "model.path") if is_plain(item)}
+    found = list_folder(path, "model.path")
+    names = {item.name for item in found if is_plain(item)}
+    for item in found:
+        if item.suffix in _FILES and not item.is_file():  # transformers would go on as if it were not there
+            raise UserError(f"{item}: a file was expected, this is a folder or a link that leads nowhere")
     if "adapter_config.json" in names:
         raise UserError(
             f"{folder} holds adapters (adapter_config.json); merge them into their model first, with peft's"
@@ -94,6 +99,8 @@ def load_tokenizer(folder: str, table: ModelTable) -> Any:
         raise UserError(f"{folder}: the tokenizer or config can't be loaded: {reason_of(error, table)}") from error
     if table.chat_template:
         tokenizer.chat_template = read_text(Path(table.chat_template), "model.chat_template")
+        if not tokenizer.chat_template.strip():
+            raise UserError(f"{table.chat_template}: the file is empty; check model.chat_template")
     _check_vocabulary(folder, tokenizer, config, table)
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest >= 1:

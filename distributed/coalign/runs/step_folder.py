@@ -174,14 +174,13 @@ class StepFolder:
     def _make_and_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / ".lock").open("a+")
+            self._lock((self.path / ".lock").open("a+"))
         except (OSError, ValueError) as error:
             place = (error.filename if isinstance(error, OSError) else None) or self.path
             raise UserError(
                 f"{shown(self.path)} can't be written to ({shown(place)}: {reason_of(error)}); set run.folder and"
                 " run.name to a folder that you may write to"
             ) from error
-        self._lock(stream)
 
     def _lock(self, stream: TextIO) -> None:
         deadline = time.monotonic() + seconds_of(LOCK_WAIT, LOCK_WAIT_SECONDS)
