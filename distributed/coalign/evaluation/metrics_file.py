@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from coalign.errors import UserError
 from coalign.evaluation import typed_json
-from coalign.evaluation.metrics_schema import Metrics
+from coalign.evaluation.metrics_schema import TASK_SETS, Metrics, SetMetrics
+from coalign.files import read_json
 from coalign.runs.atomic_files import write_json
 
 METRICS_FILE = "metrics.json"
@@ -26,9 +27,45 @@ def to_json(metrics: Metrics) -> dict[str, Any]:
 def from_json(content: dict[str, Any], file: str = METRICS_FILE) -> Metrics:
     """Return the metrics from the content of a file.
 
-    Raises UserError for a newer version, and for a field that is missing, unknown or of another type.
+    Raises UserError for a newer version, for a field that is missing, unknown or of another type, and for parts that
+    contradict one another.
     """
-    return typed_json.read_version(Metrics, content, VERSION, file)
+    metrics = typed_json.read_version(Metrics, content, VERSION, file)
+    if complaint := contradiction_in(metrics):
+        raise UserError(f"{file}: {complaint}; restore the file as it was written, or run eval again")
+    return metrics
+
+
+def contradiction_in(metrics: Metrics) -> str:
+    """Return which part of the metrics names what another part lacks, "" when they fit together."""
+    models, tasks = set(metrics.models), {row.task for row in metrics.per_task}
+    wordings = {(row.task, row.wording) for row in metrics.per_wording}
+    failures = metrics.failures.per_task if metrics.failures else ()
+    constant = metrics.constant_answer.differences if metrics.constant_answer else metrics.models
+    by_model: list[tuple[str, Mapping[str, object]]] = [
+        *((f"per_task of {one.task}", one.models) for one in metrics.per_task),
+        *((f"per_wording of {one.wording}", one.models) for one in metrics.per_wording),
+        *((f"cases of {one.example}", one.models) for one in metrics.cases),
+        *((f"failures of {one.task}", one.models) for one in failures),
+        ("failures", metrics.failures.models if metrics.failures else metrics.models),
+        ("constant_answer", constant),
+    ]
+    for place, found in by_model:
+        if found.keys() != models:
+            return f"{place} has the models {', '.join(found) or 'none'}, and models has {', '.join(metrics.models)}"
+    for which in TASK_SETS:
+        for pair in metrics.differences_over(which):
+            if not {pair.a, pair.b} <= models or pair.metric not in SetMetrics.__annotations__:
+                return f"a difference names {pair.a}, {pair.b} and {pair.metric}, one of which is unknown"
+    for case in metrics.cases:
+        if case.task not in tasks or not {(case.task, wording) for wording in case.wordings} <= wordings:
+            return f"cases: {case.example} has a task or wording that is unknown"
+        if any(len(model.answers) != len(case.wordings) for model in case.models.values()):
+            return f"cases: {case.example} has not one answer per wording"
+    for row in metrics.most_inconsistent:
+        if row.model not in models or row.task not in tasks:
+            return f"most_inconsistent: {row.example} has a model or task that is unknown"
+    return ""
 
 
 def write_metrics(folder: Path, metrics: Metrics) -> None:
@@ -40,11 +77,8 @@ def read_metrics(folder: Path) -> tuple[Path, Metrics]:
     """Return the eval folder of a run (or the folder itself) and its metrics. Raises UserError when there are none."""
     for place in (folder / "eval", folder):
         path = place / METRICS_FILE
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: malformed JSON ({error}); run eval again") from error
+        if path.exists():
+            content = read_json(path)
             if not isinstance(content, dict) or not content.get("models"):
                 raise UserError(f"{path} was not written by eval; name a run whose eval step is complete")
             return place, from_json(content, str(path))
@@ -62,8 +96,8 @@ def _evaluated_together(folder: Path) -> Path | None:
     """Return the eval folder beside a run that has a model of the run's name, the smallest name first."""
     for path in sorted(folder.parent.glob(f"eval*/{METRICS_FILE}")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            content = read_json(path)
+        except UserError:
             continue
         models = content.get("models") if isinstance(content, dict) else None
         if isinstance(models, dict) and folder.name in models:

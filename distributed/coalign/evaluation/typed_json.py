@@ -17,6 +17,7 @@ from coalign.errors import MalformedError, UserError
 
 VERSION_KEY = "version"
 FLAT = types.MappingProxyType({"flat": True})  # metadata of a field
+MAX_WHOLE = 2**63 - 1
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 Declared = TypeVar("Declared")
@@ -101,6 +102,8 @@ def _read(kind: Any, value: Any, path: str, older: bool) -> Any:
         return tuple(_read(arguments[0], one, f"{path}[{place}]", older) for place, one in enumerate(rows))
     if origin is dict:
         items = _checked(dict, value, path, "an object").items()
+        for key, _ in items:
+            _require_whole(key, path)
         return {key: _read(arguments[1], one, _join(path, key), older) for key, one in items}
     if origin is Literal:
         if value not in arguments:
@@ -131,7 +134,19 @@ def _checked(kind: Any, value: Any, path: str, expected: str, boolean: bool = Fa
         raise MalformedError(f"{path or 'the file'}: {expected} was expected, not {_short(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise MalformedError(f"{path}: a finite number was expected, not {value}")
+    if isinstance(value, int) and abs(value) > MAX_WHOLE:
+        raise MalformedError(f"{path}: a whole number of at most 19 digits was expected")
+    if isinstance(value, str):
+        _require_whole(value, path)
     return value
+
+
+def _require_whole(text: str, path: str) -> None:
+    """Raise MalformedError for half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MalformedError(f"{path}: half a surrogate pair stands at character {error.start}") from error
 
 
 def _join(path: str, name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,29 @@ def read_checkpoint_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged")
     if not all(type(meta.get(key)) is int for key in ("world_size", "zero_stage")):
         raise UserError(f"{path} is damaged")
-    if not meta["state"].keys() <= {field.name for field in dataclasses.fields(TrainingState)}:
+    if not _is_state(meta["state"]) or not all(isinstance(digest, str) for digest in meta["files"].values()):
         raise UserError(f"{path} is damaged")
+    if any(".." in Path(name).parts or Path(name).is_absolute() for name in meta["files"]):
+        raise UserError(f"{path} names files of other folders")
     return meta
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Return whether a JSON object has the keys and types of TrainingState, of which older versions may lack some."""
+    first = state.get("first_measure") or {}
+    return (
+        state.keys() <= {field.name for field in dataclasses.fields(TrainingState)}
+        and type(state.get("step")) is int
+        and _are_numbers([state.get("tokens", 0.0)])
+        and isinstance(first, dict)
+        and _are_numbers(first.values())
+        and isinstance(state.get("p_best", []), list)
+        and _are_numbers(state.get("p_best", []))
+    )
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(type(value) in (int, float) for value in values)
 
 
 def resume(engine: Engine, folder: Path) -> TrainingState:

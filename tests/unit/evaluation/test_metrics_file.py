@@ -118,6 +118,35 @@ def test_a_malformed_field_is_named(written: dict[str, Any], path: Keys, value: 
     assert "run the step again" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("models", "base"), ..., "per_task of"),
+        (("per_task", 0, "models", "align"), ..., "per_task of"),
+        (("per_task", 1, "task"), "nosuch", "cases: "),
+        (("per_wording", 0, "models"), {}, "per_wording of"),
+        (("cases", 0, "models"), {}, "cases of"),
+        (("cases", 0, "task"), "nosuch", "has a task or wording that is unknown"),
+        (("cases", 0, "wordings", 0), "nosuch", "has a task or wording that is unknown"),
+        (("cases", 0, "models", "base", "answers"), [], "has not one answer per wording"),
+        (("failures", "models", "base"), ..., "failures has the models"),
+        (("constant_answer", "differences", "base"), ..., "constant_answer has the models"),
+        (("differences", 0, "a"), "nosuch", "a difference names nosuch"),
+        (("differences_seen", 0, "metric"), "of", "and of, one of which is unknown"),
+        (("most_inconsistent", 0, "model"), "nosuch", "has a model or task that is unknown"),
+        (("num_tasks",), 10**400, "num_tasks: a whole number of at most 19 digits was expected"),
+        (("run",), "\ud800", "run: half a surrogate pair"),
+        (("labels",), {"\udc00": "x"}, "labels: half a surrogate pair"),
+    ],
+)
+def test_parts_that_contradict_one_another_are_named(
+    written: dict[str, Any], path: Keys, value: Any, says: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        metrics_file.from_json(changed(written, path, value), "m.json")
+    assert says in str(caught.value) and str(caught.value).startswith("m.json: ")
+
+
 def declared_keys(kind: Any) -> set[str]:
     """Return the keys that a class declares for disk."""
     keys: set[str] = set()
