@@ -723,6 +723,18 @@ CASES = [
         ("sft.split=align",),
         change=no_align_inputs,
     ),
+    Case(
+        "no room for a prompt",
+        "sample",
+        ("no prompt is left to ask", "too_long 24", "sample.max_new_tokens"),
+        ("sample.max_new_tokens=99999999",),
+    ),
+    Case(
+        "no room for a prompt under test",
+        "eval",
+        ("no prompt of base is left to ask", "eval.max_new_tokens"),
+        ("eval.max_new_tokens=256",),
+    ),
     Case("judge is no folder", "judge", ("judge.model='nosuch'", "no model folder"), ("judge.model=nosuch",)),
     Case(
         "judge too weak",

@@ -43,7 +43,9 @@ def run_shards(
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     damaged = [i for i, path in enumerate(paths) if path.exists() and not _is_whole(path, asked[i])]
     if damaged:
-        logger.info("%s: %d damaged shards are computed again, the first is %s", title, len(damaged), paths[damaged[0]])
+        logger.info(
+            "%s: damaged shards are computed again: %d, the first is %s", title, len(damaged), paths[damaged[0]]
+        )
         missing = sorted([*missing, *damaged])
     if len(missing) < len(paths):
         logger.info("%s: %d of %d shards are done already", title, len(paths) - len(missing), len(paths))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from coalign.config import TrainTable
+from coalign.errors import UserError
 from coalign.models.logprobs import evaluation_mode, sum_by_response, token_logps
 from coalign.process import rank, world_size
 from coalign.records import read_rows
@@ -27,17 +28,28 @@ AT_ONCE = 256  # items cut into micro-batches together: enough to find similar l
 def reference_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable, path: Path) -> TokenRows:
     """Return the items with the starting model's summed log-probs, in nats, as DPO's reference; `path` stores them.
 
-    Called by every rank before the first update. When the file exists it is read instead.
+    Called by every rank before the first update. When the file has them already it is read instead.
     """
-    if not path.exists():
+    stored = _stored_logps(path, items)
+    if stored is None:
         found = _all_logps(engine, items, pad_id, settings)
         if rank() == 0:
             rows = ({"name": item.name, "logps": list(logps)} for item, logps in zip(items, found, strict=True))
             write_rows(path, rows)
-        engine.mean([0.0])  # the others wait until the file is there
-    stored = {row["name"]: row["logps"] for _, row in read_rows(path)}
-    flat = [logp for item in items for logp in stored[item.name]]
-    return as_rows(items).with_reference(np.array(flat, np.float64))
+        engine.mean([0.0])  # the others read the file before anybody replaces it
+        stored = found
+    return as_rows(items).with_reference(np.array([logp for logps in stored for logp in logps], np.float64))
+
+
+def _stored_logps(path: Path, items: Sequence[Item]) -> list[tuple[float, ...]] | None:
+    """Return the log-probs in a file, in the order of the items; None when it lacks some, or is damaged."""
+    try:
+        stored = {row["name"]: tuple(map(float, row["logps"])) for _, row in read_rows(path)}
+    except (UserError, LookupError, TypeError, ValueError):
+        return None
+    if any(len(stored.get(item.name, ())) != len(item.responses) for item in items):
+        return None
+    return [stored[item.name] for item in items]
 
 
 def _all_logps(engine: Engine, items: Sequence[Item], pad_id: int, settings: TrainTable) -> list[tuple[float, ...]]:

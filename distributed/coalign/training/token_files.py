@@ -241,7 +241,7 @@ def prepare_rows(folder: Path, digest: str, encode: Callable[[TokenWriter], None
 def _is_whole(folder: Path, digest: str) -> bool:
     try:
         return read_meta(folder)["digest"] == digest and len(open_rows(folder)) > 0
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever a missing or damaged file raises; the rows are encoded anew
         return False
 
 

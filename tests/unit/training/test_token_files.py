@@ -15,6 +15,7 @@ import pytest
 from coalign.errors import UserError
 from coalign.training.forked_map import forked_map
 from coalign.training.micro_batches import Item, row_tokens
+from coalign.training.reference import _stored_logps
 from coalign.training.token_files import TokenRows, TokenWriter, as_rows, columns_of, open_rows, prepare_rows
 from unit.waiting import until
 
@@ -85,6 +86,29 @@ def test_rows_are_made_once_and_anew_when_they_are_not_the_same(tmp_path: Path) 
     with pytest.raises(UserError):
         prepare_rows(folder, "third", fail)
     assert list(open_rows(folder)) == GROUPS and [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize("name", ["tokens.json", "ids.npy", "row_starts.npy"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\x00" * 200, b"[" * 100_000])
+def test_damaged_rows_are_made_anew(name: str, content: bytes, tmp_path: Path) -> None:
+    items = [Item("one", (1, 2), ((3,),)), Item("two", (4,), ((5, 6),))]
+    written = list(write(tmp_path / "rows", [items]))
+    (tmp_path / "rows" / name).write_bytes(content)
+    assert list(write(tmp_path / "rows", [items])) == written == items
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "3\n", '{"name": "one", "logps": [0.5]}\n', '{"name": "one"}\n{"name": "two", "logps": 3}\n'],
+)
+def test_stored_reference_log_probs_are_used_only_whole(text: str, tmp_path: Path) -> None:
+    items = [Item("one", (1, 2), ((3,),)), Item("two", (4,), ((5, 6), (7,)))]
+    path = tmp_path / "reference.jsonl"
+    assert _stored_logps(path, items) is None
+    path.write_text(text)
+    assert _stored_logps(path, items) is None
+    path.write_text('{"name": "two", "logps": [-0.25, -1.5]}\n{"name": "one", "logps": [-0.5]}\n')
+    assert _stored_logps(path, items) == [(-0.5,), (-0.25, -1.5)]
 
 
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
