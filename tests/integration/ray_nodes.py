@@ -141,8 +141,15 @@ class Nodes:
         return [line for line in lines if word in line and not line.startswith("Z")]
 
     def kill(self, node: int, word: str) -> None:
-        """Kill the processes of a node whose command line begins with ray:: and holds a word."""
-        subprocess.run(self._enter(node, ["pkill", "-KILL", "-f", f"^ray::{word}"]), check=True)
+        """Kill the processes of a node whose command line begins with ray:: and a word, as soon as there are some.
+
+        An actor has the name of its method only while one runs; between two tasks there is none to kill.
+        """
+        words = self._enter(node, ["pkill", "-KILL", "-f", f"^ray::{word}"])
+        deadline = time.monotonic() + 30
+        while subprocess.run(words, check=False).returncode != 0:
+            assert time.monotonic() < deadline, f"no process of {word} runs on this node"
+            time.sleep(0.05)
 
     def pause(self, word: str, only: int | None = None) -> None:
         """Stop such processes where they are, on both nodes or one."""

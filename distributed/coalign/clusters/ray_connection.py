@@ -69,7 +69,7 @@ class Cluster:
                 _require_listener(self.address)
                 self.ray.init(address=self.address, **QUIET)
                 return
-            except (OSError, ValueError, OverflowError, RuntimeError, self.ray.exceptions.RayError) as error:
+            except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
                 if time.monotonic() > deadline or type(error).__name__ == "AuthenticationError":
                     raise UserError(f"Ray can't be reached at {self.address}: {_first_sentences(error)}") from error
             self.ray.shutdown()
@@ -175,11 +175,18 @@ class Cluster:
                 self._holder.wait(2 * END_SECONDS)
 
 
+class _NobodyListensError(OSError):
+    """Nobody listens at an address. Ray itself raises a ConnectionError, an OSError too, for a refused token."""
+
+
 def _require_listener(address: str) -> None:
-    """Raise OSError when nobody listens at host:port, where ray.init would go on trying for minutes."""
+    """Raise _NobodyListensError for a host:port without a listener, where ray.init would go on trying for minutes."""
     found = re.fullmatch(r"(?:ray://)?\[?([\w.:-]+?)\]?:([0-9]{1,5})", address)
     if found:  # anything else, such as auto, is Ray's to read
-        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _NobodyListensError(str(error)) from error
 
 
 def node_resource(name: str) -> str:
@@ -207,7 +214,7 @@ def one_line(error: BaseException) -> str:
 
 def _first_sentences(error: BaseException) -> str:
     """Return what Ray says, and what a refused token would need: Ray may report it like a missing cluster."""
-    if isinstance(error, OSError | OverflowError):
+    if isinstance(error, _NobodyListensError):
         return (
             f"nobody listens there ({one_line(error)}); start the cluster, or unset RAY_ADDRESS and"
             " generation.ray_address for a private one"
