@@ -6,6 +6,7 @@ errors          the one exception of our own, for what a user can fix
 steps           the eight steps by name, and which of them train, generate or repeat by round
 tables          what a table of the configuration is made of
 model_tables    [model] and the tables inside it
+training_tables [train], [sft] and [align]
 config          the configuration: one class per table, every key with its unit and meaning
 config_values   its values as flat keys
 files           files that people name, opened for reading: any failure is one line

@@ -1,7 +1,7 @@
 """What a table of the configuration is made of, and the one that only Slurm reads.
 
-config.py and model_tables.py hold the other tables. A key is a path by its type, `FilePath`, and never holds a line
-break by `Line`. Knows neither files nor steps.
+config.py, model_tables.py and training_tables.py hold the other tables. A key is a path by its type, `FilePath`, and
+never holds a line break by `Line`. Knows neither files nor steps.
 """
 
 from __future__ import annotations
