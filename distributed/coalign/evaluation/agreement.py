@@ -17,7 +17,7 @@ from coalign.config import EvalTable
 from coalign.errors import UserError
 from coalign.evaluation.metrics import Decide, rouge_l_agrees
 from coalign.evaluation.metrics_rows import AgreementJudge
-from coalign.judging.calibration import MIN_ROWS_TO_FIT, fit_threshold, measure
+from coalign.judging.calibration import MIN_ROWS_TO_FIT, complaint_of_quality, fit_threshold, measure
 from coalign.judging.known_answers import wrong_answer
 from coalign.prompts import NO, YES, same_answer_question
 from coalign.records import Example, Row, Task
@@ -181,19 +181,9 @@ class JudgeOfAgreement:
 
 def weakness(quality: Mapping[str, Any], table: EvalTable) -> str | None:
     """Return what is wrong with a judge of agreement, None when it judges well enough."""
-    accuracy, area = quality["balanced_accuracy"], quality["auc"]
     known = f"{quality['num_alike']} pairs that mean the same and {quality['num_unlike']} that do not"
-    if accuracy is None or area is None:
-        return (
-            f"the judge can't be measured: {known} are known of inputs outside the {table.split} split, and both kinds"
-            " are needed; use more data"
-        )
-    if min(accuracy, area) >= table.min_quality:
-        return None
-    return (
-        f"the judge is too weak: on {known} its balanced accuracy is {accuracy:.3f} and its AUC {area:.3f}, and both"
-        f" must reach eval.min_quality={table.min_quality:g}"
-    )
+    needed = f"both kinds are needed of inputs outside the {table.split} split; use more data"
+    return complaint_of_quality(quality, known, needed, "eval.min_quality", table.min_quality)
 
 
 def describe_judge(judge: AgreementJudge) -> str:

@@ -144,18 +144,30 @@ def weakness(calibration: Mapping[str, Any], table: JudgeTable) -> str | None:
 
 def _weakness(quality: Mapping[str, Any], min_quality: float) -> str | None:
     """Return what is wrong with the answers to one question."""
-    accuracy, area = quality["balanced_accuracy"], quality["auc"]
     known = f"{quality['num_yes']} yes and {quality['num_no']} no"
+    needed = (
+        "both kinds are needed (from dev inputs and judge.audit_share; a wrong type comes from another task); raise"
+        " data.dev_share"
+    )
+    return complaint_of_quality(quality, known, needed, "judge.min_quality", min_quality)
+
+
+def complaint_of_quality(
+    quality: Mapping[str, Any], known: str, needed: str, key: str, min_quality: float
+) -> str | None:
+    """Return what is wrong with measured answers: too weak, or not measured; None when they are good enough.
+
+    `quality` is what `measure` returned, `known` names its samples, `needed` says what more of them would take, and
+    `key` is the setting of `min_quality`.
+    """
+    accuracy, area = quality["balanced_accuracy"], quality["auc"]
     if accuracy is None or area is None:
-        return (
-            f"the judge can't be measured: {known} are known, and both kinds are needed (from dev inputs and"
-            " judge.audit_share; a wrong type comes from another task); raise data.dev_share"
-        )
+        return f"the judge can't be measured: {known} are known, and {needed}"
     if min(accuracy, area) >= min_quality:
         return None
     return (
         f"the judge is too weak: on {known} its balanced accuracy is {accuracy:.3f} and its AUC {area:.3f}, and both"
-        f" must reach judge.min_quality={min_quality:g}"
+        f" must reach {key}={min_quality:g}"
     )
 
 
